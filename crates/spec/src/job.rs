@@ -1,0 +1,97 @@
+//! One piece of work of any kind, as the queue, the placement and the lifecycle see it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::command::CommandJob;
+use crate::gang::{DeviceKind, Gang, GangSettings};
+use crate::service::ModelService;
+use crate::training::TrainingJob;
+
+/// The kinds of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum JobKind {
+    /// A training run.
+    TrainingJob,
+    /// A served model.
+    ModelService,
+    /// Any program.
+    CommandJob,
+}
+
+impl JobKind {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::TrainingJob, Self::ModelService, Self::CommandJob];
+
+    /// Returns the manifest's `kind`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::TrainingJob => "TrainingJob",
+            Self::ModelService => "ModelService",
+            Self::CommandJob => "CommandJob",
+        }
+    }
+}
+
+impl fmt::Display for JobKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What a gang does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+pub enum Work {
+    /// Trains a model.
+    TrainingJob(TrainingJob),
+    /// Serves a model.
+    ModelService(ModelService),
+    /// Runs any program.
+    CommandJob(CommandJob),
+}
+
+/// One validated manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// The manifest's `metadata.name`: a DNS label of at most 50 characters, so that the id's
+    /// suffix fits.
+    pub name: String,
+    /// The kind of device each rank gets.
+    pub device: DeviceKind,
+    /// Queue, priority, restarts and deadlines.
+    pub settings: GangSettings,
+    /// What the gang does.
+    pub work: Work,
+}
+
+impl JobSpec {
+    /// Returns the kind of work.
+    #[must_use]
+    pub fn kind(&self) -> JobKind {
+        match self.work {
+            Work::TrainingJob(_) => JobKind::TrainingJob,
+            Work::ModelService(_) => JobKind::ModelService,
+            Work::CommandJob(_) => JobKind::CommandJob,
+        }
+    }
+
+    /// Returns the gang that the work needs.
+    #[must_use]
+    pub fn gang(&self) -> Gang {
+        let (ranks, node_group) = match &self.work {
+            Work::TrainingJob(job) => (job.parallelism.world_size(), job.parallelism.tensor),
+            Work::ModelService(service) => {
+                (service.parallelism.world_size(), service.parallelism.tensor)
+            }
+            Work::CommandJob(command) => (command.ranks, 1),
+        };
+        Gang {
+            ranks,
+            node_group,
+            device: self.device,
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! A training run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::gang::Parallelism;
+use crate::model::ModelConfig;
+
+/// Where tokens come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataSource {
+    /// Folder with token shards and `dataset.json`, as `drumline data build` writes it.
+    pub path: String,
+}
+
+/// AdamW's constants (Loshchilov and Hutter 2019).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled decay, for matrices only (not norms, biases or embeddings of positions).
+    pub weight_decay: f32,
+    /// Greatest global gradient norm; 0 switches clipping off.
+    pub clip_norm: f32,
+}
+
+/// Linear warm-up, then a cosine down to the least rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LearningRate {
+    /// The greatest rate, reached at the end of the warm-up.
+    pub peak: f32,
+    /// The rate at the last step.
+    pub floor: f32,
+    /// Steps of warm-up.
+    pub warmup_steps: u64,
+}
+
+/// When checkpoints are written and which are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpointing {
+    /// Folder of the run's checkpoints; empty: a folder of the job's own in the state directory.
+    pub path: String,
+    /// Steps between two checkpoints; 0 writes only the last.
+    pub interval_steps: u64,
+    /// How many complete checkpoints are kept, at least 1.
+    pub keep: u32,
+    /// Checkpoint folder to start from, when the run has none of its own yet.
+    pub resume_from: Option<String>,
+}
+
+/// A training run, checked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingJob {
+    /// The model's shape.
+    pub model: ModelConfig,
+    /// The data.
+    pub data: DataSource,
+    /// How the model is split.
+    pub parallelism: Parallelism,
+    /// Number of optimizer steps.
+    pub steps: u64,
+    /// Sequences in one optimizer step, over all ranks.
+    pub global_batch: u32,
+    /// Sequences in one forward pass of one rank.
+    pub micro_batch: u32,
+    /// Tokens in one sequence, at most the model's context.
+    pub sequence: u32,
+    /// The seed of initial weights and data order.
+    pub seed: u64,
+    /// AdamW's constants.
+    pub optimizer: Optimizer,
+    /// The learning rate's course.
+    pub learning_rate: LearningRate,
+    /// Checkpoints.
+    pub checkpoint: Checkpointing,
+    /// Steps between two losses on the held-out split; 0 measures it only at the end.
+    pub eval_interval_steps: u64,
+    /// Held-out sequences in one such measurement.
+    pub eval_sequences: u32,
+}
+
+impl TrainingJob {
+    /// Returns the forward passes that one rank makes in one optimizer step.
+    #[must_use]
+    pub fn micro_batches(&self) -> u32 {
+        self.global_batch / (self.micro_batch * self.parallelism.data)
+    }
+
+    /// Returns the tokens of one optimizer step.
+    #[must_use]
+    pub fn tokens_per_step(&self) -> u64 {
+        u64::from(self.global_batch) * u64::from(self.sequence)
+    }
+}

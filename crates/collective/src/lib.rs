@@ -1,0 +1,133 @@
+//! Collectives behind one trait: in-process for tests, shared memory and TCP between processes.
+//!
+//! A communicator belongs to one group of ranks. Every call names what it moves, blocks until its
+//! part is done, and fails, rather than hangs, when a peer is gone or the deadline passes.
+
+use std::time::Duration;
+
+/// What an all-reduce or reduce-scatter computes from the ranks' values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReduceOp {
+    /// Sum, in the order of ranks, so that every run adds the same way.
+    Sum,
+    /// Greatest value.
+    Max,
+}
+
+/// Why a collective failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CollectiveError {
+    /// A peer closed its connection or died.
+    #[error("rank {peer} of the group is gone during {op}")]
+    PeerGone {
+        /// The peer's rank in the group.
+        peer: usize,
+        /// The collective.
+        op: &'static str,
+    },
+    /// No progress within the deadline.
+    #[error("{op} made no progress for {waited_ms} ms; rank {peer} of the group is silent")]
+    TimedOut {
+        /// The collective.
+        op: &'static str,
+        /// The peer that was waited for.
+        peer: usize,
+        /// How long, in milliseconds.
+        waited_ms: u64,
+    },
+    /// Ranks disagree about what to do: a bug, or mixed versions.
+    #[error("{op}: expected {expected}, got {got}")]
+    Mismatch {
+        /// The collective.
+        op: &'static str,
+        /// What this rank expected.
+        expected: String,
+        /// What its peer sent.
+        got: String,
+    },
+    /// The operating system refused.
+    #[error("{op}: {message}")]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// The system's words.
+        message: String,
+    },
+    /// The communicator was aborted, by this rank or after an earlier error.
+    #[error("the communicator is aborted")]
+    Aborted,
+}
+
+/// A group of ranks that act together, seen from one of them.
+///
+/// All ranks of the group make the same calls in the same order. Buffers are `f32` in host memory.
+/// Reductions add in rank order: same inputs, same bits, on every rank and in every run.
+pub trait Collective: Send + Sync {
+    /// Returns this rank's place in the group.
+    fn rank(&self) -> usize;
+
+    /// Returns the number of ranks in the group.
+    fn size(&self) -> usize;
+
+    /// Replaces `data` on every rank by the reduction over all ranks.
+    ///
+    /// # Errors
+    /// [`CollectiveError`] when a peer is gone, silent or out of step.
+    fn all_reduce(&self, data: &mut [f32], op: ReduceOp) -> Result<(), CollectiveError>;
+
+    /// Gathers `send` of every rank, in rank order, into `recv`, of `size() * send.len()`.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError>;
+
+    /// Sums `send`, of `size() * recv.len()`, over all ranks and leaves this rank's part in
+    /// `recv`.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn reduce_scatter(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError>;
+
+    /// Copies `data` of `root` to every rank.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn broadcast(&self, data: &mut [f32], root: usize) -> Result<(), CollectiveError>;
+
+    /// Copies `root`'s bytes to every rank; others pass any vector and get it replaced. For
+    /// control messages (which request to decode next), at most [`MESSAGE_MAX`] bytes.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<(), CollectiveError>;
+
+    /// Sends `data` to rank `to`. Returns once the data may be overwritten; does not wait for the
+    /// receiver as long as no more than a few messages are under way, so that 1F1B's neighbours
+    /// that send to one another do not deadlock.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn send(&self, data: &[f32], to: usize) -> Result<(), CollectiveError>;
+
+    /// Receives exactly `data.len()` values from rank `from`, in the order sent.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn recv(&self, data: &mut [f32], from: usize) -> Result<(), CollectiveError>;
+
+    /// Returns once every rank has called it.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`].
+    fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// Makes every present and future call of this communicator fail, here and, as soon as they
+    /// notice, on the peers.
+    fn abort(&self);
+}
+
+/// The longest control message of [`Collective::broadcast_bytes`], in bytes.
+pub const MESSAGE_MAX: usize = 64 << 20;
+
+/// Longest time without progress before a collective fails, unless set otherwise.
+pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);

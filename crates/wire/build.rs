@@ -1,0 +1,15 @@
+//! Generates the gRPC code from `proto/` without a protoc on the machine.
+
+use std::path::Path;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    let files =
+        ["control", "agent", "inference"].map(|name| format!("drumline/v1alpha1/{name}.proto"));
+    println!("cargo:rerun-if-changed={}", root.display());
+    let descriptors = protox::compile(&files, [&root])?;
+    tonic_prost_build::configure()
+        .build_transport(true)
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! What goes over the wire: messages generated from `proto/`, and the only conversions between
+//! them and the domain.
+
+pub mod auth;
+pub mod convert;
+
+/// Messages, clients and servers of `drumline.v1alpha1`.
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+pub mod v1 {
+    tonic::include_proto!("drumline.v1alpha1");
+}
+
+/// The longest message that any of our servers or clients takes, in bytes.
+pub const MESSAGE_MAX_BYTES: usize = 8 << 20;

@@ -1,0 +1,18 @@
+//! The node agent: registers devices, starts and supervises ranks, streams logs and health.
+//!
+//! One dispatcher ([`service`]) owns all state and handles one input at a time; links, rank
+//! processes, log readers and the rank-facing server only exchange messages with it. The agent
+//! decides nothing: it carries out checked plans and reports what happened.
+
+pub mod devices;
+pub mod environment;
+pub mod host;
+pub mod link;
+pub mod logs;
+pub mod process;
+pub mod ranks;
+pub mod sampling;
+pub mod service;
+pub mod supervise;
+
+pub use service::{AgentError, ControlAddress, Options, run};

@@ -26,29 +26,24 @@ impl Guard {
     #[must_use]
     pub fn new(bound: SocketAddr, more: &[String]) -> Self {
         let port = bound.port();
-        let mut hosts = BTreeSet::new();
-        let mut allow = |name: &str| {
-            hosts.insert(format!("{name}:{port}").to_ascii_lowercase());
-            if port == 80 {
-                hosts.insert(name.to_ascii_lowercase());
-            }
-        };
+        let mut names: Vec<String> = more.to_vec();
         if bound.ip().is_loopback() || bound.ip().is_unspecified() {
-            for name in ["localhost", "127.0.0.1", "[::1]"] {
-                allow(name);
+            names.extend(["localhost", "127.0.0.1", "[::1]"].map(str::to_owned));
+        }
+        names.push(match bound.ip() {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        });
+        let mut hosts = BTreeSet::new();
+        for name in names {
+            let bare = port == 80 || more.contains(&name);
+            let name = name.to_ascii_lowercase();
+            hosts.insert(format!("{name}:{port}"));
+            if bare {
+                hosts.insert(name);
             }
         }
-        match bound.ip() {
-            IpAddr::V4(ip) => allow(&ip.to_string()),
-            IpAddr::V6(ip) => allow(&format!("[{ip}]")),
-        }
-        for name in more {
-            hosts.insert(name.to_ascii_lowercase());
-            allow(name);
-        }
-        Self {
-            hosts: Arc::new(hosts),
-        }
+        Self { hosts: Arc::new(hosts) }
     }
 
     /// Checks a request's Host, and its Origin where it has one.
@@ -56,25 +51,16 @@ impl Guard {
     /// # Errors
     /// What is wrong, in one line.
     pub fn check(&self, headers: &HeaderMap, uri_host: Option<&str>) -> Result<(), String> {
-        let host = headers
-            .get(HOST)
-            .and_then(|host| host.to_str().ok())
-            .or(uri_host);
-        let host = host
-            .ok_or("the request names no Host")?
-            .to_ascii_lowercase();
+        let host = headers.get(HOST).and_then(|host| host.to_str().ok()).or(uri_host);
+        let host = host.ok_or("the request names no Host")?.to_ascii_lowercase();
         if !self.hosts.contains(&host) {
-            return Err(format!(
-                "Host {host:?} is not served here; name it with --allow-host"
-            ));
+            return Err(format!("Host {host:?} is not served here; name it with --allow-host"));
         }
         let Some(origin) = headers.get(ORIGIN) else {
             return Ok(());
         };
         let origin = origin.to_str().unwrap_or("").to_ascii_lowercase();
-        let site = origin
-            .strip_prefix("http://")
-            .or_else(|| origin.strip_prefix("https://"));
+        let site = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
         if site.is_some_and(|site| self.hosts.contains(site)) {
             Ok(())
         } else {
@@ -85,10 +71,7 @@ impl Guard {
 
 /// Refuses a request whose Host or Origin is not allowed; for `middleware::from_fn_with_state`.
 pub async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    let uri_host = request
-        .uri()
-        .authority()
-        .map(|authority| authority.as_str().to_owned());
+    let uri_host = request.uri().authority().map(|authority| authority.as_str().to_owned());
     match guard.check(request.headers(), uri_host.as_deref()) {
         Ok(()) => harden(next.run(request).await),
         Err(reason) => (StatusCode::FORBIDDEN, format!("{reason}\n")).into_response(),
@@ -105,10 +88,7 @@ fn harden(mut response: Response) -> Response {
         ("referrer-policy", "no-referrer"),
         ("content-security-policy", policy),
     ] {
-        response
-            .headers_mut()
-            .entry(name)
-            .or_insert(HeaderValue::from_static(value));
+        response.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
 }
@@ -128,11 +108,7 @@ impl Keys {
     /// cookie named `cookie`.
     #[must_use]
     pub fn admit(&self, headers: &HeaderMap, cookie: Option<&str>) -> bool {
-        let text = |name| {
-            headers
-                .get(name)
-                .and_then(|value: &HeaderValue| value.to_str().ok())
-        };
+        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let bearer = text(AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer "));
         let from_cookie = cookie.and_then(|name| {
             text(COOKIE)?.split(';').find_map(|pair| {
@@ -141,14 +117,9 @@ impl Keys {
             })
         });
         // All are compared, so that the time does not tell which one was close.
-        bearer
-            .into_iter()
-            .chain(from_cookie)
-            .fold(false, |open, presented| {
-                self.0
-                    .iter()
-                    .fold(open, |open, token| open | token.matches(presented))
-            })
+        bearer.into_iter().chain(from_cookie).fold(false, |open, presented| {
+            self.0.iter().fold(open, |open, token| open | token.matches(presented))
+        })
     }
 }
 
@@ -167,19 +138,13 @@ pub struct PlainTextRefused {
 /// # Errors
 /// [`PlainTextRefused`] for every other address.
 pub fn plain_text_allowed(address: SocketAddr) -> Result<(), PlainTextRefused> {
-    if address.ip().is_loopback() {
-        Ok(())
-    } else {
-        Err(PlainTextRefused { address })
-    }
+    if address.ip().is_loopback() { Ok(()) } else { Err(PlainTextRefused { address }) }
 }
 
 /// Adds `Retry-After` to a response.
 #[must_use]
 pub fn retry_after(mut response: Response, seconds: u64) -> Response {
-    response
-        .headers_mut()
-        .insert(RETRY_AFTER, HeaderValue::from(seconds));
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     response
 }
 
@@ -191,45 +156,30 @@ mod tests {
         pairs
             .iter()
             .map(|(name, value)| {
-                (
-                    axum::http::HeaderName::from_static(name),
-                    HeaderValue::from_str(value).unwrap(),
-                )
+                (axum::http::HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
             })
             .collect()
     }
 
     #[test]
     fn only_own_names_and_origins_pass() {
-        let guard = Guard::new(
-            "127.0.0.1:8080".parse().unwrap(),
-            &["gpu.example".to_owned()],
-        );
+        let guard = Guard::new("127.0.0.1:8080".parse().unwrap(), &["gpu.example".to_owned()]);
         let check = |pairs: &[(&'static str, &str)]| guard.check(&headers(pairs), None).is_ok();
         assert!(check(&[("host", "127.0.0.1:8080")]));
         assert!(check(&[("host", "LOCALHOST:8080")]));
         assert!(check(&[("host", "gpu.example")]));
-        assert!(check(&[
-            ("host", "localhost:8080"),
-            ("origin", "http://localhost:8080")
-        ]));
+        assert!(check(&[("host", "localhost:8080"), ("origin", "http://localhost:8080")]));
         assert!(!check(&[]), "no host");
         assert!(!check(&[("host", "127.0.0.1:9090")]), "another port");
         assert!(!check(&[("host", "evil.example")]), "a re-bound name");
-        assert!(!check(&[
-            ("host", "localhost:8080"),
-            ("origin", "http://evil.example")
-        ]));
+        assert!(!check(&[("host", "localhost:8080"), ("origin", "http://evil.example")]));
         assert!(!check(&[("host", "localhost:8080"), ("origin", "null")]));
     }
 
     #[test]
     fn a_key_opens_by_header_or_cookie() {
         let keys = Keys::new(vec![Token::new("0123456789abcdef").unwrap()]);
-        assert!(keys.admit(
-            &headers(&[("authorization", "Bearer 0123456789abcdef")]),
-            None
-        ));
+        assert!(keys.admit(&headers(&[("authorization", "Bearer 0123456789abcdef")]), None));
         let cookie = headers(&[("cookie", "a=b; drumline=0123456789abcdef")]);
         assert!(keys.admit(&cookie, Some("drumline")));
         assert!(!keys.admit(&cookie, None));

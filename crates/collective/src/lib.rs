@@ -3,6 +3,8 @@
 //! A communicator belongs to one group of ranks. Every call names what it moves, blocks until its
 //! part is done, and fails, rather than hangs, when a peer is gone or the deadline passes.
 
+pub mod local;
+
 use std::time::Duration;
 
 /// What an all-reduce or reduce-scatter computes from the ranks' values.
@@ -131,3 +133,33 @@ pub const MESSAGE_MAX: usize = 64 << 20;
 
 /// Longest time without progress before a collective fails, unless set otherwise.
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
+
+/// Returns the greater value; of NaN and a number, NaN, whichever side it is on, so that a rank
+/// that diverged is seen by all.
+fn max(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
+}
+
+/// Checks a caller's buffer before anything is sent.
+fn check_length(op: &'static str, expected: usize, got: usize) -> Result<(), CollectiveError> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(CollectiveError::Mismatch {
+        op,
+        expected: format!("{expected} values"),
+        got: format!("{got} values"),
+    })
+}
+
+/// Checks a control message before anything is sent.
+fn check_message(bytes: usize) -> Result<(), CollectiveError> {
+    if bytes <= MESSAGE_MAX {
+        return Ok(());
+    }
+    Err(CollectiveError::Mismatch {
+        op: "broadcast_bytes",
+        expected: format!("at most {MESSAGE_MAX} bytes"),
+        got: format!("{bytes} bytes"),
+    })
+}

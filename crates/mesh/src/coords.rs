@@ -58,9 +58,7 @@ impl Mesh {
     /// Returns the coordinates of `rank`, which must be below [`Mesh::size`].
     #[must_use]
     pub fn coords(&self, rank: u32) -> Coords {
-        let Parallelism {
-            tensor, pipeline, ..
-        } = self.shape;
+        let Parallelism { tensor, pipeline, .. } = self.shape;
         Coords {
             tensor: rank % tensor,
             pipeline: rank / tensor % pipeline,
@@ -71,9 +69,7 @@ impl Mesh {
     /// Returns the rank at `coords`.
     #[must_use]
     pub fn rank(&self, coords: Coords) -> u32 {
-        let Parallelism {
-            tensor, pipeline, ..
-        } = self.shape;
+        let Parallelism { tensor, pipeline, .. } = self.shape;
         coords.tensor + tensor * (coords.pipeline + pipeline * coords.data)
     }
 

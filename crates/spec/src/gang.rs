@@ -40,11 +40,7 @@ pub struct Parallelism {
 
 impl Parallelism {
     /// The split of one rank.
-    pub const SINGLE: Self = Self {
-        tensor: 1,
-        pipeline: 1,
-        data: 1,
-    };
+    pub const SINGLE: Self = Self { tensor: 1, pipeline: 1, data: 1 };
 
     /// Returns the number of ranks.
     #[must_use]

@@ -1,5 +1,6 @@
 //! One piece of work of any kind, as the queue, the placement and the lifecycle see it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,9 @@ pub struct JobSpec {
     /// The manifest's `metadata.name`: a DNS label of at most 50 characters, so that the id's
     /// suffix fits.
     pub name: String,
+    /// The user's notes. They decide nothing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
     /// The kind of device each rank gets.
     pub device: DeviceKind,
     /// Queue, priority, restarts and deadlines.
@@ -88,10 +92,6 @@ impl JobSpec {
             }
             Work::CommandJob(command) => (command.ranks, 1),
         };
-        Gang {
-            ranks,
-            node_group,
-            device: self.device,
-        }
+        Gang { ranks, node_group, device: self.device }
     }
 }

@@ -3,15 +3,27 @@
 //! Pure: text in, specs or a list of mistakes out. It reads no files and knows no cluster.
 
 pub mod command;
+mod document;
+pub mod explain;
+pub mod field;
 pub mod gang;
 pub mod job;
+pub mod manifest;
+pub mod mistake;
 pub mod model;
+pub mod reference;
+pub mod schema;
 pub mod service;
+pub mod table;
 pub mod training;
+mod walk;
 
 pub use command::CommandJob;
+pub use explain::explain;
 pub use gang::{DeviceKind, Gang, GangSettings, Parallelism, RestartPolicy};
 pub use job::{JobKind, JobSpec, Work};
+pub use mistake::{Mistake, Place};
 pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
+pub use schema::schema;
 pub use service::ModelService;
 pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, TrainingJob};

@@ -95,9 +95,7 @@ impl ModelConfig {
     pub fn position(&self) -> Position {
         match self.family {
             Family::Gpt2 => Position::Learned,
-            Family::Llama => Position::Rotary {
-                theta: self.rope_theta,
-            },
+            Family::Llama => Position::Rotary { theta: self.rope_theta },
         }
     }
 
@@ -141,11 +139,7 @@ impl ModelConfig {
             Norm::LayerNorm => 2 * d,
             Norm::RmsNorm => d,
         };
-        let position = if self.position() == Position::Learned {
-            t * d
-        } else {
-            0
-        };
+        let position = if self.position() == Position::Learned { t * d } else { 0 };
         let head = if self.tie_embeddings { 0 } else { v * d };
         v * d + position + l * (attention + feed_forward + 2 * norm) + norm + head
     }
@@ -187,7 +181,7 @@ impl ModelConfig {
                 error(field, "must be at least 1".to_owned());
             }
         }
-        let whole = |a: u32, b: u32| a > 0 && b > 0 && a % b == 0;
+        let whole = |a: u32, b: u32| a > 0 && b > 0 && a.is_multiple_of(b);
         let set = |a: u32, b: u32| a > 0 && b > 0;
         if set(self.hidden, self.heads) && !whole(self.hidden, self.heads) {
             let near = nearest_divisor(self.hidden, self.heads);
@@ -222,11 +216,8 @@ impl ModelConfig {
                 ),
             );
         }
-        for (what, value) in [
-            ("heads", self.heads),
-            ("kv_heads", self.kv_heads),
-            ("ffn", self.ffn),
-        ] {
+        for (what, value) in [("heads", self.heads), ("kv_heads", self.kv_heads), ("ffn", self.ffn)]
+        {
             if set(value, tensor) && !whole(value, tensor) {
                 let near = nearest_divisor(value, tensor);
                 error(
@@ -256,10 +247,7 @@ impl ModelConfig {
 #[must_use]
 pub fn nearest_divisor(value: u32, wanted: u32) -> u32 {
     let divisors = (1..=value.isqrt()).filter(|d| value.is_multiple_of(*d));
-    divisors
-        .flat_map(|d| [d, value / d])
-        .min_by_key(|d| (d.abs_diff(wanted), *d))
-        .unwrap_or(1)
+    divisors.flat_map(|d| [d, value / d]).min_by_key(|d| (d.abs_diff(wanted), *d)).unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -1,0 +1,421 @@
+//! From the text of a manifest to specs that are always legal, or to every mistake in it.
+
+use std::collections::BTreeMap;
+
+use crate::command::CommandJob;
+use crate::document::{self, Node, Value};
+use crate::gang::{DeviceKind, GangSettings, Parallelism, RestartPolicy};
+use crate::job::{JobSpec, Work};
+use crate::mistake::{Mistake, Place, nearest};
+use crate::model::{Family, ModelConfig, ModelError};
+use crate::service::ModelService;
+use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
+use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, TrainingJob};
+use crate::walk::{Checked, Walk};
+
+/// The most mistakes that are told of one file.
+pub const MISTAKES_MAX: usize = 200;
+
+/// Parses every manifest of a file, YAML or JSON, one or several documents.
+///
+/// `source_name` stands in mistakes where a file's name would.
+///
+/// # Errors
+/// Every mistake of the file, in the order of its lines, at most [`MISTAKES_MAX`] and a last one
+/// that says how many more there are. Never empty.
+pub fn parse(text: &str, source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>> {
+    let (documents, faults) = document::read(text);
+    let mut specs = Vec::new();
+    let mut mistakes: Vec<Mistake> = faults
+        .into_iter()
+        .map(|fault| Mistake {
+            source: source_name.to_owned(),
+            document: fault.document,
+            path: String::new(),
+            place: fault.at,
+            message: fault.message,
+            nearest: None,
+        })
+        .collect();
+    if documents.is_empty() && mistakes.is_empty() {
+        let mut walk = Walk::new(source_name, 1);
+        let message = "the file holds no manifest; `drumline explain` lists the kinds".to_owned();
+        walk.wrong("", Place::START, message, None);
+        mistakes = walk.mistakes;
+    }
+    for (number, root) in &documents {
+        let mut walk = Walk::new(source_name, *number);
+        let spec = one(&mut walk, root);
+        match spec {
+            Some(spec) if walk.mistakes.is_empty() => specs.push(spec),
+            _ => mistakes.append(&mut walk.mistakes),
+        }
+    }
+    if mistakes.is_empty() {
+        return Ok(specs);
+    }
+    mistakes.sort_by_key(|mistake| (mistake.place, mistake.document));
+    if let Some(left_out) = mistakes.len().checked_sub(MISTAKES_MAX + 1) {
+        mistakes.truncate(MISTAKES_MAX + 1);
+        if let Some(last) = mistakes.last_mut() {
+            last.path.clear();
+            last.nearest = None;
+            last.message = format!("and {} more mistakes from here on", left_out + 1);
+        }
+    }
+    Err(mistakes)
+}
+
+/// Like [`parse`], from bytes that may not be UTF-8.
+///
+/// # Errors
+/// As [`parse`]; the first byte that is not UTF-8 is one mistake.
+pub fn parse_bytes(bytes: &[u8], source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => parse(text, source_name),
+        Err(error) => {
+            let good = &bytes[..error.valid_up_to()];
+            let line_start = good.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+            let column = String::from_utf8_lossy(&good[line_start..]).chars().count() + 1;
+            let line = good.iter().filter(|b| **b == b'\n').count() + 1;
+            Err(vec![Mistake {
+                source: source_name.to_owned(),
+                document: 1,
+                path: String::new(),
+                place: Place { line, column },
+                message: "the file is not UTF-8 text from here on".to_owned(),
+                nearest: None,
+            }])
+        }
+    }
+}
+
+/// Reads one document: its kind first, because the kind decides the fields.
+fn one(walk: &mut Walk<'_>, root: &Node) -> Option<JobSpec> {
+    let Value::Map(entries) = &root.value else {
+        let message = format!(
+            "a manifest is an object with apiVersion, kind, metadata and spec; apiVersion is {API_VERSION}"
+        );
+        walk.wrong("", root.at, message, None);
+        return None;
+    };
+    let kind = entries.iter().find(|entry| entry.key == "kind");
+    let name = match kind.map(|kind| &kind.value.value) {
+        Some(Value::Plain(name) | Value::Quoted(name)) => name.as_str(),
+        // Missing or no text: the fields that every kind has are still checked.
+        _ => "",
+    };
+    if let Some(manifest) = manifest(name) {
+        walk.root(manifest.fields, root);
+        return match name {
+            "TrainingJob" => training(walk),
+            "ModelService" => service(walk),
+            _ => command(walk),
+        };
+    }
+    if name == "Queue" {
+        let at = kind.map_or(root.at, |kind| kind.value.at);
+        let message = "the kind Queue is not supported yet: there is one queue, `default`, and \
+                       jobs need not name it"
+            .to_owned();
+        walk.wrong("kind", at, message, None);
+        return None;
+    }
+    // An unknown kind: judge the document by the kind that was probably meant, so that its other
+    // mistakes are told at once; if none is near, only by what all kinds share.
+    let names = || MANIFESTS.iter().map(|manifest| manifest.name);
+    match nearest(name, names()).and_then(manifest) {
+        Some(manifest) => walk.root(manifest.fields, root),
+        None => {
+            let shared = &MANIFESTS[0].fields[..3];
+            let trimmed = entries.iter().filter(|entry| entry.key != "spec").cloned().collect();
+            walk.root(shared, &Node { value: Value::Map(trimmed), at: root.at });
+        }
+    }
+    None
+}
+
+impl Walk<'_> {
+    fn int(&self, path: &str) -> Option<i64> {
+        match self.get(path)? {
+            Checked::Integer(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    fn u32(&self, path: &str) -> Option<u32> {
+        self.int(path).and_then(|value| u32::try_from(value).ok())
+    }
+
+    fn u64(&self, path: &str) -> Option<u64> {
+        self.int(path).and_then(|value| u64::try_from(value).ok())
+    }
+
+    fn f32(&self, path: &str) -> Option<f32> {
+        match self.get(path)? {
+            Checked::Number(value) => Some(*value as f32),
+            _ => None,
+        }
+    }
+
+    fn text(&self, path: &str) -> Option<String> {
+        match self.get(path)? {
+            Checked::Text(text) => Some(text.clone()),
+            _ => None,
+        }
+    }
+
+    fn duration_ms(&self, path: &str) -> Option<u64> {
+        match self.get(path)? {
+            Checked::DurationMs(ms) => Some(*ms),
+            _ => None,
+        }
+    }
+
+    fn texts_by_name(&self, path: &str) -> BTreeMap<String, String> {
+        match self.get(path) {
+            Some(Checked::Map(map)) => map.clone(),
+            _ => BTreeMap::new(),
+        }
+    }
+}
+
+fn wrap(walk: &Walk<'_>, work: Work) -> Option<JobSpec> {
+    let device = match walk.text("spec.resources.device")?.as_str() {
+        "gpu" => DeviceKind::Gpu,
+        _ => DeviceKind::Cpu,
+    };
+    Some(JobSpec {
+        name: walk.text("metadata.name")?,
+        labels: walk.texts_by_name("metadata.labels"),
+        device,
+        settings: GangSettings {
+            queue: walk.text("spec.queue")?.parse().ok()?,
+            priority: i32::try_from(walk.int("spec.priority")?).ok()?,
+            restarts: RestartPolicy {
+                limit: walk.u32("spec.restarts.limit")?,
+                backoff_ms: walk.duration_ms("spec.restarts.backoff")?,
+            },
+            stall_timeout_ms: walk.duration_ms("spec.watchdog.stall").unwrap_or(0),
+            start_timeout_ms: walk.duration_ms("spec.watchdog.start")?,
+        },
+        work,
+    })
+}
+
+/// Reads the split. A number that is wrong by itself counts as 0, which no rule below judges.
+fn parallelism(walk: &mut Walk<'_>) -> Parallelism {
+    let part = |name: &str| walk.u32(&format!("spec.parallelism.{name}")).unwrap_or(0);
+    let split =
+        Parallelism { tensor: part("tensor"), pipeline: part("pipeline"), data: part("data") };
+    let ranks = u64::from(split.tensor) * u64::from(split.pipeline) * u64::from(split.data);
+    if ranks > RANKS_MAX.unsigned_abs() {
+        let Parallelism { tensor, pipeline, data } = split;
+        walk.wrong_field(
+            "spec.parallelism",
+            format!("tensor {tensor} x pipeline {pipeline} x data {data} = {ranks} ranks; at most {RANKS_MAX} are allowed"),
+        );
+    }
+    split
+}
+
+fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
+    let split = parallelism(walk);
+    let model = model(walk, split);
+    let sequence = sequence(walk, model.context);
+    batch(walk, split);
+    let rate = learning_rate(walk);
+    if !walk.mistakes.is_empty() {
+        return None;
+    }
+    let work = Work::TrainingJob(TrainingJob {
+        model,
+        data: DataSource { path: walk.text("spec.data.path")? },
+        parallelism: split,
+        steps: walk.u64("spec.steps")?,
+        global_batch: walk.u32("spec.batch.global")?,
+        micro_batch: walk.u32("spec.batch.micro")?,
+        sequence,
+        seed: walk.u64("spec.seed")?,
+        optimizer: Optimizer {
+            beta1: walk.f32("spec.optimizer.beta1")?,
+            beta2: walk.f32("spec.optimizer.beta2")?,
+            epsilon: walk.f32("spec.optimizer.epsilon")?,
+            weight_decay: walk.f32("spec.optimizer.weightDecay")?,
+            clip_norm: walk.f32("spec.optimizer.clipNorm")?,
+        },
+        learning_rate: rate?,
+        checkpoint: Checkpointing {
+            path: walk.text("spec.checkpoint.path").unwrap_or_default(),
+            interval_steps: walk.u64("spec.checkpoint.intervalSteps")?,
+            keep: walk.u32("spec.checkpoint.keep")?,
+            resume_from: walk.text("spec.checkpoint.resumeFrom"),
+        },
+        eval_interval_steps: walk.u64("spec.eval.intervalSteps")?,
+        eval_sequences: walk.u32("spec.eval.sequences")?,
+    });
+    wrap(walk, work)
+}
+
+/// Reads the model and checks its shape and split. A number that is wrong by itself is 0.
+fn model(walk: &mut Walk<'_>, split: Parallelism) -> ModelConfig {
+    let number = |name: &str| walk.u32(&format!("spec.model.{name}")).unwrap_or(0);
+    let family = walk.text("spec.model.family");
+    let is_gpt2 = family.as_deref() == Some("gpt2");
+    let heads = number("heads");
+    let model = ModelConfig {
+        family: if is_gpt2 { Family::Gpt2 } else { Family::Llama },
+        layers: number("layers"),
+        hidden: number("hidden"),
+        ffn: number("ffn"),
+        heads,
+        kv_heads: if walk.is_given("spec.model.kvHeads") { number("kvHeads") } else { heads },
+        vocab: number("vocab"),
+        context: number("context"),
+        norm_epsilon: walk.f32("spec.model.normEpsilon").unwrap_or(0.0),
+        rope_theta: walk.f32("spec.model.ropeTheta").unwrap_or(10_000.0),
+        tie_embeddings: match walk.get("spec.model.tieEmbeddings") {
+            Some(Checked::Bool(tie)) => *tie,
+            _ => is_gpt2,
+        },
+    };
+    for ModelError { field, message } in model.check(split.tensor, split.pipeline) {
+        // A 0 stands for a field whose own mistake has been told already.
+        if message == "must be at least 1" {
+            continue;
+        }
+        let path = match field {
+            "parallelism.tensor" | "parallelism.pipeline" => format!("spec.{field}"),
+            "kv_heads" => "spec.model.kvHeads".to_owned(),
+            _ => format!("spec.model.{field}"),
+        };
+        // Without grouping, kvHeads is heads: one mistake, not two.
+        let echo = message.starts_with("kv_heads ") && model.kv_heads == model.heads;
+        let needs_family = message.starts_with("rotary") && family.is_none();
+        if !echo && !needs_family {
+            walk.wrong_field(&path, message.replace("kv_heads", "kvHeads"));
+        }
+    }
+    if is_gpt2 {
+        if model.kv_heads != heads && model.kv_heads > 0 && heads > 0 {
+            walk.wrong_field(
+                "spec.model.kvHeads",
+                format!(
+                    "gpt2 has no grouped queries: kvHeads {} must equal heads {heads}",
+                    model.kv_heads
+                ),
+            );
+        }
+        if walk.is_given("spec.model.ropeTheta") {
+            walk.wrong_field(
+                "spec.model.ropeTheta",
+                "gpt2 has learned positions; ropeTheta is only for llama",
+            );
+        }
+    }
+    model
+}
+
+/// Reads the sequence length, the model's context when it is absent.
+fn sequence(walk: &mut Walk<'_>, context: u32) -> u32 {
+    const PATH: &str = "spec.batch.sequence";
+    if !walk.is_given(PATH) {
+        return context;
+    }
+    let sequence = walk.u32(PATH).unwrap_or(0);
+    if context > 0 && sequence > context {
+        walk.wrong_field(
+            PATH,
+            format!("sequence {sequence} is longer than model.context {context}; at most {context} works"),
+        );
+    }
+    sequence
+}
+
+fn batch(walk: &mut Walk<'_>, split: Parallelism) {
+    let (Some(global), Some(micro)) = (walk.u32("spec.batch.global"), walk.u32("spec.batch.micro"))
+    else {
+        return;
+    };
+    let part = u64::from(micro) * u64::from(split.data);
+    let global = u64::from(global);
+    if part == 0 || global.is_multiple_of(part) {
+        return;
+    }
+    let below = global / part * part;
+    let above = below + part;
+    let near = if below == 0 || above - global < global - below { above } else { below };
+    let message = format!(
+        "global {global} is not divisible by data {} x micro {micro} = {part}; nearest that works: \
+         global {near}",
+        split.data
+    );
+    walk.wrong_field("spec.batch.global", message);
+}
+
+fn learning_rate(walk: &mut Walk<'_>) -> Option<LearningRate> {
+    let peak = walk.f32("spec.learningRate.peak");
+    let floor = if walk.is_given("spec.learningRate.floor") {
+        walk.f32("spec.learningRate.floor")
+    } else {
+        peak.map(|peak| peak / 10.0)
+    };
+    let steps = walk.u64("spec.steps");
+    let warmup = if walk.is_given("spec.learningRate.warmupSteps") {
+        walk.u64("spec.learningRate.warmupSteps")
+    } else {
+        steps.map(|steps| steps / 20)
+    };
+    if let (Some(peak), Some(floor)) = (peak, floor)
+        && floor > peak
+    {
+        walk.wrong_field("spec.learningRate.floor", format!("floor {floor} is above peak {peak}"));
+    }
+    if let (Some(steps), Some(warmup)) = (steps, warmup)
+        && warmup > steps
+    {
+        let message = format!("warmupSteps {warmup} is more than steps {steps}");
+        walk.wrong_field("spec.learningRate.warmupSteps", message);
+    }
+    Some(LearningRate { peak: peak?, floor: floor?, warmup_steps: warmup? })
+}
+
+fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
+    let split = parallelism(walk);
+    if split.data > 1 {
+        walk.wrong_field(
+            "spec.parallelism.data",
+            format!("{} replicas are not supported yet; nearest that works: data 1", split.data),
+        );
+    }
+    if !walk.mistakes.is_empty() {
+        return None;
+    }
+    let name = walk.text("metadata.name")?;
+    let work = Work::ModelService(ModelService {
+        model: walk.text("spec.model")?,
+        served_name: walk.text("spec.servedName").unwrap_or(name),
+        parallelism: split,
+        max_batch: walk.u32("spec.maxBatch")?,
+        max_context: walk.u32("spec.maxContext").unwrap_or(0),
+        max_queue: walk.u32("spec.maxQueue")?,
+    });
+    wrap(walk, work)
+}
+
+fn command(walk: &mut Walk<'_>) -> Option<JobSpec> {
+    if !walk.mistakes.is_empty() {
+        return None;
+    }
+    let argv = match walk.get("spec.argv")? {
+        Checked::Texts(argv) => argv.clone(),
+        _ => return None,
+    };
+    let work = Work::CommandJob(CommandJob {
+        argv,
+        env: walk.texts_by_name("spec.env"),
+        workdir: walk.text("spec.workdir").unwrap_or_default(),
+        ranks: walk.u32("spec.ranks")?,
+    });
+    wrap(walk, work)
+}

@@ -1,0 +1,118 @@
+//! One generation: from an admitted request to the events of the leader rank.
+
+use std::time::Duration;
+
+use drumline_wire::v1;
+use futures::Stream;
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::Streaming;
+
+use crate::error::ApiError;
+use crate::meter::{Ending, Measure, Meter};
+use crate::routes::Routes;
+
+/// Longest time without an event before a generation is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// A running generation. Dropping it stops the generation on the ranks and frees its place.
+#[derive(Debug)]
+pub struct Generation {
+    events: Streaming<v1::GenerateEvent>,
+    measure: Measure,
+    over: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Generation {
+    /// Admits a request and starts it.
+    ///
+    /// # Errors
+    /// As [`Routes::admit`]; and what the leader rank refuses.
+    pub async fn start(
+        routes: &Routes,
+        meter: &Meter,
+        model: &str,
+        request: v1::GenerateRequest,
+    ) -> Result<Self, ApiError> {
+        let (mut client, place) = routes.admit(model).inspect_err(|error| {
+            let busy = error.retry_after.is_some();
+            // A name that nobody serves must not become a label: anyone can send any.
+            let label = if routes.names().iter().any(|name| name == model) { model } else { "" };
+            meter.refused(label, if busy { Ending::Busy } else { Ending::Invalid });
+        })?;
+        let mut measure = meter.begin(model);
+        let opened = tokio::time::timeout(SILENCE_MAX, client.generate(request)).await;
+        let answer = match opened {
+            Ok(answer) => answer,
+            Err(_) => Err(tonic::Status::deadline_exceeded("the request was not taken in 60 s")),
+        };
+        match answer {
+            Ok(response) => {
+                Ok(Self { events: response.into_inner(), measure, over: false, _place: place })
+            }
+            Err(status) => {
+                let error = ApiError::from_rank(&status);
+                measure.end(match error.status.as_u16() {
+                    429 => Ending::Busy,
+                    400 => Ending::Invalid,
+                    _ => Ending::Failed,
+                });
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the next event, or `None` after the one with a finish reason.
+    ///
+    /// # Errors
+    /// When the ranks fail or fall silent.
+    pub async fn next(&mut self) -> Result<Option<v1::GenerateEvent>, ApiError> {
+        if self.over {
+            return Ok(None);
+        }
+        let status = match tokio::time::timeout(SILENCE_MAX, self.events.message()).await {
+            Ok(Ok(Some(event))) => {
+                self.measure.event(&event);
+                if !event.finish_reason.is_empty() {
+                    self.over = true;
+                    self.measure.end(Ending::Ok);
+                }
+                return Ok(Some(event));
+            }
+            Ok(Ok(None)) => tonic::Status::unavailable("the stream ended before its end"),
+            Ok(Err(status)) => status,
+            Err(_) => tonic::Status::deadline_exceeded("no token for 60 s"),
+        };
+        self.over = true;
+        self.measure.end(Ending::Failed);
+        Err(ApiError::from_rank(&status))
+    }
+
+    /// Collects everything into one event.
+    ///
+    /// # Errors
+    /// As [`Generation::next`].
+    pub async fn collect(mut self) -> Result<v1::GenerateEvent, ApiError> {
+        let mut whole = v1::GenerateEvent::default();
+        while let Some(event) = self.next().await? {
+            whole.text.push_str(&event.text);
+            whole.tokens.extend(event.tokens);
+            whole.finish_reason = event.finish_reason;
+            whole.prompt_tokens = event.prompt_tokens;
+            whole.completion_tokens = event.completion_tokens;
+        }
+        Ok(whole)
+    }
+
+    /// Turns the generation into a stream of its events.
+    pub fn into_stream(self) -> impl Stream<Item = Result<v1::GenerateEvent, ApiError>> {
+        futures::stream::unfold(Some(self), |state| async move {
+            let mut generation = state?;
+            match generation.next().await {
+                Ok(Some(event)) => Some((Ok(event), Some(generation))),
+                Ok(None) => None,
+                Err(error) => Some((Err(error), None)),
+            }
+        })
+    }
+}

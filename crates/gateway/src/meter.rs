@@ -1,0 +1,250 @@
+//! What the gateway counts: requests, tokens and the times that users feel.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use drumline_wire::v1;
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+/// Buckets of the time to the first token, in seconds, as vLLM has them.
+pub const TTFT_BUCKETS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+/// Buckets of the time per output token after the first, in seconds.
+pub const TPOT_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5];
+/// Requests whose times are kept for the quantiles that the dashboard shows.
+const WINDOW: usize = 512;
+
+/// Counters, gauges and histograms of the gateway. Cloning shares them.
+#[derive(Debug, Clone)]
+pub struct Meter {
+    requests: IntCounterVec,
+    tokens: IntCounterVec,
+    in_flight: IntGaugeVec,
+    ttft: HistogramVec,
+    tpot: HistogramVec,
+    queue: HistogramVec,
+    duration: HistogramVec,
+    recent: Arc<Mutex<BTreeMap<String, Recent>>>,
+}
+
+#[derive(Debug, Default)]
+struct Recent {
+    ttft: VecDeque<f64>,
+    tpot: VecDeque<f64>,
+}
+
+/// How a request ended, as its metric label says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Answered in full.
+    Ok,
+    /// Refused as wrong.
+    Invalid,
+    /// Refused because the queue was full.
+    Busy,
+    /// The client went away.
+    Cancelled,
+    /// The model failed.
+    Failed,
+}
+
+impl Ending {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Invalid => "invalid",
+            Self::Busy => "busy",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Meter {
+    /// Registers all metrics.
+    ///
+    /// # Errors
+    /// When a name is registered twice.
+    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        fn keep<C: prometheus::core::Collector + Clone + 'static>(
+            registry: &Registry,
+            metric: C,
+        ) -> Result<C, prometheus::Error> {
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        }
+        let histogram = |name: &str, help: &str, buckets: &[f64]| {
+            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            keep(registry, HistogramVec::new(options, &["model"])?)
+        };
+        Ok(Self {
+            requests: keep(
+                registry,
+                IntCounterVec::new(
+                    Opts::new("drumline_gateway_requests_total", "Requests by how they ended."),
+                    &["model", "outcome"],
+                )?,
+            )?,
+            tokens: keep(
+                registry,
+                IntCounterVec::new(
+                    Opts::new("drumline_gateway_tokens_total", "Tokens by kind."),
+                    &["model", "kind"],
+                )?,
+            )?,
+            in_flight: keep(
+                registry,
+                IntGaugeVec::new(
+                    Opts::new("drumline_gateway_requests_in_flight", "Requests being answered."),
+                    &["model"],
+                )?,
+            )?,
+            ttft: histogram(
+                "drumline_gateway_time_to_first_token_seconds",
+                "From the request's arrival to its first token.",
+                TTFT_BUCKETS,
+            )?,
+            tpot: histogram(
+                "drumline_gateway_time_per_output_token_seconds",
+                "Mean time between tokens after the first, per request.",
+                TPOT_BUCKETS,
+            )?,
+            queue: histogram(
+                "drumline_gateway_queue_seconds",
+                "Time that a request waited for a place in the batch.",
+                TTFT_BUCKETS,
+            )?,
+            duration: histogram(
+                "drumline_gateway_request_seconds",
+                "From the request's arrival to its last token.",
+                TTFT_BUCKETS,
+            )?,
+            recent: Arc::default(),
+        })
+    }
+
+    /// Counts a request that was refused before it reached a rank.
+    pub fn refused(&self, model: &str, ending: Ending) {
+        self.requests.with_label_values(&[model, ending.label()]).inc();
+    }
+
+    /// Begins to measure a request.
+    #[must_use]
+    pub fn begin(&self, model: &str) -> Measure {
+        self.in_flight.with_label_values(&[model]).inc();
+        Measure {
+            meter: self.clone(),
+            model: model.to_owned(),
+            start: std::time::Instant::now(),
+            first: None,
+            completion_tokens: 0,
+            ended: false,
+        }
+    }
+
+    /// Sums up what the control plane shows of a model.
+    #[must_use]
+    pub fn report(&self, model: &str) -> v1::GatewayModelReport {
+        let count =
+            |outcome: Ending| self.requests.with_label_values(&[model, outcome.label()]).get();
+        let quantiles = |values: &VecDeque<f64>| {
+            let mut sorted: Vec<f64> = values.iter().copied().collect();
+            sorted.sort_by(f64::total_cmp);
+            let at = |q: f64| {
+                let index = (q * sorted.len().saturating_sub(1) as f64).round() as usize;
+                sorted.get(index).copied().unwrap_or(0.0)
+            };
+            (at(0.5), at(0.99))
+        };
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let empty = Recent::default();
+        let recent = recent.get(model).unwrap_or(&empty);
+        let (ttft_p50_seconds, ttft_p99_seconds) = quantiles(&recent.ttft);
+        let (tpot_p50_seconds, tpot_p99_seconds) = quantiles(&recent.tpot);
+        let errors_total = count(Ending::Failed) + count(Ending::Busy);
+        v1::GatewayModelReport {
+            model: model.to_owned(),
+            requests_total: count(Ending::Ok) + count(Ending::Cancelled) + errors_total,
+            errors_total,
+            prompt_tokens_total: self.tokens.with_label_values(&[model, "prompt"]).get(),
+            completion_tokens_total: self.tokens.with_label_values(&[model, "completion"]).get(),
+            in_flight: self.in_flight.with_label_values(&[model]).get().max(0) as u32,
+            queued: 0,
+            ttft_p50_seconds,
+            ttft_p99_seconds,
+            tpot_p50_seconds,
+            tpot_p99_seconds,
+        }
+    }
+}
+
+/// Measures one request. Dropped before its end, it counts as cancelled by the client.
+#[derive(Debug)]
+pub struct Measure {
+    meter: Meter,
+    model: String,
+    start: std::time::Instant,
+    first: Option<std::time::Instant>,
+    completion_tokens: u64,
+    ended: bool,
+}
+
+impl Measure {
+    /// Takes one event of the leader rank.
+    pub fn event(&mut self, event: &v1::GenerateEvent) {
+        let model = [self.model.as_str()];
+        if !event.tokens.is_empty() && self.first.is_none() {
+            let now = std::time::Instant::now();
+            self.first = Some(now);
+            let ttft = (now - self.start).as_secs_f64();
+            self.meter.ttft.with_label_values(&model).observe(ttft);
+            self.meter.queue.with_label_values(&model).observe(event.queue_ms / 1000.0);
+            self.remember(|recent| &mut recent.ttft, ttft);
+        }
+        self.completion_tokens += event.tokens.len() as u64;
+        if !event.finish_reason.is_empty() {
+            let count = |kind, tokens: u32| {
+                let labels = [self.model.as_str(), kind];
+                self.meter.tokens.with_label_values(&labels).inc_by(u64::from(tokens));
+            };
+            count("prompt", event.prompt_tokens);
+            count("completion", event.completion_tokens);
+        }
+    }
+
+    /// Ends the measurement.
+    pub fn end(&mut self, ending: Ending) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let model = [self.model.as_str()];
+        self.meter.in_flight.with_label_values(&model).dec();
+        self.meter.requests.with_label_values(&[&self.model, ending.label()]).inc();
+        self.meter.duration.with_label_values(&model).observe(self.start.elapsed().as_secs_f64());
+        if let Some(first) = self.first
+            && self.completion_tokens > 1
+        {
+            let tpot = first.elapsed().as_secs_f64() / (self.completion_tokens - 1) as f64;
+            self.meter.tpot.with_label_values(&model).observe(tpot);
+            self.remember(|recent| &mut recent.tpot, tpot);
+        }
+    }
+
+    fn remember(&self, list: impl Fn(&mut Recent) -> &mut VecDeque<f64>, value: f64) {
+        let mut recent = self.meter.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let values = list(recent.entry(self.model.clone()).or_default());
+        if values.len() == WINDOW {
+            values.pop_front();
+        }
+        values.push_back(value);
+    }
+}
+
+impl Drop for Measure {
+    fn drop(&mut self) {
+        self.end(Ending::Cancelled);
+    }
+}

@@ -1,0 +1,266 @@
+//! The HTTP server: routes, who may call, readiness and metrics.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use drumline_web::{Guard, Keys, PlainTextRefused};
+use drumline_wire::auth::{AddToken, Token};
+use drumline_wire::v1;
+use drumline_wire::v1::control_client::ControlClient;
+use prometheus::{Encoder, Registry, TextEncoder};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+
+use crate::error::ApiError;
+use crate::meter::Meter;
+use crate::routes::{Control, Route, Routes, now_ms};
+use crate::{chat, completions};
+
+/// The largest request body, in bytes.
+const BODY_MAX: usize = 4 << 20;
+/// How long a rank may take to tell its health.
+const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Finds the control plane, again at every try.
+pub type FindControl = Arc<dyn Fn() -> Result<String, String> + Send + Sync>;
+
+/// What a gateway needs to know.
+#[derive(Clone)]
+pub struct Options {
+    /// Where to listen. Only loopback without TLS.
+    pub listen: SocketAddr,
+    /// Further `HOST` or `HOST:PORT` under which clients may call.
+    pub allow_hosts: Vec<String>,
+    /// Returns the control plane's `http://HOST:PORT`.
+    pub control: FindControl,
+    /// The cluster's token, for the control plane.
+    pub cluster_token: Token,
+    /// Keys that clients may use.
+    pub keys: Vec<Token>,
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+/// Why a gateway cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The address may not be listened on.
+    #[error(transparent)]
+    PlainText(#[from] PlainTextRefused),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// A metric is registered twice.
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// What every handler shares.
+#[derive(Debug, Clone)]
+pub struct Gateway {
+    /// Where models are.
+    pub routes: Routes,
+    /// What is counted.
+    pub meter: Meter,
+    registry: Registry,
+    keys: Keys,
+    counter: Arc<AtomicU64>,
+}
+
+impl Gateway {
+    /// Returns a new id with this prefix.
+    #[must_use]
+    pub fn id(&self, prefix: &str) -> String {
+        let count = self.counter.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:x}{count:06x}", now_ms())
+    }
+
+    /// Returns seconds since the Unix epoch.
+    #[must_use]
+    pub fn seconds(&self) -> u64 {
+        now_ms() / 1000
+    }
+
+    /// Asks a model's leader rank how it is.
+    ///
+    /// # Errors
+    /// When the model is not served, not ready, or silent.
+    pub async fn health(&self, model: &str) -> Result<v1::HealthResponse, ApiError> {
+        // The place is given back at once: health is not work.
+        let route = self.routes.all().into_iter().find(|route| route.view.served_name == model);
+        let Some(route) = route else {
+            return Err(ApiError::no_such_model(model, &self.routes.names()));
+        };
+        route_health(&route).await
+    }
+}
+
+async fn route_health(route: &Route) -> Result<v1::HealthResponse, ApiError> {
+    let name = &route.view.served_name;
+    let Some(mut client) = route.client.clone() else {
+        return Err(ApiError::unavailable(format!("the model {name:?} is not ready yet")));
+    };
+    match tokio::time::timeout(HEALTH_DEADLINE, client.health(v1::HealthRequest {})).await {
+        Ok(Ok(health)) => Ok(health.into_inner()),
+        Ok(Err(status)) => Err(ApiError::from_rank(&status)),
+        Err(_) => Err(ApiError::unavailable(format!("the model {name:?} does not answer"))),
+    }
+}
+
+/// Runs a gateway until `stop`. `ready` takes the address once it listens.
+///
+/// # Errors
+/// [`GatewayError`] when it cannot start.
+pub async fn run(
+    options: Options,
+    ready: tokio::sync::oneshot::Sender<SocketAddr>,
+    stop: CancellationToken,
+) -> Result<(), GatewayError> {
+    drumline_web::plain_text_allowed(options.listen)?;
+    let failed = |source| GatewayError::Listen { address: options.listen, source };
+    let listener = TcpListener::bind(options.listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let registry = Registry::new();
+    let gateway = Gateway {
+        routes: Routes::default(),
+        meter: Meter::register(&registry)?,
+        registry,
+        keys: Keys::new(options.keys.clone()),
+        counter: Arc::default(),
+    };
+    let following = tokio::spawn(gateway.routes.clone().follow(
+        control_client(&options),
+        format!("http://{address}"),
+        gateway.meter.clone(),
+        stop.child_token(),
+    ));
+    let app = router(gateway, Guard::new(address, &options.allow_hosts));
+    let _ = ready.send(address);
+    let served = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
+    tokio::select! {
+        outcome = served.into_future() => {
+            if let Err(error) = outcome {
+                tracing::error!(%error, "the gateway's listener ended");
+            }
+        }
+        // Streams that are under way get a moment to end.
+        () = async { stop.cancelled().await; tokio::time::sleep(Duration::from_secs(5)).await } => {}
+    }
+    following.abort();
+    Ok(())
+}
+
+fn control_client(options: &Options) -> impl Fn() -> Result<Control, String> + use<> {
+    let find = options.control.clone();
+    let token = options.cluster_token.clone();
+    move || {
+        let url = find()?;
+        let channel = Endpoint::from_shared(url.clone())
+            .map_err(|error| format!("control address {url:?}: {error}"))?
+            .connect_timeout(Duration::from_secs(3))
+            .http2_keep_alive_interval(Duration::from_secs(5))
+            .keep_alive_timeout(Duration::from_secs(5))
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        let client = ControlClient::with_interceptor(channel, AddToken::new(&token));
+        Ok(client.max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES))
+    }
+}
+
+fn router(gateway: Gateway, guard: Guard) -> Router {
+    let api = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{model}", get(model))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat::create))
+        .route_layer(middleware::from_fn_with_state(gateway.clone(), require_key));
+    Router::new()
+        .merge(api)
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .fallback(async |request: Request| {
+            let message = format!("{} {} does not exist here", request.method(), request.uri());
+            let mut error = ApiError::invalid("", message);
+            error.status = StatusCode::NOT_FOUND;
+            error
+        })
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn_with_state(guard, drumline_web::guard))
+        .with_state(gateway)
+}
+
+async fn require_key(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {
+    if gateway.keys.admit(request.headers(), None) {
+        next.run(request).await
+    } else {
+        ApiError::unauthenticated().into_response()
+    }
+}
+
+fn model_json(route: &Route) -> Value {
+    json!({
+        "id": route.view.served_name, "object": "model", "created": 0, "owned_by": "drumline",
+        "max_model_len": route.view.max_context, "ready": route.client.is_some(),
+    })
+}
+
+async fn models(State(gateway): State<Gateway>) -> Json<Value> {
+    let data: Vec<Value> = gateway.routes.all().iter().map(model_json).collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn model(
+    State(gateway): State<Gateway>,
+    axum::extract::Path(name): axum::extract::Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let route = gateway.routes.all().into_iter().find(|route| route.view.served_name == name);
+    route
+        .map(|route| Json(model_json(&route)))
+        .ok_or_else(|| ApiError::no_such_model(&name, &gateway.routes.names()))
+}
+
+/// Ready means: there is a model, and every rank of every model answered a step just now.
+async fn readyz(State(gateway): State<Gateway>) -> Response {
+    let routes = gateway.routes.all();
+    let mut ready = !routes.is_empty();
+    let mut list = Vec::new();
+    for route in &routes {
+        let (ok, why) = match route_health(route).await {
+            Ok(health) if health.ready => (true, String::new()),
+            Ok(_) => (false, "its ranks did not answer a step just now".to_owned()),
+            Err(error) => (false, error.message),
+        };
+        ready &= ok;
+        list.push(json!({ "model": route.view.served_name, "ready": ok, "reason": why }));
+    }
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({ "ready": ready, "models": list }))).into_response()
+}
+
+async fn metrics(State(gateway): State<Gateway>) -> Response {
+    let mut text = Vec::new();
+    match TextEncoder::new().encode(&gateway.registry.gather(), &mut text) {
+        Ok(()) => ([("content-type", prometheus::TEXT_FORMAT)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}

@@ -1,0 +1,41 @@
+# The commands of the README. Each does its own set-up.
+
+CARGO ?= cargo
+# A machine with a small memory may want fewer.
+JOBS ?=
+CARGO_JOBS = $(if $(JOBS),--jobs $(JOBS),)
+
+.PHONY: demo test tidy lint deny setup bench clean
+
+# Builds in release and runs the main job: train, survive, serve, show.
+demo: setup-build
+	$(CARGO) build --release --package drumline-cli $(CARGO_JOBS)
+	./target/release/drumline demo $(DEMO)
+
+# Passes the tests; what they need from the system is installed, or named, first.
+test: setup
+	$(CARGO) test --workspace $(CARGO_JOBS)
+
+# Checks that no compiler makes: formatting, lints, layers, licences.
+tidy:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets $(CARGO_JOBS) -- --deny warnings
+	$(CARGO) xtask tidy
+
+# Licences, sources and duplicate versions of what we depend on.
+deny:
+	@command -v cargo-deny >/dev/null || $(CARGO) install cargo-deny --locked $(CARGO_JOBS)
+	$(CARGO) deny check bans licenses sources
+
+bench: setup-build
+	$(CARGO) build --release --package drumline-cli $(CARGO_JOBS)
+	./target/release/drumline bench all
+
+setup-build:
+	@tests/setup build
+
+setup:
+	@tests/setup test
+
+clean:
+	$(CARGO) clean

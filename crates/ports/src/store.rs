@@ -25,6 +25,7 @@
 
 pub mod election;
 pub mod error;
+pub mod fake;
 pub mod json;
 pub mod model;
 pub mod tail;

@@ -267,7 +267,7 @@ impl Store for EmbeddedStore {
         }
         // Fails now rather than at the first event when history is gone.
         self.shared.read(prefix, from)?;
-        Ok(follow(Arc::clone(&self.shared), committed, prefix, from))
+        Ok(follow(&self.shared, committed, prefix, from))
     }
 
     async fn revision(&self) -> Result<Revision, StoreError> {

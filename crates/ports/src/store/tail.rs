@@ -3,7 +3,7 @@
 //! Adapters that hold their own history implement [`History`] and get a [`WatchStream`] that has no
 //! gap, repeats nothing, and holds at most one chunk however slow its consumer is.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use futures::stream;
 use tokio::sync::watch;
@@ -37,7 +37,8 @@ pub trait History: Send + Sync + 'static {
 const PROGRESS_EVERY: u64 = 256;
 
 struct Tail<H> {
-    history: Arc<H>,
+    /// Weak: a watch must not keep a store open that its owner has closed.
+    history: Weak<H>,
     committed: watch::Receiver<Revision>,
     prefix: String,
     next: Revision,
@@ -47,15 +48,16 @@ struct Tail<H> {
 
 /// Follows `history` from `from` on; `committed` tells the newest readable revision.
 ///
-/// The stream ends with [`StoreError::Unavailable`] when the sender of `committed` is gone.
+/// The stream ends with [`StoreError::Unavailable`] when `history` or the sender of `committed` is
+/// gone.
 pub fn follow<H: History>(
-    history: Arc<H>,
+    history: &Arc<H>,
     committed: watch::Receiver<Revision>,
     prefix: &str,
     from: Revision,
 ) -> WatchStream {
     let tail = Tail {
-        history,
+        history: Arc::downgrade(history),
         committed,
         prefix: prefix.to_owned(),
         next: from,
@@ -77,7 +79,8 @@ impl<H: History> Tail<H> {
         loop {
             let newest = *self.committed.borrow_and_update();
             if newest >= self.next {
-                let chunk = self.history.read(&self.prefix, self.next)?;
+                let history = self.history.upgrade().ok_or_else(|| self.closed())?;
+                let chunk = history.read(&self.prefix, self.next)?;
                 if chunk.through >= self.next {
                     self.next = chunk.through.next();
                     let quiet = chunk.through.0.saturating_sub(self.reported.0);
@@ -89,9 +92,13 @@ impl<H: History> Tail<H> {
                 }
             }
             if self.committed.changed().await.is_err() {
-                let op = format!("watch of {:?}", self.prefix);
-                return Err(StoreError::unavailable(op, "the store was closed"));
+                return Err(self.closed());
             }
         }
+    }
+
+    fn closed(&self) -> StoreError {
+        let op = format!("watch of {:?}", self.prefix);
+        StoreError::unavailable(op, "the store was closed")
     }
 }

@@ -1,0 +1,3 @@
+//! Conformance suites: what every implementation of a port must do, as functions that panic.
+
+pub mod store;

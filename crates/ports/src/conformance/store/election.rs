@@ -1,0 +1,125 @@
+//! Leadership: one at a time, and fenced.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::{Loss, PATIENCE, Subject, read, within};
+use crate::store::{Elector, LeaderError, Op, Store, Txn};
+
+const TTL: Duration = Duration::from_millis(900);
+
+fn elector(store: &Arc<dyn Store>, identity: &str) -> Elector {
+    Elector::new(Arc::clone(store), "office/leader", identity, TTL)
+}
+
+fn mark(value: &str) -> Txn {
+    Txn::new().then(Op::put("office/mark", value.to_owned()))
+}
+
+/// While one leads, another is not elected; once it resigns, the next is, in a greater term.
+pub async fn one_leads_and_terms_grow(subject: &impl Subject) {
+    let store = subject.direct();
+    let (a, b) = (elector(&store, "a"), elector(&store, "b"));
+    assert_eq!(within("holder", a.holder()).await.expect("holder"), None);
+    let first = within("campaign", a.campaign(PATIENCE)).await.expect("elected");
+    let holder = within("holder", b.holder()).await.expect("holder").expect("a leads");
+    assert_eq!((holder.candidate.identity.as_str(), holder.term), ("a", first.term()));
+    // Longer than the lease: it must be the renewal that keeps the office.
+    let patience = TTL * 4;
+    let error = within("campaign", b.campaign(patience)).await.err().expect("a leads");
+    assert!(matches!(error, LeaderError::NotElected { .. }), "{error}");
+    assert!(first.is_valid());
+    within("write", first.fenced_txn(mark("a"))).await.expect("a leads");
+
+    let waiting = tokio::spawn(async move { b.campaign(PATIENCE).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let (term, resigned) = (first.term(), Instant::now());
+    within("resign", first.resign()).await.expect("resign");
+    let second = within("campaign", waiting).await.expect("task").expect("elected");
+    assert!(resigned.elapsed() < TTL * 2, "the successor waited for a timeout");
+    assert!(second.term() > term);
+}
+
+/// A leader whose lease ended cannot write any more, whatever it believes; it learns who leads.
+pub async fn an_old_leader_is_fenced(subject: &impl Subject) {
+    let store = subject.direct();
+    let (a, b) = (elector(&store, "a"), elector(&store, "b"));
+    let old = within("campaign", a.campaign(PATIENCE)).await.expect("elected");
+    within("write", old.fenced_txn(mark("old"))).await.expect("it leads");
+    // As if its process had been stopped for longer than its lease.
+    within("revoke", store.lease_revoke(old.lease())).await.expect("revoke");
+    let error = within("write", old.fenced_txn(mark("late"))).await.expect_err("nobody leads");
+    assert!(matches!(error, LeaderError::Fenced { now: None, .. }), "{error}");
+    let new = within("campaign", b.campaign(PATIENCE)).await.expect("elected");
+    let error = within("write", old.fenced_txn(mark("late"))).await.expect_err("b leads");
+    let LeaderError::Fenced { term, now: Some(now) } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(term, old.term());
+    assert_eq!((now.candidate.identity.as_str(), now.term), ("b", new.term()));
+    assert_eq!(read(store.as_ref(), "office/mark").await.as_deref(), Some("old"));
+    within("write", new.fenced_txn(mark("new"))).await.expect("b leads");
+    let cause = within("lost", old.lost()).await;
+    assert!(cause.contains("lease"), "{cause}");
+    assert!(!old.is_valid());
+}
+
+/// Candidates that lead in turns, each reading, thinking and writing without any other lock than
+/// the fence, never overwrite each other.
+pub async fn leaders_exclude_each_other(subject: &impl Subject) {
+    const CANDIDATES: u64 = 3;
+    const REIGNS: u64 = 3;
+    const WRITES: u64 = 4;
+    let store = subject.direct();
+    let mut tasks = JoinSet::new();
+    for i in 0..CANDIDATES {
+        let store = Arc::clone(&store);
+        tasks.spawn(async move {
+            let mut terms = Vec::new();
+            for _ in 0..REIGNS {
+                let elector = elector(&store, &format!("c{i}"));
+                let reign = within("campaign", elector.campaign(PATIENCE)).await.expect("elected");
+                terms.push(reign.term());
+                for _ in 0..WRITES {
+                    let now = read(store.as_ref(), "office/count").await;
+                    let now: u64 = now.map_or(0, |text| text.parse().expect("number"));
+                    let txn = Txn::new().then(Op::put("office/count", (now + 1).to_string()));
+                    within("write", reign.fenced_txn(txn)).await.expect("it leads");
+                }
+                within("resign", reign.resign()).await.expect("resign");
+            }
+            terms
+        });
+    }
+    let mut terms: Vec<_> = tasks.join_all().await.into_iter().flatten().collect();
+    let reigns = terms.len();
+    terms.sort_unstable();
+    terms.dedup();
+    assert_eq!(terms.len(), reigns, "two reigns shared a term");
+    let count = read(store.as_ref(), "office/count").await;
+    assert_eq!(count, Some((CANDIDATES * REIGNS * WRITES).to_string()));
+}
+
+/// A candidate whose winning bid lost its acknowledgement finds out that it leads.
+pub async fn a_lost_bid_still_wins(subject: &impl Subject) {
+    for loss in [Loss::Ack, Loss::Request] {
+        let store = subject.disturbed();
+        let candidate = elector(&store, "a");
+        within("holder", candidate.holder()).await.expect("holder");
+        subject.lose_next(loss);
+        let reign = within("campaign", candidate.campaign(PATIENCE)).await;
+        let reign = match reign {
+            Ok(reign) => reign,
+            // Where every kind of write can be lost, the grant was the next one: campaign again.
+            Err(LeaderError::Store(error)) if error.is_unknown() => {
+                within("campaign", candidate.campaign(PATIENCE)).await.expect("elected")
+            }
+            Err(error) => panic!("{loss:?}: {error}"),
+        };
+        within("write", reign.fenced_txn(mark("a"))).await.expect("it leads");
+        within("resign", reign.resign()).await.expect("resign");
+    }
+}

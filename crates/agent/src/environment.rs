@@ -4,31 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use drumline_spec::{JobSpec, Work};
-use drumline_wire::v1;
-
-/// Variables of the rank process's own side.
-pub mod variable {
-    /// Address of the agent's `RankHost` service, `http://HOST:PORT`.
-    pub const AGENT: &str = "DRUMLINE_AGENT";
-    /// The attempt's secret.
-    pub const SECRET: &str = "DRUMLINE_SECRET";
-    /// The job's id.
-    pub const JOB: &str = "DRUMLINE_JOB";
-    /// The attempt's number.
-    pub const ATTEMPT: &str = "DRUMLINE_ATTEMPT";
-    /// File with the job's spec as JSON.
-    pub const SPEC: &str = "DRUMLINE_SPEC";
-    /// Folder of the job that all nodes share; checkpoints go here unless the spec says otherwise.
-    pub const JOB_DIR: &str = "DRUMLINE_JOB_DIR";
-    /// Threads that the rank may use.
-    pub const THREADS: &str = "DRUMLINE_THREADS";
-    /// Index of the rank's device on its node.
-    pub const DEVICE: &str = "DRUMLINE_DEVICE";
-    /// Names the host, so that ranks on one host find each other's shared memory.
-    pub const HOST: &str = "DRUMLINE_HOST";
-    /// IP address on which the rank listens for its peers.
-    pub const LISTEN_IP: &str = "DRUMLINE_LISTEN_IP";
-}
+use drumline_wire::{contract, v1};
 
 /// What is the same for every rank of one launch.
 #[derive(Debug, Clone)]
@@ -71,15 +47,15 @@ pub fn variables(context: &LaunchContext<'_>, rank: &v1::LaunchRank) -> BTreeMap
     set("MASTER_PORT", launch.master_port.to_string());
     set("TORCHELASTIC_RESTART_COUNT", launch.attempt.saturating_sub(1).to_string());
     set("TORCHELASTIC_RUN_ID", launch.job.clone());
-    set(variable::AGENT, context.agent_url.to_owned());
-    set(variable::SECRET, launch.secret.clone());
-    set(variable::JOB, launch.job.clone());
-    set(variable::ATTEMPT, launch.attempt.to_string());
-    set(variable::SPEC, context.spec_file.display().to_string());
-    set(variable::JOB_DIR, context.job_dir.display().to_string());
-    set(variable::THREADS, rank.threads.max(1).to_string());
-    set(variable::DEVICE, rank.device.to_string());
-    set(variable::HOST, context.host.to_owned());
-    set(variable::LISTEN_IP, context.listen_ip.to_owned());
+    set(contract::AGENT, context.agent_url.to_owned());
+    set(contract::SECRET, launch.secret.clone());
+    set(contract::JOB, launch.job.clone());
+    set(contract::ATTEMPT, launch.attempt.to_string());
+    set(contract::SPEC, context.spec_file.display().to_string());
+    set(contract::JOB_DIR, context.job_dir.display().to_string());
+    set(contract::THREADS, rank.threads.max(1).to_string());
+    set(contract::DEVICE, rank.device.to_string());
+    set(contract::HOST, context.host.to_owned());
+    set(contract::LISTEN_IP, context.listen_ip.to_owned());
     all
 }

@@ -448,19 +448,19 @@ impl Agent {
     ) -> std::io::Result<RankProcess> {
         let binary = self.options.binary.display().to_string();
         let (argv, workdir) = match &context.spec.work {
-            Work::CommandJob(command) => {
-                let mut argv = vec![binary, "rank-exec".to_owned(), "--".to_owned()];
-                argv.extend(command.argv.iter().cloned());
-                let own = folder.to_owned();
-                (argv, if command.workdir.is_empty() { own } else { command.workdir.clone().into() })
+            Work::CommandJob(command) if command.workdir.is_empty() => {
+                (command.argv.clone(), folder.to_owned())
             }
+            Work::CommandJob(command) => (command.argv.clone(), command.workdir.clone().into()),
             Work::TrainingJob(_) | Work::ModelService(_) => {
-                (vec![binary, "rank".to_owned()], folder.to_owned())
+                (vec![binary.clone(), "rank".to_owned()], folder.to_owned())
             }
         };
+        // Killed with its supervisor, whatever the program is.
+        let argv = [binary, "rank-exec".to_owned(), "--".to_owned()].into_iter().chain(argv);
         let launch = Launch {
             supervisor: self.options.binary.clone(),
-            argv,
+            argv: argv.collect(),
             environment: variables(context, rank),
             workdir,
             log: folder.join(format!("rank-{}.log", rank.rank)),

@@ -63,9 +63,8 @@ impl AddToken {
     /// Never: a [`Token`] is visible ASCII.
     #[must_use]
     pub fn new(token: &Token) -> Self {
-        let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
-            .parse()
-            .expect("a token is visible ASCII");
+        let mut value: MetadataValue<Ascii> =
+            format!("Bearer {}", token.expose()).parse().expect("a token is visible ASCII");
         value.set_sensitive(true);
         Self(value)
     }
@@ -73,9 +72,7 @@ impl AddToken {
 
 impl Interceptor for AddToken {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request
-            .metadata_mut()
-            .insert("authorization", self.0.clone());
+        request.metadata_mut().insert("authorization", self.0.clone());
         Ok(request)
     }
 }
@@ -96,9 +93,7 @@ impl Interceptor for RequireToken {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         match bearer(&request) {
             Some(presented) if self.0.matches(presented) => Ok(request),
-            Some(_) => Err(Status::unauthenticated(
-                "the token is not valid for this cluster",
-            )),
+            Some(_) => Err(Status::unauthenticated("the token is not valid for this cluster")),
             None => Err(Status::unauthenticated(
                 "no token: send `authorization: Bearer TOKEN`; it is in the state folder's file `token`",
             )),
@@ -108,12 +103,7 @@ impl Interceptor for RequireToken {
 
 /// Returns the bearer token that a request presents.
 pub fn bearer<T>(request: &Request<T>) -> Option<&str> {
-    request
-        .metadata()
-        .get("authorization")?
-        .to_str()
-        .ok()?
-        .strip_prefix("Bearer ")
+    request.metadata().get("authorization")?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! them and the domain.
 
 pub mod auth;
+pub mod contract;
 pub mod convert;
 
 /// Messages, clients and servers of `drumline.v1alpha1`.

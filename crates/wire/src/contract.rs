@@ -1,0 +1,26 @@
+//! The environment that an agent gives to a rank beyond what `torchrun` users expect.
+
+/// Address of the agent's `RankHost` service, `http://HOST:PORT`.
+pub const AGENT: &str = "DRUMLINE_AGENT";
+/// The attempt's secret.
+pub const SECRET: &str = "DRUMLINE_SECRET";
+/// The job's id.
+pub const JOB: &str = "DRUMLINE_JOB";
+/// The attempt's number.
+pub const ATTEMPT: &str = "DRUMLINE_ATTEMPT";
+/// File with the job's spec as JSON.
+pub const SPEC: &str = "DRUMLINE_SPEC";
+/// Folder of the job that all nodes share; checkpoints go here unless the spec says otherwise.
+pub const JOB_DIR: &str = "DRUMLINE_JOB_DIR";
+/// Threads that the rank may use.
+pub const THREADS: &str = "DRUMLINE_THREADS";
+/// Index of the rank's device on its node.
+pub const DEVICE: &str = "DRUMLINE_DEVICE";
+/// Names the host, so that ranks on one host find each other's shared memory.
+pub const HOST: &str = "DRUMLINE_HOST";
+/// IP address on which the rank listens for its peers.
+pub const LISTEN_IP: &str = "DRUMLINE_LISTEN_IP";
+/// The rank's place in its world, from 0; `torchrun`'s name.
+pub const RANK: &str = "RANK";
+/// The number of ranks; `torchrun`'s name.
+pub const WORLD_SIZE: &str = "WORLD_SIZE";

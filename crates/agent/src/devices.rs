@@ -1,7 +1,5 @@
 //! What this node offers: CPU devices today, each a share of the node's cores.
 
-use std::time::Instant;
-
 use drumline_wire::v1;
 
 use crate::service::Options;
@@ -18,16 +16,12 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Looks at the machine. Takes about a tenth of a second: the matmul rate is measured, so that
-    /// the share of the peak that a run reaches is one of this machine.
+    /// Looks at the machine.
     #[must_use]
     pub fn discover(options: &Options) -> Self {
         let machine = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let cores = if options.cores == 0 { machine } else { options.cores };
         let memory = drumline_telemetry::proc::node_memory_total().unwrap_or(0);
-        let start = Instant::now();
-        let core_flops =
-            drumline_tensor::peak::matmul_f32(1, &|| start.elapsed().as_secs_f64());
         let count = options.cpu_devices.max(1);
         let list = (0..options.cpu_devices)
             .map(|index| v1::AgentDevice {
@@ -37,7 +31,7 @@ impl Devices {
                 memory_bytes: memory / u64::from(count),
                 healthy: true,
                 message: String::new(),
-                matmul_flops: core_flops * f64::from(cores) / f64::from(count),
+                matmul_flops: options.core_flops * f64::from(cores) / f64::from(count),
             })
             .collect();
         Self { list, cores, memory_bytes: memory }

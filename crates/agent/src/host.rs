@@ -67,10 +67,7 @@ impl Service {
 
 #[tonic::async_trait]
 impl RankHost for Service {
-    async fn join(
-        &self,
-        request: Request<v1::JoinWorld>,
-    ) -> Result<Response<v1::World>, Status> {
+    async fn join(&self, request: Request<v1::JoinWorld>) -> Result<Response<v1::World>, Status> {
         let secret = secret_of(&request)?;
         let (reply, answer) = oneshot::channel();
         let join = request.into_inner();

@@ -9,6 +9,7 @@ pub mod environment;
 pub mod host;
 pub mod link;
 pub mod logs;
+pub mod metrics;
 pub mod process;
 pub mod ranks;
 pub mod sampling;

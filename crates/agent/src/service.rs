@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use drumline_spec::{JobSpec, Work};
+use drumline_telemetry::http as telemetry;
 use drumline_types::{JobId, NodeName, RankPhase};
+use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use drumline_wire::v1;
 use drumline_wire::v1::agent_down::Kind as Down;
@@ -23,6 +25,7 @@ use crate::environment::{LaunchContext, variables};
 use crate::host::{self, RankCall};
 use crate::link::{self, LinkEvent};
 use crate::logs;
+use crate::metrics::Metrics;
 use crate::process::{Ask, Launch, RankProcess};
 use crate::ranks::{Gangs, LocalGang, Rank, RankKey, status};
 use crate::sampling::Sampler;
@@ -75,6 +78,9 @@ pub struct Options {
     pub cpu_devices: u32,
     /// Cores that this node's devices share; 0: all that the machine has.
     pub cores: u32,
+    /// Measured f32 matmul rate of one core, FLOP/s; 0: not known. A run's share of the peak is
+    /// told against it.
+    pub core_flops: f64,
     /// IP address on which this agent and its ranks listen.
     pub listen_ip: IpAddr,
     /// The `drumline` binary, for supervisors and native ranks.
@@ -101,6 +107,7 @@ impl Options {
             state_dir,
             cpu_devices: 2,
             cores: 0,
+            core_flops: 0.0,
             listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             binary,
             metrics_port: 0,
@@ -127,6 +134,9 @@ pub enum AgentError {
         /// The system's words.
         source: std::io::Error,
     },
+    /// A metric is registered twice.
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
 }
 
 /// Longest time that ranks get to end when the agent stops.
@@ -153,10 +163,13 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let _servers_end = servers.clone().drop_guard();
     let rank_host =
         host::serve(listen(0).await.map_err(failed)?, calls_in, servers.clone()).map_err(failed)?;
-    let sampler = Sampler::new(&options.node);
-    let metrics = listen(options.metrics_port).await.map_err(failed)?;
-    let metrics_url = format!("http://{}/metrics", metrics.local_addr().map_err(failed)?);
-    sampler.serve(metrics, servers);
+    let devices = Devices::discover(&options);
+    let metrics = Metrics::new(options.node.as_str(), &devices)?;
+    let listener = listen(options.metrics_port).await.map_err(failed)?;
+    let metrics_url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
+    let keys =
+        Some(Keys::new(vec![options.token.clone()])).filter(|_| !options.listen_ip.is_loopback());
+    tokio::spawn(telemetry::serve(listener, metrics.registry.clone(), keys, None, servers));
     let (link_in, link) = mpsc::channel(256);
     let (notices_in, notices) = mpsc::channel(256);
     let (timers_in, timers) = mpsc::channel(256);
@@ -166,7 +179,6 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         link_in,
         stop.child_token(),
     ));
-    let devices = Devices::discover(&options);
     tracing::info!(node = %options.node, devices = devices.list.len(), "agent started");
     Agent {
         instance: format!("{}-{}", std::process::id(), now_ms()),
@@ -174,7 +186,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         host: host_name(),
         metrics_url,
         devices,
-        sampler,
+        sampler: Sampler::default(),
+        metrics,
         gangs: Gangs::default(),
         outbox: VecDeque::new(),
         up: None,
@@ -214,6 +227,7 @@ struct Agent {
     metrics_url: String,
     devices: Devices,
     sampler: Sampler,
+    metrics: Metrics,
     gangs: Gangs,
     outbox: VecDeque<v1::AgentUp>,
     up: Option<mpsc::Sender<v1::AgentUp>>,
@@ -428,7 +442,10 @@ impl Agent {
         for rank in &launch.ranks {
             let mut state = Rank::launching(rank.device, now_ms());
             match self.start_rank(&context, rank, &folder) {
-                Ok(process) => state.process = Some(process),
+                Ok(process) => {
+                    self.metrics.rank_started();
+                    state.process = Some(process);
+                }
                 Err(error) => state.end(None, None, &error.to_string()),
             }
             gang.ranks.insert(rank.rank, state);
@@ -539,13 +556,13 @@ impl Agent {
     fn rank_call(&mut self, call: RankCall) {
         match call {
             RankCall::Join { join, secret, reply } => {
-                let key =
-                    RankKey { job: join.job.clone(), attempt: join.attempt, rank: join.rank };
+                let key = RankKey { job: join.job.clone(), attempt: join.attempt, rank: join.rank };
                 if let Err(status) = self.admit(&key, &secret) {
                     let _ = reply.send(Err(status));
                     return;
                 }
-                let world = self.gangs.get(&key.job, key.attempt).and_then(|gang| gang.world.clone());
+                let world =
+                    self.gangs.get(&key.job, key.attempt).and_then(|gang| gang.world.clone());
                 if let Some(world) = world {
                     let _ = reply.send(Ok(world));
                     return;
@@ -556,11 +573,8 @@ impl Agent {
                 self.send(Up::Join(join));
             }
             RankCall::Report { report, secret, reply } => {
-                let key = RankKey {
-                    job: report.job.clone(),
-                    attempt: report.attempt,
-                    rank: report.rank,
-                };
+                let key =
+                    RankKey { job: report.job.clone(), attempt: report.attempt, rank: report.rank };
                 let _ = reply.send(self.take_report(&key, &secret, report));
             }
         }
@@ -603,8 +617,11 @@ impl Agent {
         let joins = gang.joins;
         let Some(rank) = gang.ranks.get_mut(&key.rank) else { return };
         rank.notice(notice, joins, now_ms());
-        if rank.phase == RankPhase::Failed && rank.message.is_empty() {
-            rank.message = last_line(&log);
+        if rank.phase == RankPhase::Failed {
+            self.metrics.rank_failed();
+            if rank.message.is_empty() {
+                rank.message = last_line(&log);
+            }
         }
         self.send_status(key);
         self.gangs.forget_ended();
@@ -649,6 +666,7 @@ impl Agent {
 
     fn beat(&mut self) {
         let heartbeat = self.sampler.sample(&self.devices, &self.gangs, &self.options.state_dir);
+        self.metrics.update(&heartbeat, &self.gangs);
         // Health is of use only while it is fresh.
         if self.up.is_some() {
             self.send(Up::Heartbeat(heartbeat));
@@ -694,4 +712,3 @@ pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
-

@@ -3,17 +3,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use drumline_telemetry::table;
 use drumline_wire::v1;
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{HistogramVec, IntCounterVec, IntGaugeVec, Registry};
 
-/// Buckets of the time to the first token, in seconds, as vLLM has them.
-pub const TTFT_BUCKETS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-];
-/// Buckets of the time per output token after the first, in seconds.
-pub const TPOT_BUCKETS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5];
 /// Requests whose times are kept for the quantiles that the dashboard shows.
 const WINDOW: usize = 512;
 
@@ -69,59 +62,14 @@ impl Meter {
     /// # Errors
     /// When a name is registered twice.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        fn keep<C: prometheus::core::Collector + Clone + 'static>(
-            registry: &Registry,
-            metric: C,
-        ) -> Result<C, prometheus::Error> {
-            registry.register(Box::new(metric.clone()))?;
-            Ok(metric)
-        }
-        let histogram = |name: &str, help: &str, buckets: &[f64]| {
-            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-            keep(registry, HistogramVec::new(options, &["model"])?)
-        };
         Ok(Self {
-            requests: keep(
-                registry,
-                IntCounterVec::new(
-                    Opts::new("drumline_gateway_requests_total", "Requests by how they ended."),
-                    &["model", "outcome"],
-                )?,
-            )?,
-            tokens: keep(
-                registry,
-                IntCounterVec::new(
-                    Opts::new("drumline_gateway_tokens_total", "Tokens by kind."),
-                    &["model", "kind"],
-                )?,
-            )?,
-            in_flight: keep(
-                registry,
-                IntGaugeVec::new(
-                    Opts::new("drumline_gateway_requests_in_flight", "Requests being answered."),
-                    &["model"],
-                )?,
-            )?,
-            ttft: histogram(
-                "drumline_gateway_time_to_first_token_seconds",
-                "From the request's arrival to its first token.",
-                TTFT_BUCKETS,
-            )?,
-            tpot: histogram(
-                "drumline_gateway_time_per_output_token_seconds",
-                "Mean time between tokens after the first, per request.",
-                TPOT_BUCKETS,
-            )?,
-            queue: histogram(
-                "drumline_gateway_queue_seconds",
-                "Time that a request waited for a place in the batch.",
-                TTFT_BUCKETS,
-            )?,
-            duration: histogram(
-                "drumline_gateway_request_seconds",
-                "From the request's arrival to its last token.",
-                TTFT_BUCKETS,
-            )?,
+            requests: table::GATEWAY_REQUESTS.int_counter(registry)?,
+            tokens: table::GATEWAY_TOKENS.int_counter(registry)?,
+            in_flight: table::GATEWAY_IN_FLIGHT.int_gauge(registry)?,
+            ttft: table::GATEWAY_TTFT.histogram(registry)?,
+            tpot: table::GATEWAY_TPOT.histogram(registry)?,
+            queue: table::GATEWAY_QUEUE.histogram(registry)?,
+            duration: table::GATEWAY_DURATION.histogram(registry)?,
             recent: Arc::default(),
         })
     }

@@ -15,7 +15,7 @@ use drumline_web::{Guard, Keys, PlainTextRefused};
 use drumline_wire::auth::{AddToken, Token};
 use drumline_wire::v1;
 use drumline_wire::v1::control_client::ControlClient;
-use prometheus::{Encoder, Registry, TextEncoder};
+use prometheus::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -81,7 +81,6 @@ pub struct Gateway {
     pub routes: Routes,
     /// What is counted.
     pub meter: Meter,
-    registry: Registry,
     keys: Keys,
     counter: Arc<AtomicU64>,
 }
@@ -143,7 +142,6 @@ pub async fn run(
     let gateway = Gateway {
         routes: Routes::default(),
         meter: Meter::register(&registry)?,
-        registry,
         keys: Keys::new(options.keys.clone()),
         counter: Arc::default(),
     };
@@ -153,7 +151,9 @@ pub async fn run(
         gateway.meter.clone(),
         stop.child_token(),
     ));
-    let app = router(gateway, Guard::new(address, &options.allow_hosts));
+    let metric_keys = Some(gateway.keys.clone()).filter(|_| !address.ip().is_loopback());
+    let metrics = drumline_telemetry::http::router(registry, metric_keys, None);
+    let app = router(gateway, metrics, Guard::new(address, &options.allow_hosts));
     let _ = ready.send(address);
     let served = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
@@ -186,7 +186,7 @@ fn control_client(options: &Options) -> impl Fn() -> Result<Control, String> + u
     }
 }
 
-fn router(gateway: Gateway, guard: Guard) -> Router {
+fn router(gateway: Gateway, metrics: Router, guard: Guard) -> Router {
     let api = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
@@ -197,16 +197,16 @@ fn router(gateway: Gateway, guard: Guard) -> Router {
         .merge(api)
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
         .fallback(async |request: Request| {
             let message = format!("{} {} does not exist here", request.method(), request.uri());
             let mut error = ApiError::invalid("", message);
             error.status = StatusCode::NOT_FOUND;
             error
         })
+        .with_state(gateway)
+        .merge(metrics)
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn_with_state(guard, drumline_web::guard))
-        .with_state(gateway)
 }
 
 async fn require_key(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {
@@ -255,12 +255,4 @@ async fn readyz(State(gateway): State<Gateway>) -> Response {
     }
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(json!({ "ready": ready, "models": list }))).into_response()
-}
-
-async fn metrics(State(gateway): State<Gateway>) -> Response {
-    let mut text = Vec::new();
-    match TextEncoder::new().encode(&gateway.registry.gather(), &mut text) {
-        Ok(()) => ([("content-type", prometheus::TEXT_FORMAT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
 }

@@ -1,0 +1,99 @@
+//! What a rank knows when it starts: its environment, checked.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use drumline_spec::JobSpec;
+use drumline_wire::auth::Token;
+use drumline_wire::contract;
+
+/// Why a rank cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ContextError {
+    /// A variable is missing or wrong.
+    #[error("environment variable {name}: {problem} (ranks are started by `drumline agent`)")]
+    Variable {
+        /// The variable.
+        name: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The spec cannot be read.
+    #[error("{path}: {problem}")]
+    Spec {
+        /// The spec's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// A rank's place and means.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// `http://HOST:PORT` of the agent's `RankHost`.
+    pub agent: String,
+    /// The attempt's secret.
+    pub secret: Token,
+    /// The job's id.
+    pub job: String,
+    /// The attempt.
+    pub attempt: u32,
+    /// This rank.
+    pub rank: u32,
+    /// The number of ranks.
+    pub world_size: u32,
+    /// Threads that this rank may use.
+    pub threads: usize,
+    /// Folder of the job that all nodes share.
+    pub job_dir: PathBuf,
+    /// Names the host.
+    pub host: String,
+    /// Where to listen for peers.
+    pub listen_ip: IpAddr,
+    /// The job.
+    pub spec: JobSpec,
+}
+
+impl Context {
+    /// Reads the environment that the agent gave.
+    ///
+    /// # Errors
+    /// [`ContextError`], which names the variable or the file.
+    pub fn from_environment() -> Result<Self, ContextError> {
+        let path = PathBuf::from(text(contract::SPEC)?);
+        let spec = std::fs::read_to_string(&path)
+            .map_err(|error| error.to_string())
+            .and_then(|json| serde_json::from_str(&json).map_err(|error| error.to_string()))
+            .map_err(|problem| ContextError::Spec { path, problem })?;
+        let secret = Token::new(&text(contract::SECRET)?).map_err(|error| {
+            ContextError::Variable { name: contract::SECRET, problem: error.to_string() }
+        })?;
+        Ok(Self {
+            agent: text(contract::AGENT)?,
+            secret,
+            job: text(contract::JOB)?,
+            attempt: parse(contract::ATTEMPT)?,
+            rank: parse(contract::RANK)?,
+            world_size: parse(contract::WORLD_SIZE)?,
+            threads: parse::<usize>(contract::THREADS)?.max(1),
+            job_dir: text(contract::JOB_DIR)?.into(),
+            host: text(contract::HOST)?,
+            listen_ip: parse(contract::LISTEN_IP)?,
+            spec,
+        })
+    }
+}
+
+fn text(name: &'static str) -> Result<String, ContextError> {
+    std::env::var(name)
+        .map_err(|error| ContextError::Variable { name, problem: error.to_string() })
+}
+
+fn parse<T: FromStr>(name: &'static str) -> Result<T, ContextError> {
+    let value = text(name)?;
+    value
+        .parse()
+        .map_err(|_| ContextError::Variable { name, problem: format!("{value:?} is not valid") })
+}

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use drumline_ports::store::Store;
 
 use crate::embedded::{EmbeddedOpenError, EmbeddedOptions, EmbeddedStore};
+#[cfg(feature = "etcd")]
+use crate::etcd::{EtcdOpenError, EtcdOptions, EtcdStore};
 
 /// The forms that an address may have, for messages.
 const FORMS: &str = "valid forms: embedded:PATH, etcd://HOST:PORT[,HOST:PORT...]";
@@ -95,6 +97,9 @@ impl fmt::Display for Address {
 pub struct OpenOptions {
     /// For `embedded:` addresses.
     pub embedded: EmbeddedOptions,
+    /// For `etcd://` addresses.
+    #[cfg(feature = "etcd")]
+    pub etcd: EtcdOptions,
 }
 
 /// Why a store could not be opened.
@@ -106,7 +111,12 @@ pub enum OpenError {
     /// The file could not be opened.
     #[error(transparent)]
     Embedded(#[from] EmbeddedOpenError),
+    /// The cluster could not be reached.
+    #[cfg(feature = "etcd")]
+    #[error(transparent)]
+    Etcd(#[from] EtcdOpenError),
     /// This build has no etcd adapter.
+    #[cfg(not(feature = "etcd"))]
     #[error("store {address} needs etcd, which this build leaves out; build with feature `etcd`")]
     EtcdLeftOut {
         /// The address.
@@ -134,6 +144,11 @@ pub async fn open(address: &str, options: &OpenOptions) -> Result<Arc<dyn Store>
                 })),
             }
         }
+        #[cfg(feature = "etcd")]
+        Address::Etcd { members } => {
+            Ok(Arc::new(EtcdStore::connect(&members, &options.etcd).await?))
+        }
+        #[cfg(not(feature = "etcd"))]
         Address::Etcd { .. } => Err(OpenError::EtcdLeftOut { address: address.to_owned() }),
     }
 }

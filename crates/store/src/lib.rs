@@ -4,7 +4,12 @@
 //! [`drumline_ports::store::Store`].
 
 mod address;
+pub mod bench;
 pub mod embedded;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 
 pub use address::{Address, AddressError, OpenError, OpenOptions, open};
 pub use embedded::{EmbeddedOpenError, EmbeddedOptions, EmbeddedStore};
+#[cfg(feature = "etcd")]
+pub use etcd::{EtcdOpenError, EtcdOptions, EtcdStore, TlsError, TlsFiles};

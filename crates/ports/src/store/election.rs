@@ -69,6 +69,9 @@ pub enum LeaderError {
     Store(#[from] StoreError),
 }
 
+/// Shortest time between two attempts of a campaign.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Campaigns for one office: a key of the store.
 #[derive(Clone)]
 pub struct Elector {
@@ -104,8 +107,7 @@ impl Elector {
     pub async fn campaign(&self, patience: Duration) -> Result<Leadership, LeaderError> {
         let started = Instant::now();
         let deadline = started + patience;
-        let granted_at = Instant::now();
-        let lease = self.store.lease_grant(self.ttl).await?;
+        let (lease, granted_at) = self.grant(deadline).await?;
         let (reign, lost) = watch::channel(None);
         // Renews from the first moment: a long campaign must not outlive its own lease.
         let keeper = Keeper(tokio::spawn(keep(Arc::clone(&self.store), lease, granted_at, reign)));
@@ -125,6 +127,24 @@ impl Elector {
                 outcome?;
                 let waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
                 Err(LeaderError::NotElected { waited_ms })
+            }
+        }
+    }
+
+    /// Grants the candidate's lease, and tells from when on it counts. A lease whose grant went
+    /// unheard expires by itself, so that asking again does no harm.
+    async fn grant(&self, deadline: Instant) -> Result<(Lease, Instant), StoreError> {
+        loop {
+            let asked = Instant::now();
+            match self.store.lease_grant(self.ttl).await {
+                Ok(lease) => return Ok((lease, asked)),
+                Err(error)
+                    if (error.is_unknown() || error.is_transient())
+                        && Instant::now() + PAUSE < deadline =>
+                {
+                    sleep(PAUSE).await;
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -168,7 +188,7 @@ impl Elector {
                 return Ok(None);
             }
             // Bounds the rate when the store fails fast.
-            sleep(Duration::from_millis(10)).await;
+            sleep(PAUSE).await;
         }
     }
 

@@ -1,13 +1,18 @@
 //! Leadership: one at a time, and fenced.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::{Loss, PATIENCE, Subject, read, within};
-use crate::store::{Elector, LeaderError, Op, Store, Txn};
+use crate::store::{
+    Elector, KeyValue, LeaderError, Lease, LeaseId, Listing, Op, Revision, Store, StoreError, Txn,
+    TxnOutcome, WatchStream,
+};
 
 const TTL: Duration = Duration::from_millis(900);
 
@@ -103,23 +108,76 @@ pub async fn leaders_exclude_each_other(subject: &impl Subject) {
     assert_eq!(count, Some((CANDIDATES * REIGNS * WRITES).to_string()));
 }
 
-/// A candidate whose winning bid lost its acknowledgement finds out that it leads.
+/// A candidate whose winning bid lost its acknowledgement finds out that it leads; one whose bid
+/// never arrived bids again.
 pub async fn a_lost_bid_still_wins(subject: &impl Subject) {
     for loss in [Loss::Ack, Loss::Request] {
-        let store = subject.disturbed();
+        let (about_to_bid, announced) = oneshot::channel();
+        let (go, may_bid) = oneshot::channel();
+        let store: Arc<dyn Store> = Arc::new(Announcing {
+            inner: subject.disturbed(),
+            first: Mutex::new(Some((about_to_bid, may_bid))),
+        });
         let candidate = elector(&store, "a");
-        within("holder", candidate.holder()).await.expect("holder");
-        subject.lose_next(loss);
-        let reign = within("campaign", candidate.campaign(PATIENCE)).await;
-        let reign = match reign {
-            Ok(reign) => reign,
-            // Where every kind of write can be lost, the grant was the next one: campaign again.
-            Err(LeaderError::Store(error)) if error.is_unknown() => {
-                within("campaign", candidate.campaign(PATIENCE)).await.expect("elected")
-            }
-            Err(error) => panic!("{loss:?}: {error}"),
+        let arm = async {
+            announced.await.expect("it bids");
+            subject.lose_next(loss);
+            go.send(()).expect("it waits");
         };
+        let campaign = within("campaign", candidate.campaign(PATIENCE));
+        let (reign, ()) = tokio::join!(campaign, arm);
+        let reign = reign.unwrap_or_else(|e| panic!("{loss:?}: {e}"));
         within("write", reign.fenced_txn(mark("a"))).await.expect("it leads");
         within("resign", reign.resign()).await.expect("resign");
+    }
+}
+
+/// Announces the first transaction, and waits for leave to make it.
+struct Announcing {
+    inner: Arc<dyn Store>,
+    first: Mutex<Option<(oneshot::Sender<()>, oneshot::Receiver<()>)>>,
+}
+
+#[async_trait]
+impl Store for Announcing {
+    async fn txn(&self, txn: Txn) -> Result<TxnOutcome, StoreError> {
+        let first = self.first.lock().expect("no panic before").take();
+        if let Some((announce, leave)) = first {
+            announce.send(()).expect("someone listens");
+            leave.await.expect("leave");
+        }
+        self.inner.txn(txn).await
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<KeyValue>, StoreError> {
+        self.inner.get(key).await
+    }
+
+    async fn range(&self, prefix: &str) -> Result<Listing, StoreError> {
+        self.inner.range(prefix).await
+    }
+
+    async fn watch(&self, prefix: &str, from: Revision) -> Result<WatchStream, StoreError> {
+        self.inner.watch(prefix, from).await
+    }
+
+    async fn revision(&self) -> Result<Revision, StoreError> {
+        self.inner.revision().await
+    }
+
+    async fn compact(&self, through: Revision) -> Result<(), StoreError> {
+        self.inner.compact(through).await
+    }
+
+    async fn lease_grant(&self, ttl: Duration) -> Result<Lease, StoreError> {
+        self.inner.lease_grant(ttl).await
+    }
+
+    async fn lease_keep_alive(&self, lease: LeaseId) -> Result<Duration, StoreError> {
+        self.inner.lease_keep_alive(lease).await
+    }
+
+    async fn lease_revoke(&self, lease: LeaseId) -> Result<(), StoreError> {
+        self.inner.lease_revoke(lease).await
     }
 }

@@ -1,0 +1,201 @@
+//! The gateway in front of a scripted leader rank and a scripted control plane, over real sockets.
+
+mod fakes;
+
+use std::time::Duration;
+
+use fakes::{Fixture, GATEWAY_KEY};
+use serde_json::{Value, json};
+
+fn ask(prompt: &str) -> Value {
+    json!({ "model": "demo", "prompt": prompt, "max_tokens": 4, "temperature": 0 })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streaming_says_the_same_as_not_streaming() {
+    let fixture = Fixture::start(4).await;
+    let whole = fixture.post("/v1/completions", &ask("abcd")).await;
+    assert_eq!(whole.status, 200);
+    let text = whole.json["choices"][0]["text"].as_str().unwrap().to_owned();
+    assert_eq!(text, "dcba", "the scripted leader says the prompt backwards");
+    assert_eq!(whole.json["choices"][0]["finish_reason"], "length");
+    assert_eq!(whole.json["usage"]["prompt_tokens"], 4);
+    assert_eq!(whole.json["usage"]["completion_tokens"], 4);
+    assert_eq!(whole.json["usage"]["total_tokens"], 8);
+
+    let mut request = ask("abcd");
+    request["stream"] = json!(true);
+    request["stream_options"] = json!({ "include_usage": true });
+    let events = fixture.stream("/v1/completions", &request).await;
+    assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
+    let parts: Vec<Value> =
+        events[..events.len() - 1].iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    let joined: String =
+        parts.iter().filter_map(|part| part["choices"][0]["text"].as_str()).collect();
+    assert_eq!(joined, text);
+    assert_eq!(parts.last().unwrap()["usage"]["total_tokens"], 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_prompts_become_several_choices() {
+    let fixture = Fixture::start(4).await;
+    let mut request = ask("");
+    request["prompt"] = json!(["ab", "cd"]);
+    let answer = fixture.post("/v1/completions", &request).await;
+    assert_eq!(answer.json["choices"][0]["text"], "ba");
+    assert_eq!(answer.json["choices"][1]["text"], "dc");
+    assert_eq!(answer.json["choices"][1]["index"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chat_renders_the_models_template() {
+    let fixture = Fixture::start(4).await;
+    let request = json!({
+        "model": "demo", "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 3,
+    });
+    let answer = fixture.post("/v1/chat/completions", &request).await;
+    assert_eq!(answer.status, 200, "{}", answer.json);
+    // The scripted template is `<{{ content }}>`.
+    assert_eq!(answer.json["choices"][0]["message"]["content"], ">ih");
+    assert_eq!(answer.json["object"], "chat.completion");
+    let mut streamed = request;
+    streamed["stream"] = json!(true);
+    let events = fixture.stream("/v1/chat/completions", &streamed).await;
+    let first: Value = serde_json::from_str(&events[0]).unwrap();
+    assert_eq!(first["choices"][0]["delta"]["role"], "assistant");
+    let joined: String = events[..events.len() - 1]
+        .iter()
+        .map(|event| serde_json::from_str::<Value>(event).unwrap())
+        .filter_map(|part| part["choices"][0]["delta"]["content"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(joined, ">ih");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_no_key_or_the_wrong_host_stays_out() {
+    let fixture = Fixture::start(4).await;
+    let body = ask("a").to_string();
+    for (headers, status) in [
+        (vec![], 401),
+        (vec![("authorization", "Bearer wrong-wrong-wrong-wrong")], 401),
+        (vec![("authorization", GATEWAY_KEY), ("host", "evil.example")], 403),
+        (vec![("authorization", GATEWAY_KEY), ("origin", "http://evil.example")], 403),
+        (vec![("authorization", GATEWAY_KEY)], 200),
+    ] {
+        let answer = fixture.send("POST", "/v1/completions", &headers, body.clone()).await;
+        assert_eq!(answer.status, status, "{headers:?}");
+    }
+    // Every method is guarded, not only those that change something.
+    for method in ["GET", "DELETE", "PUT", "PATCH", "OPTIONS"] {
+        let headers = vec![("authorization", GATEWAY_KEY), ("origin", "http://evil.example")];
+        let answer = fixture.send(method, "/v1/models", &headers, String::new()).await;
+        assert_eq!(answer.status, 403, "{method}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistakes_are_named_and_harm_nobody() {
+    let fixture = Fixture::start(4).await;
+    for (body, status, word) in [
+        ("{", 400, "JSON"),
+        ("[]", 400, "object"),
+        (r#"{"model":"demo"}"#, 400, "prompt"),
+        (r#"{"model":"nope","prompt":"x"}"#, 404, "served now: demo"),
+        (r#"{"model":"demo","prompt":"x","n":3}"#, 400, "n = 3"),
+        (r#"{"model":"demo","prompt":"x","tools":[1]}"#, 400, "tools"),
+        (r#"{"model":"demo","prompt":"x","max_tokens":0}"#, 400, "max_tokens"),
+        (r#"{"model":"demo","prompt":"too long"}"#, 400, "never fit"),
+    ] {
+        let headers = [("authorization", GATEWAY_KEY)];
+        let answer = fixture.send("POST", "/v1/completions", &headers, body.to_owned()).await;
+        assert_eq!(answer.status, status, "{body}");
+        let message = answer.json["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains(word), "{body}: {message}");
+    }
+    let huge = format!(r#"{{"model":"demo","prompt":"{}"}}"#, "x".repeat(5 << 20));
+    let headers = [("authorization", GATEWAY_KEY)];
+    assert_eq!(fixture.send("POST", "/v1/completions", &headers, huge).await.status, 413);
+    assert_eq!(fixture.post("/v1/completions", &ask("ok")).await.status, 200);
+    assert_eq!(fixture.send("GET", "/nowhere", &headers, String::new()).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_answers_at_once_and_frees_its_places() {
+    // One place in the batch and one in the queue.
+    let fixture = Fixture::start(2).await;
+    let slow = |fixture: Fixture| {
+        tokio::spawn(async move { fixture.post("/v1/completions", &ask("slow")).await.status })
+    };
+    let running = [slow(fixture.clone()), slow(fixture.clone())];
+    fixture.wait_for_running(2).await;
+    let refused = fixture.post("/v1/completions", &ask("abcd")).await;
+    assert_eq!(refused.status, 429);
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(refused.json["error"]["type"], "rate_limit_error");
+    fixture.release();
+    for request in running {
+        assert_eq!(request.await.unwrap(), 200);
+    }
+    assert_eq!(fixture.post("/v1/completions", &ask("abcd")).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_stops_its_generation() {
+    let fixture = Fixture::start(2).await;
+    for stream in [false, true] {
+        let mut request = ask("slow");
+        request["stream"] = json!(stream);
+        let body = request.to_string();
+        let going = fixture.clone();
+        let task = tokio::spawn(async move {
+            let headers = [("authorization", GATEWAY_KEY)];
+            going.send("POST", "/v1/completions", &headers, body).await
+        });
+        fixture.wait_for_running(1).await;
+        task.abort();
+        fixture.wait_for_running(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ready_means_that_the_ranks_answered_just_now() {
+    let fixture = Fixture::start(2).await;
+    let headers = [];
+    assert_eq!(fixture.send("GET", "/healthz", &headers, String::new()).await.status, 200);
+    assert_eq!(fixture.send("GET", "/readyz", &headers, String::new()).await.status, 200);
+    fixture.set_healthy(false);
+    let answer = fixture.send("GET", "/readyz", &headers, String::new()).await;
+    assert_eq!((answer.status, &answer.json["ready"]), (503, &json!(false)));
+    // The process itself is fine all the while.
+    assert_eq!(fixture.send("GET", "/healthz", &headers, String::new()).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_moves_is_followed() {
+    let fixture = Fixture::start(2).await;
+    fixture.set_served(false);
+    fixture.wait_for_status(404).await;
+    fixture.set_served(true);
+    fixture.wait_for_status(200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_users_feel_is_counted() {
+    let fixture = Fixture::start(4).await;
+    fixture.post("/v1/completions", &ask("abcd")).await;
+    // A name that nobody serves must not become a label of a metric.
+    let mut wrong = ask("abcd");
+    wrong["model"] = json!("anything-a-stranger-sends");
+    fixture.post("/v1/completions", &wrong).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let page = fixture.send("GET", "/metrics", &[], String::new()).await.text;
+    for line in [
+        r#"drumline_gateway_requests_total{model="demo",outcome="ok"} 1"#,
+        r#"drumline_gateway_tokens_total{kind="completion",model="demo"} 4"#,
+        r#"drumline_gateway_time_to_first_token_seconds_count{model="demo"} 1"#,
+        r#"drumline_gateway_requests_in_flight{model="demo"} 0"#,
+    ] {
+        assert!(page.contains(line), "{line} in\n{page}");
+    }
+    assert!(!page.contains("stranger"));
+}

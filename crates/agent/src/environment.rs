@@ -17,6 +17,8 @@ pub struct LaunchContext<'a> {
     pub spec_file: &'a Path,
     /// Folder of the job that all nodes share.
     pub job_dir: &'a Path,
+    /// Folder that all nodes share.
+    pub shared_dir: &'a Path,
     /// `http://HOST:PORT` of the agent's `RankHost`.
     pub agent_url: &'a str,
     /// Names this host.
@@ -53,6 +55,7 @@ pub fn variables(context: &LaunchContext<'_>, rank: &v1::LaunchRank) -> BTreeMap
     set(contract::ATTEMPT, launch.attempt.to_string());
     set(contract::SPEC, context.spec_file.display().to_string());
     set(contract::JOB_DIR, context.job_dir.display().to_string());
+    set(contract::SHARED_DIR, context.shared_dir.display().to_string());
     set(contract::THREADS, rank.threads.max(1).to_string());
     set(contract::DEVICE, rank.device.to_string());
     set(contract::HOST, context.host.to_owned());

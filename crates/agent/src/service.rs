@@ -435,6 +435,7 @@ impl Agent {
             spec: &spec,
             spec_file: &spec_file,
             job_dir: &job_dir,
+            shared_dir: &self.options.shared_dir,
             agent_url: &self.agent_url,
             host: &self.host,
             listen_ip: &self.options.listen_ip.to_string(),

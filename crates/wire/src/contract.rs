@@ -24,3 +24,5 @@ pub const LISTEN_IP: &str = "DRUMLINE_LISTEN_IP";
 pub const RANK: &str = "RANK";
 /// The number of ranks; `torchrun`'s name.
 pub const WORLD_SIZE: &str = "WORLD_SIZE";
+/// Folder that all nodes share. Relative paths in manifests start here.
+pub const SHARED_DIR: &str = "DRUMLINE_SHARED_DIR";

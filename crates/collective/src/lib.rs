@@ -3,7 +3,24 @@
 //! A communicator belongs to one group of ranks. Every call names what it moves, blocks until its
 //! part is done, and fails, rather than hangs, when a peer is gone or the deadline passes.
 
+mod bell;
+pub mod bench;
+mod communicator;
+pub mod conformance;
+mod exchange;
+mod frame;
+mod group;
+mod handshake;
+pub mod host;
+mod lane;
 pub mod local;
+mod mailbox;
+mod peer;
+mod plan;
+mod reader;
+mod reduce;
+mod region;
+mod ring;
 
 use std::time::Duration;
 
@@ -133,12 +150,6 @@ pub const MESSAGE_MAX: usize = 64 << 20;
 
 /// Longest time without progress before a collective fails, unless set otherwise.
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
-
-/// Returns the greater value; of NaN and a number, NaN, whichever side it is on, so that a rank
-/// that diverged is seen by all.
-fn max(a: f32, b: f32) -> f32 {
-    if b > a || b.is_nan() { b } else { a }
-}
 
 /// Checks a caller's buffer before anything is sent.
 fn check_length(op: &'static str, expected: usize, got: usize) -> Result<(), CollectiveError> {

@@ -162,6 +162,17 @@ impl LocalCollective {
         Ok(gathered)
     }
 
+    fn check_peer(&self, op: &'static str, peer: usize) -> Result<(), CollectiveError> {
+        if peer < self.size && peer != self.rank {
+            return Ok(());
+        }
+        Err(CollectiveError::Mismatch {
+            op,
+            expected: format!("another rank below {}", self.size),
+            got: format!("rank {peer}"),
+        })
+    }
+
     fn check_root(&self, op: &'static str, root: usize) -> Result<(), CollectiveError> {
         if root < self.size {
             return Ok(());
@@ -199,7 +210,9 @@ impl Collective for LocalCollective {
                 (0, _) => data.copy_from_slice(part),
                 (_, ReduceOp::Sum) => data.iter_mut().zip(part).for_each(|(sum, x)| *sum += x),
                 (_, ReduceOp::Max) => {
-                    data.iter_mut().zip(part).for_each(|(max, x)| *max = crate::max(*max, *x));
+                    data.iter_mut()
+                        .zip(part)
+                        .for_each(|(max, x)| *max = crate::reduce::max(*max, *x));
                 }
             }
         }
@@ -266,7 +279,7 @@ impl Collective for LocalCollective {
     }
 
     fn send(&self, data: &[f32], to: usize) -> Result<(), CollectiveError> {
-        self.check_root("send", to)?;
+        self.check_peer("send", to)?;
         let mut message = Some(data.to_vec());
         let link = self.rank * self.size + to;
         self.wait(
@@ -286,7 +299,7 @@ impl Collective for LocalCollective {
     }
 
     fn recv(&self, data: &mut [f32], from: usize) -> Result<(), CollectiveError> {
-        self.check_root("recv", from)?;
+        self.check_peer("recv", from)?;
         let link = from * self.size + self.rank;
         let message = self.wait(
             "recv",

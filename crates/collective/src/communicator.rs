@@ -1,0 +1,371 @@
+//! The communicator of one group: carries out collectives over the lanes to its peers.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::exchange::{Buffers, Call, Exchange, Step};
+use crate::group::{Cause, Group};
+use crate::host::World;
+use crate::lane::Lane;
+use crate::plan::{self, Plan};
+use crate::{Collective, CollectiveError, ReduceOp};
+
+/// How long to wait before looking again for what nobody rings for (nothing, as far as is known).
+const SLEEP_MAX: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct State {
+    /// By rank in the group; none for this rank.
+    lanes: Vec<Option<Lane>>,
+    /// Calls so far.
+    sequence: u64,
+}
+
+/// A group of ranks in processes of their own, seen from one of them.
+///
+/// One call at a time: a second thread that calls waits for the first. Threads that communicate
+/// side by side need a group each.
+#[derive(Debug)]
+pub struct HostCollective {
+    group: Arc<Group>,
+    state: Mutex<State>,
+    deadline: Duration,
+    /// How long to look out for a peer before going to sleep.
+    spin: Duration,
+    /// Keeps the links open.
+    world: Arc<World>,
+}
+
+impl HostCollective {
+    pub(crate) fn new(
+        world: Arc<World>,
+        group: Arc<Group>,
+        lanes: Vec<Option<Lane>>,
+        deadline: Duration,
+        spin: Duration,
+    ) -> Self {
+        Self { group, state: Mutex::new(State { lanes, sequence: 0 }), deadline, spin, world }
+    }
+
+    /// Returns whether the data to `peer`, a rank of the group, goes through shared memory.
+    #[must_use]
+    pub fn shares_memory_with(&self, peer: usize) -> bool {
+        let state = self.lock();
+        (state.lanes.get(peer)).and_then(Option::as_ref).is_some_and(Lane::is_shared)
+    }
+
+    /// A panic of another thread mid-call leaves streams out of step, which the next call's
+    /// header check finds.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn aborted(&self, op: &'static str) -> Option<CollectiveError> {
+        self.group.aborted().map(|cause| match cause {
+            Cause::Asked => CollectiveError::Aborted,
+            Cause::PeerGone(peer) => CollectiveError::PeerGone { peer, op },
+        })
+    }
+
+    /// Takes steps until all is done, sleeping while nothing can move.
+    fn drive(
+        &self,
+        op: &'static str,
+        lanes: &mut [Option<Lane>],
+        mut step: impl FnMut(&mut [Option<Lane>]) -> Result<Step, CollectiveError>,
+    ) -> Result<(), CollectiveError> {
+        let is_gone =
+            |lanes: &[Option<Lane>], peer: usize| lanes[peer].as_ref().is_some_and(Lane::is_gone);
+        let mut idle_since: Option<Instant> = None;
+        'outer: loop {
+            if let Some(error) = self.aborted(op) {
+                return Err(error);
+            }
+            match step(lanes)? {
+                Step::Done => return Ok(()),
+                Step::Moved => {
+                    idle_since = None;
+                    continue;
+                }
+                Step::Waits(_) => {}
+            }
+            let since = *idle_since.get_or_insert_with(Instant::now);
+            let look_until = Instant::now() + self.spin;
+            loop {
+                for _ in 0..32 {
+                    std::hint::spin_loop();
+                }
+                match step(lanes)? {
+                    Step::Done => return Ok(()),
+                    Step::Moved => {
+                        idle_since = None;
+                        continue 'outer;
+                    }
+                    Step::Waits(_) if Instant::now() >= look_until => break,
+                    Step::Waits(_) => {}
+                }
+            }
+
+            let bell = self.group.bell();
+            let count = bell.about_to_sleep();
+            // What a peer wrote before it went counts, so look at it after seeing that it is gone.
+            let gone: Vec<bool> = (0..lanes.len()).map(|peer| is_gone(lanes, peer)).collect();
+            let peer = match step(lanes) {
+                Ok(Step::Waits(peer)) if self.group.aborted().is_none() => peer,
+                Ok(Step::Waits(_)) => {
+                    bell.stay_awake();
+                    continue;
+                }
+                Ok(Step::Moved) => {
+                    bell.stay_awake();
+                    idle_since = None;
+                    continue;
+                }
+                Ok(Step::Done) => {
+                    bell.stay_awake();
+                    return Ok(());
+                }
+                Err(error) => {
+                    bell.stay_awake();
+                    return Err(error);
+                }
+            };
+            if gone[peer] {
+                bell.stay_awake();
+                return Err(CollectiveError::PeerGone { peer, op });
+            }
+            let waited = since.elapsed();
+            let Some(left) = self.deadline.checked_sub(waited) else {
+                bell.stay_awake();
+                return Err(CollectiveError::TimedOut {
+                    op,
+                    peer,
+                    waited_ms: u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+                });
+            };
+            bell.sleep(count, left.min(SLEEP_MAX));
+        }
+    }
+
+    /// Passes a result on; after an error the streams are out of step, so the group is aborted,
+    /// here and on the peers.
+    fn settle<T>(&self, result: Result<T, CollectiveError>) -> Result<T, CollectiveError> {
+        if let Err(error) = &result {
+            let cause = match error {
+                CollectiveError::PeerGone { peer, .. } => Cause::PeerGone(*peer),
+                _ => Cause::Asked,
+            };
+            self.world.abort_group(&self.group, cause);
+        }
+        result
+    }
+
+    fn run(
+        &self,
+        call: Call,
+        plan: impl FnOnce(usize, usize) -> Plan,
+        buffers: Buffers<'_>,
+    ) -> Result<(), CollectiveError> {
+        if let Some(error) = self.aborted(call.op) {
+            return Err(error);
+        }
+        let mut state = self.lock();
+        let state = &mut *state;
+        let call = Call { sequence: state.sequence, ..call };
+        state.sequence += 1;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let plan = plan(self.size(), self.rank());
+        let mut exchange = Exchange::new(call, plan, self.rank(), buffers);
+        let result = self.drive(call.op, &mut state.lanes, |lanes| exchange.advance(lanes));
+        self.settle(result)
+    }
+
+    fn check_peer(&self, op: &'static str, peer: usize) -> Result<(), CollectiveError> {
+        if peer < self.size() && peer != self.rank() {
+            return Ok(());
+        }
+        Err(CollectiveError::Mismatch {
+            op,
+            expected: format!("another rank below {}", self.size()),
+            got: format!("rank {peer}"),
+        })
+    }
+
+    fn check_root(&self, op: &'static str, root: usize) -> Result<(), CollectiveError> {
+        if root < self.size() {
+            return Ok(());
+        }
+        Err(CollectiveError::Mismatch {
+            op,
+            expected: format!("a rank below {}", self.size()),
+            got: format!("rank {root}"),
+        })
+    }
+
+    fn call(&self, op: &'static str, elements: usize) -> Call {
+        Call { op, reduce: ReduceOp::Sum, root: 0, elements, sequence: 0 }
+    }
+}
+
+impl Collective for HostCollective {
+    fn rank(&self) -> usize {
+        self.group.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.group.ranks().len()
+    }
+
+    fn all_reduce(&self, data: &mut [f32], op: ReduceOp) -> Result<(), CollectiveError> {
+        let len = data.len();
+        let call = Call { reduce: op, ..self.call("all_reduce", len) };
+        let plan = |size, me| plan::all_reduce(size, me, len);
+        self.run(call, plan, Buffers::Whole(data))
+    }
+
+    fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
+        let len = send.len();
+        crate::check_length("all_gather", self.size() * len, recv.len())?;
+        recv[self.rank() * len..(self.rank() + 1) * len].copy_from_slice(send);
+        let plan = |size, me| plan::all_gather(size, me, len);
+        let buffers = Buffers::Apart { send, recv };
+        self.run(self.call("all_gather", len), plan, buffers)
+    }
+
+    fn reduce_scatter(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
+        let len = recv.len();
+        crate::check_length("reduce_scatter", self.size() * len, send.len())?;
+        recv.copy_from_slice(&send[self.rank() * len..(self.rank() + 1) * len]);
+        let plan = |size, me| plan::reduce_scatter(size, me, len);
+        let buffers = Buffers::Apart { send, recv };
+        self.run(self.call("reduce_scatter", send.len()), plan, buffers)
+    }
+
+    fn broadcast(&self, data: &mut [f32], root: usize) -> Result<(), CollectiveError> {
+        self.check_root("broadcast", root)?;
+        let len = data.len();
+        let call = Call { root, ..self.call("broadcast", len) };
+        let plan = |size, me| plan::broadcast(size, me, root, len);
+        self.run(call, plan, Buffers::Whole(data))
+    }
+
+    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<(), CollectiveError> {
+        const OP: &str = "broadcast_bytes";
+        self.check_root(OP, root)?;
+        let at_root = self.rank() == root;
+        if at_root {
+            crate::check_message(data.len())?;
+        }
+        // First the length, then the bytes as whole values: both only copied, never computed with.
+        let call = |elements| Call { root, ..self.call(OP, elements) };
+        let mut len = [if at_root { data.len() as u32 } else { 0 }];
+        let values: &mut [f32] = bytemuck::cast_slice_mut(&mut len);
+        let plan = |size, me| plan::broadcast(size, me, root, 1);
+        self.run(call(1), plan, Buffers::Whole(values))?;
+        let len = len[0] as usize;
+        if let Err(error) = crate::check_message(len) {
+            return self.settle(Err(error));
+        }
+        let mut values = vec![0.0f32; len.div_ceil(4)];
+        if at_root {
+            bytemuck::cast_slice_mut(&mut values)[..len].copy_from_slice(data);
+        }
+        let count = values.len();
+        let plan = |size, me| plan::broadcast(size, me, root, count);
+        self.run(call(count), plan, Buffers::Whole(&mut values))?;
+        if !at_root {
+            data.clear();
+            data.extend_from_slice(&bytemuck::cast_slice(&values)[..len]);
+        }
+        Ok(())
+    }
+
+    fn send(&self, data: &[f32], to: usize) -> Result<(), CollectiveError> {
+        self.check_peer("send", to)?;
+        let message: &[u8] = bytemuck::cast_slice(data);
+        let mut state = self.lock();
+        let mut at = 0;
+        let mut begun = false;
+        let result = self.drive("send", &mut state.lanes, |lanes| {
+            let Some(lane) = &mut lanes[to] else {
+                return Ok(Step::Done);
+            };
+            if begun && at == message.len() {
+                return Ok(Step::Done);
+            }
+            if lane.is_gone() {
+                return Err(CollectiveError::PeerGone { peer: to, op: "send" });
+            }
+            let posted = lane.post(message, at);
+            match posted.map_err(|error| lane.failed("send", error))? {
+                Some(len) => {
+                    begun = true;
+                    at += len;
+                    Ok(Step::Moved)
+                }
+                None => Ok(Step::Waits(to)),
+            }
+        });
+        self.settle(result)
+    }
+
+    fn recv(&self, data: &mut [f32], from: usize) -> Result<(), CollectiveError> {
+        const OP: &str = "recv";
+        self.check_peer(OP, from)?;
+        let message: &mut [u8] = bytemuck::cast_slice_mut(data);
+        let mut state = self.lock();
+        let mut at = 0;
+        let mut begun = false;
+        let result = self.drive(OP, &mut state.lanes, |lanes| {
+            let Some(lane) = &mut lanes[from] else {
+                return Ok(Step::Done);
+            };
+            if begun && at == message.len() {
+                return Ok(Step::Done);
+            }
+            let mismatch = |got: String| CollectiveError::Mismatch {
+                op: OP,
+                expected: format!("{} values", message.len() / 4),
+                got,
+            };
+            let next = lane.next_fragment();
+            let Some(fragment) = next.map_err(|why| mismatch(why.to_owned()))? else {
+                return Ok(Step::Waits(from));
+            };
+            let len = fragment.bytes.len();
+            if fragment.message != message.len() as u64 {
+                return Err(mismatch(format!("{} values", fragment.message / 4)));
+            }
+            if fragment.offset != at as u64 || at + len > message.len() {
+                return Err(mismatch("a fragment out of place".to_owned()));
+            }
+            message[at..at + len].copy_from_slice(fragment.bytes);
+            let taken = lane.take_fragment(len);
+            taken.map_err(|error| lane.failed(OP, error))?;
+            at += len;
+            begun = true;
+            Ok(Step::Moved)
+        });
+        self.settle(result)
+    }
+
+    fn barrier(&self) -> Result<(), CollectiveError> {
+        let call = self.call("barrier", 0);
+        for round in plan::barrier(self.size(), self.rank()) {
+            self.run(call, |_, _| round, Buffers::Whole(&mut []))?;
+        }
+        Ok(())
+    }
+
+    fn abort(&self) {
+        self.world.abort_group(&self.group, Cause::Asked);
+    }
+}
+
+impl Drop for HostCollective {
+    fn drop(&mut self) {
+        self.world.leave_group(&self.group);
+    }
+}

@@ -1,0 +1,414 @@
+//! The thread that reads all TCP links of a rank and notices when a peer is gone.
+//!
+//! It never waits for anything but the links: whatever it reads has space reserved, or its sender
+//! broke the protocol and is cut off.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::frame::{HEADER_BYTES, Header, Hello, Kind};
+use crate::group::{Cause, Group};
+use crate::peer::Peer;
+
+/// Read at once from a link; longer payloads go straight to their place.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Turns for one link before the others have theirs.
+const READS_MAX: usize = 8;
+
+/// Groups that peers may announce before this rank makes them.
+const EARLY_MAX: usize = 4096;
+
+/// How long a rank that leaves waits for its peers to have read everything.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// One side of a group being formed.
+#[derive(Debug)]
+pub(crate) struct Forming {
+    pub(crate) group: Arc<Group>,
+    pub(crate) hellos: Vec<Option<Hello>>,
+    pub(crate) mapped: Vec<Option<bool>>,
+}
+
+/// The groups of a rank.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    pub(crate) groups: BTreeMap<u32, Forming>,
+    /// Ids in use or used before: a late frame must not reach another group.
+    pub(crate) used: BTreeSet<u32>,
+    /// Hellos of groups that this rank has not made yet, by group and rank in the world.
+    pub(crate) early: BTreeMap<(u32, usize), Hello>,
+}
+
+/// What the reader thread shares with the communicators.
+#[derive(Debug)]
+pub(crate) struct Links {
+    /// By rank in the world; none for this rank.
+    pub(crate) peers: Vec<Option<Arc<Peer>>>,
+    registry: Mutex<Registry>,
+    pub(crate) changed: Condvar,
+    /// Set when the rank leaves.
+    pub(crate) leaving: AtomicBool,
+}
+
+impl Links {
+    pub(crate) fn new(peers: Vec<Option<Arc<Peer>>>) -> Self {
+        Self {
+            peers,
+            registry: Mutex::default(),
+            changed: Condvar::new(),
+            leaving: AtomicBool::new(false),
+        }
+    }
+
+    /// The registry is consistent at every unlock, so a panic elsewhere does not spoil it.
+    pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the payload of the frame under way goes.
+#[derive(Debug)]
+enum Target {
+    Stream(Arc<Group>, usize),
+    /// Also how many bytes of the fragment have come, and its length.
+    Message(Arc<Group>, usize, usize, usize),
+    Hello(u32, Vec<u8>),
+    Nowhere,
+}
+
+/// One link's reader.
+#[derive(Debug)]
+struct Link {
+    rank: usize,
+    peer: Arc<Peer>,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// Of the frame under way.
+    header: Option<Header>,
+    target: Target,
+    left: usize,
+}
+
+/// Why a link is done with.
+enum End {
+    /// Closed by the peer or broken.
+    Closed,
+    /// The peer does not keep to the protocol.
+    Violation,
+}
+
+/// Reads until the rank has left or every peer is gone. `wake` is written to when it leaves.
+pub(crate) fn run(links: &Links, wake: &UnixStream) {
+    let mut open: Vec<Link> = links
+        .peers
+        .iter()
+        .enumerate()
+        .filter_map(|(rank, peer)| peer.as_ref().map(|peer| Link::new(rank, Arc::clone(peer))))
+        .collect();
+    let mut left_since = None;
+    while !open.is_empty() {
+        if links.leaving.load(Ordering::Acquire) {
+            let since = *left_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= LINGER {
+                break;
+            }
+        }
+        let mut fds: Vec<PollFd<'_>> = open
+            .iter()
+            .map(|link| PollFd::from_borrowed_fd(as_fd(link.peer.stream()), PollFlags::IN))
+            .collect();
+        if left_since.is_none() {
+            fds.push(PollFd::new(wake, PollFlags::IN));
+        }
+        let slice =
+            Timespec { tv_sec: if left_since.is_some() { 0 } else { 60 }, tv_nsec: 50_000_000 };
+        if poll(&mut fds, Some(&slice)).is_err() {
+            // Interrupted by a signal; anything else would be a bad descriptor, and ours are open.
+            continue;
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        let mut index = 0;
+        open.retain_mut(|link| {
+            let stays = !ready[index] || link.turn(links).is_ok();
+            index += 1;
+            if !stays {
+                gone(links, link);
+            }
+            stays
+        });
+    }
+    for link in &open {
+        gone(links, link);
+    }
+}
+
+fn as_fd(stream: &std::net::TcpStream) -> rustix::fd::BorrowedFd<'_> {
+    rustix::fd::AsFd::as_fd(stream)
+}
+
+fn gone(links: &Links, link: &Link) {
+    link.peer.close();
+    let registry = links.registry();
+    for forming in registry.groups.values() {
+        if let Some(index) = forming.group.index_of(link.rank) {
+            forming.group.mark_gone(index);
+        }
+    }
+    links.changed.notify_all();
+}
+
+impl Link {
+    fn new(rank: usize, peer: Arc<Peer>) -> Self {
+        Self {
+            rank,
+            peer,
+            buffer: vec![0; BUFFER_BYTES].into(),
+            start: 0,
+            end: 0,
+            header: None,
+            target: Target::Nowhere,
+            left: 0,
+        }
+    }
+
+    /// Reads what is there, up to a limit.
+    fn turn(&mut self, links: &Links) -> Result<(), End> {
+        for _ in 0..READS_MAX {
+            self.use_buffered(links)?;
+            // A long payload goes straight to its place, once the buffer is used up.
+            let direct = self.start == self.end && self.left >= BUFFER_BYTES / 4;
+            let read = if direct {
+                self.read_direct()?
+            } else {
+                self.buffer.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+                let space = &mut self.buffer[self.end..];
+                read(&self.peer, space)?.inspect(|n| self.end += n)
+            };
+            if read.is_none() {
+                return Ok(());
+            }
+        }
+        self.use_buffered(links)
+    }
+
+    /// Returns the bytes read, or none if there are none yet.
+    fn read_direct(&mut self) -> Result<Option<usize>, End> {
+        let n = match &mut self.target {
+            Target::Stream(group, index) => {
+                let mut writers = group.inbound(*index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                let space = writers.ring.space();
+                let len = space.len().min(self.left);
+                if len == 0 {
+                    return Err(End::Violation);
+                }
+                let n = read(&self.peer, &mut space[..len])?;
+                if let Some(n) = n {
+                    writers.ring.commit(n);
+                    group.bell().ring();
+                }
+                n
+            }
+            Target::Message(group, index, at, len) => {
+                let mut writers = group.inbound(*index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                let space = &mut writers.mail.reserved(*len)[*at..];
+                let n = read(&self.peer, space)?;
+                *at += n.unwrap_or(0);
+                n
+            }
+            // These are short, and what goes nowhere may go through the buffer.
+            Target::Hello(..) | Target::Nowhere => {
+                let n = read(&self.peer, &mut self.buffer[..])?;
+                self.start = 0;
+                self.end = n.unwrap_or(0);
+                return Ok(n);
+            }
+        };
+        self.left -= n.unwrap_or(0);
+        Ok(n)
+    }
+
+    /// Works through the buffer.
+    fn use_buffered(&mut self, links: &Links) -> Result<(), End> {
+        loop {
+            let have = self.end - self.start;
+            match self.header {
+                None => {
+                    if have < HEADER_BYTES {
+                        return Ok(());
+                    }
+                    let bytes: &[u8; HEADER_BYTES] = self.buffer
+                        [self.start..self.start + HEADER_BYTES]
+                        .try_into()
+                        .map_err(|_| End::Violation)?;
+                    let header = Header::decode(bytes).ok_or(End::Violation)?;
+                    self.start += HEADER_BYTES;
+                    self.left = header.len as usize;
+                    self.target = self.open_target(links, &header)?;
+                    self.header = Some(header);
+                }
+                Some(header) if self.left == 0 => {
+                    self.finish(links, &header)?;
+                    self.header = None;
+                }
+                Some(_) => {
+                    if have == 0 {
+                        return Ok(());
+                    }
+                    self.put()?;
+                }
+            }
+        }
+    }
+
+    fn open_target(&self, links: &Links, header: &Header) -> Result<Target, End> {
+        if header.kind == Kind::Hello {
+            return Ok(Target::Hello(header.group, Vec::new()));
+        }
+        let registry = links.registry();
+        // Frames of a group that this rank has left are of no use.
+        let Some(forming) = registry.groups.get(&header.group) else {
+            return Ok(Target::Nowhere);
+        };
+        let group = Arc::clone(&forming.group);
+        drop(registry);
+        let index = group.index_of(self.rank).ok_or(End::Violation)?;
+        match header.kind {
+            Kind::Stream => Ok(Target::Stream(group, index)),
+            Kind::Message => {
+                let len = header.len as usize;
+                let mut writers = group.inbound(index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                if len > crate::mailbox::FRAGMENT_BYTES || writers.mail.space(len).is_none() {
+                    return Err(End::Violation);
+                }
+                Ok(Target::Message(Arc::clone(&group), index, 0, len))
+            }
+            _ => Ok(Target::Nowhere),
+        }
+    }
+
+    /// Puts some of the buffer where it belongs.
+    fn put(&mut self) -> Result<(), End> {
+        let have = &self.buffer[self.start..self.end];
+        let mut len = have.len().min(self.left);
+        match &mut self.target {
+            Target::Stream(group, index) => {
+                let mut writers = group.inbound(*index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                let space = writers.ring.space();
+                len = len.min(space.len());
+                if len == 0 {
+                    return Err(End::Violation);
+                }
+                space[..len].copy_from_slice(&have[..len]);
+                writers.ring.commit(len);
+                group.bell().ring();
+            }
+            Target::Message(group, index, at, whole) => {
+                let mut writers = group.inbound(*index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                writers.mail.reserved(*whole)[*at..*at + len].copy_from_slice(&have[..len]);
+                *at += len;
+            }
+            Target::Hello(_, bytes) => {
+                if bytes.len() + len > 1024 {
+                    return Err(End::Violation);
+                }
+                bytes.extend_from_slice(&have[..len]);
+            }
+            Target::Nowhere => {}
+        }
+        self.start += len;
+        self.left -= len;
+        Ok(())
+    }
+
+    /// Acts on a frame that is complete.
+    fn finish(&mut self, links: &Links, header: &Header) -> Result<(), End> {
+        match (&self.target, header.kind) {
+            (Target::Message(group, index, _, len), _) => {
+                let mut writers = group.inbound(*index).writers();
+                let writers = writers.as_mut().ok_or(End::Violation)?;
+                let at = writers.message_at;
+                writers.mail.post(*len, header.aux, at);
+                writers.message_at = at + *len as u64;
+                if writers.message_at >= header.aux {
+                    writers.message_at = 0;
+                }
+                group.bell().ring();
+            }
+            (Target::Hello(id, bytes), _) => {
+                let hello = Hello::decode(bytes).ok_or(End::Violation)?;
+                let mut registry = links.registry();
+                let registry = &mut *registry;
+                if let Some(forming) = registry.groups.get_mut(id) {
+                    let index = forming.group.index_of(self.rank).ok_or(End::Violation)?;
+                    forming.hellos[index] = Some(hello);
+                } else if !registry.used.contains(id) {
+                    if registry.early.len() >= EARLY_MAX {
+                        return Err(End::Violation);
+                    }
+                    registry.early.insert((*id, self.rank), hello);
+                }
+                links.changed.notify_all();
+            }
+            (
+                _,
+                Kind::Mapped | Kind::StreamCredit | Kind::MessageCredit | Kind::Abort | Kind::Left,
+            ) => {
+                let mut registry = links.registry();
+                let Some(forming) = registry.groups.get_mut(&header.group) else {
+                    return Ok(());
+                };
+                let index = forming.group.index_of(self.rank).ok_or(End::Violation)?;
+                let group = &forming.group;
+                let inbound = group.inbound(index);
+                match header.kind {
+                    Kind::Mapped => forming.mapped[index] = Some(header.aux == 1),
+                    Kind::StreamCredit => {
+                        inbound.stream_credit.store(header.aux, Ordering::Release);
+                        group.bell().ring();
+                    }
+                    Kind::MessageCredit => {
+                        inbound.message_credit.store(header.aux, Ordering::Release);
+                        group.bell().ring();
+                    }
+                    Kind::Abort => {
+                        let cause = Cause::decode(header.aux, group.ranks().len());
+                        group.abort(cause.ok_or(End::Violation)?);
+                    }
+                    _ => group.mark_gone(index),
+                }
+                links.changed.notify_all();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Reads once; none if there is nothing yet.
+fn read(peer: &Peer, space: &mut [u8]) -> Result<Option<usize>, End> {
+    loop {
+        match peer.stream().read(space) {
+            Ok(0) if !space.is_empty() => return Err(End::Closed),
+            Ok(n) => return Ok(Some(n)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(_) => return Err(End::Closed),
+        }
+    }
+}

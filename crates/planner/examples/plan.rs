@@ -1,68 +1,69 @@
-//! Runs the validation on a table of published runs: `plan FILE [CATALOGUE.toml]`.
+//! Runs the planner's commands without the `drumline` binary: `plan train --model gpt3-175b ...`.
+//!
+//! Needs the feature `clap`; the `drumline` binary wires the same arguments.
 
-use drumline_planner::{Catalogue, published};
-
+#[cfg(feature = "clap")]
 fn main() {
-    let args: Vec<String> = std::env::args().collect();
-    let text = std::fs::read_to_string(&args[1]).expect("table");
-    let mut catalogue = Catalogue::builtin();
-    if let Some(file) = args.get(2).filter(|a| !a.starts_with("--")) {
-        let text = std::fs::read_to_string(file).expect("catalogue");
-        catalogue = catalogue.extend(file, &text).expect("catalogue");
+    use clap::{Parser, Subcommand};
+    use drumline_planner::command::{
+        self, BudgetArgs, Inputs, ServeArgs, TextFile, TrainArgs, ValidateArgs,
+    };
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        command: Command,
+        /// table or json.
+        #[arg(long, global = true, default_value = "table")]
+        output: String,
     }
-    let table = match published::read(&args[1], &text, &catalogue) {
-        Ok(table) => table,
-        Err(error) => {
-            println!("{error}");
-            return;
+
+    #[derive(Subcommand)]
+    enum Command {
+        Train(Box<TrainArgs>),
+        Serve(Box<ServeArgs>),
+        Budget(Box<BudgetArgs>),
+        Validate(Box<ValidateArgs>),
+    }
+
+    let read = |name: &str| {
+        std::fs::read_to_string(name).ok().map(|text| TextFile { name: name.to_owned(), text })
+    };
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Command::Train(args) => {
+            command::train(args, &Inputs { model: read(&args.model), ..Inputs::default() })
+        }
+        Command::Serve(args) => {
+            command::serve(args, &Inputs { model: read(&args.model), ..Inputs::default() })
+        }
+        Command::Budget(args) => {
+            let runs = args.fit.as_deref().and_then(read);
+            command::budget(args, &Inputs { runs, ..Inputs::default() })
+        }
+        Command::Validate(args) => {
+            command::validate(args, &Inputs { runs: read(&args.file), ..Inputs::default() })
         }
     };
-    for row in &table.rows {
-        let (split, s) = row.predict().expect("row");
-        let value = row.predict_value().expect("row");
-        println!(
-            "{:34.34} {:>6} {:<22} pub {:>8.2} pred {:>8.2} {:>+6.1}%  {split} m{} | step {:.3} mm {:.3} at {:.3} el {:.3} tp {:.3} cp {:.3} rc {:.3} loss {:.3} bub {:.3} snd {:.3} dp {:.3} opt {:.3} str {:.3}",
-            row.source,
-            row.split.gpus(),
-            row.measured_name,
-            row.value,
-            value,
-            100.0 * (value / row.value - 1.0),
-            s.micro_batches,
-            s.step,
-            s.layers.matmul,
-            s.layers.attention,
-            s.layers.elementwise,
-            s.layers.tensor,
-            s.layers.context,
-            s.recompute,
-            s.embedding_and_loss,
-            s.bubble,
-            s.pipeline_sends,
-            s.data,
-            s.optimizer,
-            s.straggler
-        );
-    }
-    if args.iter().any(|a| a == "--fit") {
-        let fitted = drumline_planner::calibrate::fit(&table.rows, &catalogue).expect("fit");
-        println!("{fitted:#?}");
-        let loo = drumline_planner::calibrate::leave_one_out(&table.rows, &catalogue).expect("loo");
-        let sources = drumline_planner::calibrate::leave_one_source_out(&table.rows, &catalogue)
-            .expect("loso");
-        for (row, (a, b)) in table.rows.iter().zip(loo.iter().zip(&sources)) {
-            println!("{:40.40} {:>6} {:>+7.1}% {:>+7.1}%", row.source, row.split.gpus(), a, b);
+    match result {
+        Ok(output) => {
+            for warning in &output.warnings {
+                eprintln!("note: {warning}");
+            }
+            match (cli.output.as_str(), &output.manifest) {
+                ("json", _) => println!("{:#}", output.json),
+                (_, Some(manifest)) => print!("{manifest}"),
+                _ => print!("{}", output.table),
+            }
         }
-        let mean = |e: &[f64]| e.iter().map(|x| x.abs()).sum::<f64>() / e.len() as f64;
-        println!(
-            "leave one row out {:.2}%, leave one source out {:.2}%",
-            mean(&loo),
-            mean(&sources)
-        );
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::exit(1);
+        }
     }
-    let report = table.validate().expect("rows");
-    println!(
-        "mean {:.2}% max {:.2}%",
-        report.mean_absolute_error_percent, report.max_absolute_error_percent
-    );
+}
+
+#[cfg(not(feature = "clap"))]
+fn main() {
+    eprintln!("build with --features clap");
 }

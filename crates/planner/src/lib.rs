@@ -6,13 +6,25 @@
 pub mod calibrate;
 pub mod catalogue;
 pub mod comm;
+pub mod command;
 pub mod error;
+pub mod explain;
 pub mod fit;
+pub mod hf;
 pub mod layer;
+pub mod manifest;
 pub mod memory;
 pub mod model;
+pub mod money;
 pub mod ops;
+pub mod plot;
+pub mod profile;
 pub mod published;
+pub mod quantity;
+pub mod reliability;
+pub mod scaling;
+pub mod search;
+pub mod serve;
 pub mod split;
 pub mod step;
 

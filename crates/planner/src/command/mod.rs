@@ -1,0 +1,124 @@
+//! The commands `plan train`, `plan serve`, `plan budget` and `plan validate`: arguments and texts
+//! in, a table, JSON and files out. A command line only parses flags and reads files.
+
+pub mod args;
+mod budget;
+mod serve;
+mod train;
+mod validate;
+
+pub use args::{BudgetArgs, Inputs, ServeArgs, TextFile, TrainArgs, ValidateArgs};
+pub use budget::budget;
+pub use serve::serve;
+pub use train::{train, TrainReport};
+pub use validate::validate;
+
+use crate::catalogue::{Catalogue, Dtype, Gpu};
+use crate::error::PlanError;
+use crate::model::Model;
+use crate::profile::Profile;
+use crate::split::{Machines, Stack};
+
+/// What a command answers.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Output {
+    /// A table that fits a screen, ending in a newline.
+    pub table: String,
+    /// The same as data.
+    pub json: serde_json::Value,
+    /// A manifest, where one was asked for.
+    pub manifest: Option<String>,
+    /// An SVG, where a sweep was asked for.
+    pub plot: Option<String>,
+    /// What the user should know beside the answer, one sentence each; for standard error.
+    pub warnings: Vec<String>,
+}
+
+/// Reads the catalogue with the user's extensions.
+pub(crate) fn catalogue(inputs: &Inputs) -> Result<Catalogue, PlanError> {
+    let mut catalogue = Catalogue::builtin();
+    for file in &inputs.catalogues {
+        catalogue = catalogue.extend(&file.name, &file.text)?;
+    }
+    Ok(catalogue)
+}
+
+/// Finds the model: the given file's, or the catalogue's. With a manifest come its sequence and
+/// its global batch.
+pub(crate) fn model(
+    name: &str,
+    inputs: &Inputs,
+    catalogue: &Catalogue,
+) -> Result<(Model, Option<(u32, u32)>), PlanError> {
+    let Some(file) = &inputs.model else {
+        return Ok((catalogue.model(name)?, None));
+    };
+    if file.text.contains("apiVersion") {
+        let (model, sequence, global) = crate::manifest::read(&file.name, &file.text)?;
+        return Ok((model, Some((sequence, global))));
+    }
+    Ok((crate::hf::read(&file.name, &file.text)?, None))
+}
+
+/// Finds the machines: a measured profile's, or the catalogue's.
+pub(crate) fn machines(
+    gpu: &str,
+    network: Option<&str>,
+    inputs: &Inputs,
+    catalogue: &Catalogue,
+) -> Result<Machines, PlanError> {
+    if let Some(file) = &inputs.profile {
+        let mut machines = Profile::read(&file.name, &file.text)?.machines();
+        if let Some(name) = network {
+            machines.network = catalogue.network(name)?;
+        }
+        return Ok(machines);
+    }
+    let gpu = catalogue.gpu(gpu)?;
+    let network = match network {
+        Some(name) => catalogue.network(name)?,
+        None => catalogue.default_network(&gpu),
+    };
+    Ok(Machines { gpu, network })
+}
+
+pub(crate) fn dtype(text: Option<&str>, gpu: &Gpu) -> Result<Dtype, PlanError> {
+    let dtype = text.map_or(Ok(gpu.training_dtype()), Dtype::parse)?;
+    gpu.peak(dtype)?;
+    Ok(dtype)
+}
+
+pub(crate) fn stack(text: Option<&str>) -> Result<Stack, PlanError> {
+    text.map_or(Ok(Stack::Overlapped), Stack::parse)
+}
+
+pub(crate) fn gib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 30)
+}
+
+/// Says what of a model and a GPU is assumed rather than published.
+pub(crate) fn notes(model: &Model, gpu: &Gpu) -> Vec<String> {
+    let mut notes = Vec::new();
+    if !model.assumed.is_empty() {
+        notes.push(format!(
+            "{}: not published and assumed here: {} ({})",
+            model.name,
+            model.assumed.join(", "),
+            model.source
+        ));
+    }
+    if !gpu.calibration.basis.starts_with("fitted") && !gpu.calibration.basis.starts_with("measured")
+    {
+        notes.push(format!(
+            "{}: rates are not fitted to published runs of it ({})",
+            gpu.name, gpu.calibration.basis
+        ));
+    }
+    notes
+}
+
+pub(crate) fn json<T: serde::Serialize>(value: &T) -> Result<serde_json::Value, PlanError> {
+    // JSON has no infinities; serde_json writes them as null, which is what a reader expects.
+    serde_json::to_value(value)
+        .map_err(|error| PlanError::invalid("output", error.to_string()))
+}

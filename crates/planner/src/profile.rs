@@ -1,0 +1,255 @@
+//! A node's own measurements in place of the catalogue: from `drumline bench` to a GPU entry.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalogue::{Calibration, Dtype, Gpu, Network, position};
+use crate::error::PlanError;
+use crate::fit::minimise;
+use crate::ops::Device;
+use crate::split::Machines;
+
+/// One measured product.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MatmulPoint {
+    /// Rows.
+    pub m: u32,
+    /// Columns.
+    pub n: u32,
+    /// Inner dimension.
+    pub k: u32,
+    /// Seconds of one product.
+    pub seconds: f64,
+}
+
+/// One measured all-reduce.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CollectivePoint {
+    /// Ranks that took part.
+    pub ranks: u32,
+    /// Bytes summed.
+    pub bytes: f64,
+    /// Seconds of one all-reduce.
+    pub seconds: f64,
+}
+
+/// A node's measurements. JSON, as `drumline bench --output json` writes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// A name for the device.
+    pub name: String,
+    /// The format that was measured.
+    pub dtype: Dtype,
+    /// Device memory in bytes.
+    pub memory_bytes: f64,
+    /// Streaming rate in bytes/s, read and write together.
+    pub memory_bandwidth: f64,
+    /// Devices in the node.
+    pub devices: u32,
+    /// Products from small to large, at least three.
+    pub matmul: Vec<MatmulPoint>,
+    /// All-reduces, at least two for more than one device.
+    #[serde(default)]
+    pub all_reduce: Vec<CollectivePoint>,
+    /// Power of a device in watts, if known.
+    #[serde(default)]
+    pub power_w: Option<f64>,
+    /// Price per device-hour, if known.
+    #[serde(default)]
+    pub price_per_hour: Option<f64>,
+}
+
+impl Profile {
+    /// Reads a profile.
+    ///
+    /// # Errors
+    /// [`PlanError::Text`] with the place of what is wrong.
+    pub fn read(file: &str, text: &str) -> Result<Self, PlanError> {
+        let profile: Self = serde_json::from_str(text).map_err(|error| PlanError::Text {
+            file: file.to_owned(),
+            line: error.line(),
+            column: error.column(),
+            message: error.to_string(),
+        })?;
+        let reject = |field: &str, message: &str| {
+            let (line, column) = position(text, text.find(&format!("\"{field}\"")).unwrap_or(0));
+            Err(PlanError::Text {
+                file: file.to_owned(),
+                line,
+                column,
+                message: format!("{field}: {message}"),
+            })
+        };
+        let good = |x: f64| x.is_finite() && x > 0.0;
+        if profile.matmul.len() < 3 {
+            return reject("matmul", "at least three products are needed");
+        }
+        if profile.matmul.iter().any(|p| !good(p.seconds) || p.m == 0 || p.n == 0 || p.k == 0) {
+            return reject("matmul", "sizes and seconds must be positive");
+        }
+        if profile.all_reduce.iter().any(|p| !good(p.seconds) || !good(p.bytes) || p.ranks < 2) {
+            return reject("all_reduce", "bytes and seconds must be positive, ranks at least 2");
+        }
+        if !good(profile.memory_bytes) || !good(profile.memory_bandwidth) || profile.devices == 0 {
+            return reject("memory_bytes", "memory, bandwidth and devices must be positive");
+        }
+        Ok(profile)
+    }
+
+    /// Turns the measurements into machines: fits peak, inner half-width and launch time to the
+    /// products, bandwidth and latency to the all-reduces, by least squares of the logarithms.
+    #[must_use]
+    pub fn machines(&self) -> Machines {
+        let fastest = self
+            .matmul
+            .iter()
+            .map(|p| 2.0 * f64::from(p.m) * f64::from(p.n) * f64::from(p.k) / p.seconds)
+            .fold(0.0, f64::max);
+        // The fastest product stands for 95% of the peak; the fit moves it.
+        let device = |x: &[f64]| Device {
+            peak: fastest / 0.95 * x[0].exp(),
+            attention_peak: fastest / 0.95 * x[0].exp(),
+            memory: self.memory_bandwidth,
+            matmul_efficiency: 0.95,
+            k_half: x[1].exp(),
+            attention_efficiency: 0.5,
+            overhead: x[2].exp(),
+            sms: 1.0,
+            operand_bytes: self.dtype.bytes(),
+        };
+        let mut objective = |x: &[f64]| -> f64 {
+            let device = device(x);
+            self.matmul
+                .iter()
+                .map(|p| {
+                    let time = device.matmul(f64::from(p.m), f64::from(p.n), f64::from(p.k), 0.0);
+                    (time / p.seconds).ln().powi(2)
+                })
+                .sum()
+        };
+        let found = minimise(&mut objective, &[0.0, 3.0, -13.0], &[0.2, 1.0, 1.0], 3000);
+        let fitted = device(&found.x);
+        let (link, latency) = self.fit_link();
+        let calibration = Calibration {
+            matmul_efficiency: 0.95,
+            matmul_k_half: fitted.k_half.min(1e5),
+            memory_efficiency: 1.0,
+            attention_efficiency: 0.5,
+            kernel_overhead_us: (fitted.overhead * 1e6).min(1e5),
+            link_efficiency: 1.0,
+            link_latency_us: latency * 1e6,
+            basis: "measured on this node".to_owned(),
+        };
+        let gpu = Gpu {
+            name: self.name.clone(),
+            generation: "measured".to_owned(),
+            memory_bytes: self.memory_bytes,
+            memory_bandwidth: self.memory_bandwidth,
+            peak_flops: BTreeMap::from([(self.dtype, fitted.peak)]),
+            link_bandwidth: link,
+            link_domain: self.devices,
+            sms: 1,
+            power_w: self.power_w.unwrap_or(0.0),
+            price_per_hour: self.price_per_hour.unwrap_or(0.0),
+            calibration,
+            source: "measured profile".to_owned(),
+        };
+        let network = Network {
+            name: "measured node".to_owned(),
+            aliases: Vec::new(),
+            gpus_per_node: self.devices,
+            nic_gbps: 0.0,
+            efficiency: 1.0,
+            latency_us: 0.0,
+            straggler: 0.0,
+            source: "one measured node".to_owned(),
+        };
+        Machines { gpu, network }
+    }
+
+    /// Returns bytes/s and seconds of a step, by least squares of `2 (g-1)/g bytes / bw + 2 (g-1)/g lat`.
+    fn fit_link(&self) -> (f64, f64) {
+        if self.all_reduce.is_empty() {
+            return (self.memory_bandwidth, 1e-6);
+        }
+        let mut objective = |x: &[f64]| -> f64 {
+            self.all_reduce
+                .iter()
+                .map(|p| {
+                    let g = f64::from(p.ranks);
+                    let steps = 2.0 * (g - 1.0);
+                    let time = steps / g * p.bytes / x[0].exp() + steps / g * x[1].exp();
+                    (time / p.seconds).ln().powi(2)
+                })
+                .sum()
+        };
+        let largest = self
+            .all_reduce
+            .iter()
+            .map(|p| 2.0 * p.bytes / p.seconds)
+            .fold(1.0, f64::max);
+        let found = minimise(&mut objective, &[largest.ln(), -11.0], &[0.5, 1.0], 2000);
+        (found.x[0].exp(), found.x[1].exp())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(peak: f64, overhead: f64) -> Profile {
+        let point = |m: u32, n: u32, k: u32| {
+            let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+            MatmulPoint { m, n, k, seconds: ops / peak + overhead }
+        };
+        Profile {
+            name: "cpu".to_owned(),
+            dtype: Dtype::Fp32,
+            memory_bytes: 16e9,
+            memory_bandwidth: 20e9,
+            devices: 4,
+            matmul: vec![
+                point(256, 256, 256),
+                point(512, 512, 512),
+                point(1024, 1024, 1024),
+                point(2048, 1024, 512),
+            ],
+            all_reduce: [1e4, 1e6, 1e8]
+                .map(|bytes| CollectivePoint {
+                    ranks: 4,
+                    bytes,
+                    seconds: 1.5 * bytes / 2e9 + 1.5 * 50e-6,
+                })
+                .to_vec(),
+            power_w: None,
+            price_per_hour: None,
+        }
+    }
+
+    #[test]
+    fn a_profile_predicts_what_it_measured() {
+        let profile = made(50e9, 1e-4);
+        let machines = profile.machines();
+        let device =
+            Device::new(&machines.gpu, Dtype::Fp32, machines.gpu.peak(Dtype::Fp32).unwrap());
+        for p in &profile.matmul {
+            let time = device.matmul(f64::from(p.m), f64::from(p.n), f64::from(p.k), 0.0);
+            assert!((time / p.seconds - 1.0).abs() < 0.1, "{p:?}: {time}");
+        }
+        assert!((machines.gpu.link_bandwidth / 2e9 - 1.0).abs() < 0.02);
+        assert!((machines.gpu.calibration.link_latency_us / 50.0 - 1.0).abs() < 0.05);
+    }
+
+    #[test]
+    fn a_bad_profile_has_a_place() {
+        let text = serde_json::to_string_pretty(&made(50e9, 1e-4)).unwrap();
+        assert!(Profile::read("p.json", &text).is_ok());
+        let error = Profile::read("p.json", &text.replace("\"devices\": 4", "\"devices\": 0"));
+        assert!(error.unwrap_err().to_string().starts_with("p.json:"));
+        assert!(Profile::read("p.json", "{").is_err());
+    }
+}

@@ -6,6 +6,8 @@
 
 mod apply;
 mod open;
+#[cfg(test)]
+mod power_cut;
 mod tables;
 mod worker;
 

@@ -2,11 +2,12 @@
 //!
 //! # How
 //! A [`Writer`] owns a few slot keys, `<prefix>/<name>/<n>`. Each transaction also puts a fresh id
-//! into a slot, and requires that the slot is as this writer left it. When the acknowledgement is
-//! lost, the writer reads the slot back *with a transaction that replaces the id if it is not
-//! there*. Afterwards either the id was there, and the write had been applied at the slot's
-//! revision; or the slot has moved on, and the write can no longer be applied even if it is still
-//! under way somewhere. A plain read would not settle that second case.
+//! into a slot, and requires that the slot is at the revision where this writer left it. When the
+//! acknowledgement is lost, the writer moves the slot on *if it is still there*, and looks at it
+//! otherwise. Either the slot has been moved on, and the write can no longer be applied even if it
+//! is still under way somewhere; or the slot holds the id, and the write was applied at the slot's
+//! revision. A plain read would not settle the first case, and any write to a slot that is not
+//! bound to the slot's revision could itself come late.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -169,7 +170,7 @@ impl Writer {
                 }
                 Err(error) if error.is_unknown() => {
                     slot.left = None;
-                    return match self.read_back(slot, &id, deadline).await? {
+                    return match self.read_back(slot, left, &id, deadline).await? {
                         Some(revision) => {
                             Ok(TxnOutcome { succeeded: true, revision, results: Vec::new() })
                         }
@@ -190,21 +191,36 @@ impl Writer {
     async fn read_back(
         &self,
         slot: &mut Slot,
+        left: Revision,
         id: &str,
         deadline: Instant,
     ) -> Result<Option<Revision>, StoreError> {
+        let refuted = format!("not {id}");
         let question = Txn::new()
-            .when(Compare::value(&slot.key, id.to_owned()))
-            .then(Op::get(&slot.key))
-            .otherwise(Op::put(&slot.key, format!("not {id}")));
+            .when(Compare::mod_revision(&slot.key, left))
+            .then(Op::put(&slot.key, refuted.clone()))
+            .otherwise(Op::get(&slot.key));
         let answer = persist(self.store.as_ref(), &question, deadline).await?;
         if answer.succeeded {
-            let revision = answer.got(0).map(|kv| kv.mod_revision);
-            slot.left = revision;
-            return Ok(revision);
+            slot.left = Some(answer.revision);
+            return Ok(None);
         }
-        slot.left = Some(answer.revision);
-        Ok(None)
+        match answer.got(0) {
+            Some(kv) if kv.value == id => {
+                slot.left = Some(kv.mod_revision);
+                Ok(Some(kv.mod_revision))
+            }
+            // An earlier attempt of this very question had moved it on.
+            Some(kv) if kv.value == refuted => {
+                slot.left = Some(kv.mod_revision);
+                Ok(None)
+            }
+            // Whoever took the slot over also took the answer away.
+            _ => Err(StoreError::unknown(
+                question.describe(),
+                format!("writer {:?} was superseded before it could read back", self.name),
+            )),
+        }
     }
 }
 
@@ -223,19 +239,36 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Takes a slot over: moves it on, so that nothing sent before can be applied.
+/// Takes a slot over: moves it on, so that nothing sent before can be applied, including earlier
+/// attempts of this function.
 async fn claim(
     store: &dyn Store,
     slot: &mut Slot,
     deadline: Instant,
 ) -> Result<Revision, StoreError> {
-    let txn = Txn::new().then(Op::put(&slot.key, "claimed"));
-    let outcome = persist(store, &txn, deadline).await?;
-    slot.left = Some(outcome.revision);
-    Ok(outcome.revision)
+    let look = Txn::new().then(Op::get(&slot.key));
+    loop {
+        let seen = persist(store, &look, deadline).await?;
+        let take = Txn::new()
+            .when(Compare::unchanged(&slot.key, seen.got(0)))
+            .then(Op::put(&slot.key, "claimed"));
+        let error = match store.txn(take).await {
+            Ok(outcome) if outcome.succeeded => {
+                slot.left = Some(outcome.revision);
+                return Ok(outcome.revision);
+            }
+            Ok(_) => StoreError::unavailable("claim", "others keep changing the slot"),
+            Err(error) if error.is_unknown() || error.is_transient() => error,
+            Err(error) => return Err(error),
+        };
+        if Instant::now() + PAUSE >= deadline {
+            return Err(error);
+        }
+        sleep(PAUSE).await;
+    }
 }
 
-/// Repeats a transaction that is harmless to repeat until its outcome is known.
+/// Repeats a transaction that can be applied once at most until its outcome is known.
 async fn persist(
     store: &dyn Store,
     txn: &Txn,

@@ -64,7 +64,7 @@ pub enum EmbeddedOpenError {
     },
 }
 
-/// Opens the file and starts the writer thread.
+/// Opens the file and starts the store on it.
 pub(super) fn open(
     path: &Path,
     options: &EmbeddedOptions,
@@ -78,6 +78,15 @@ pub(super) fn open(
         .set_check_integrity_on_open(options.check_on_open)
         .create(path)
         .map_err(|e| explain(path, e.into()))?;
+    start(path, db, options)
+}
+
+/// Takes over an open database and starts the writer thread.
+pub(super) fn start(
+    path: &Path,
+    db: Database,
+    options: &EmbeddedOptions,
+) -> Result<EmbeddedStore, EmbeddedOpenError> {
     let (counters, leases) = load(path, &db)?;
     let (committed, _) = watch::channel(Revision(counters.revision));
     let shared = Arc::new(Shared { db, path: path.to_owned(), committed });
@@ -87,7 +96,7 @@ pub(super) fn open(
     let thread = std::thread::Builder::new()
         .name("store-writer".to_owned())
         .spawn(move || worker.run(&requests))
-        .map_err(refused)?;
+        .map_err(|source| EmbeddedOpenError::Io { path: path.to_owned(), source })?;
     Ok(EmbeddedStore {
         shared,
         queue,

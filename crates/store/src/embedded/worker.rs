@@ -183,12 +183,10 @@ impl Worker {
                 Some(error)
             }
         };
-        let mut ended = Vec::new();
         if fate.is_none() {
-            ended.extend_from_slice(expired);
-        }
-        for lease in ended {
-            self.leases.remove(&lease);
+            for lease in expired {
+                self.leases.remove(lease);
+            }
         }
         for answer in answers {
             answer(fate.clone());

@@ -1,10 +1,9 @@
 //! The etcd store passes the conformance suite on a real server, and outlives that server.
 #![cfg(feature = "etcd")]
 
-#[path = "harness/etcd_server.rs"]
-mod etcd_server;
-#[path = "harness/proxy.rs"]
 mod proxy;
+mod server;
+mod tls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,8 +12,8 @@ use async_trait::async_trait;
 use drumline_ports::conformance::store::{Loss, Subject};
 use drumline_ports::store::{Change, Op, Store, StoreError, Txn, Watcher};
 use drumline_store::etcd::{EtcdOptions, EtcdStore};
-use etcd_server::EtcdServer;
 use proxy::Proxy;
+use server::EtcdServer;
 
 struct Etcd {
     direct: Arc<EtcdStore>,
@@ -111,7 +110,7 @@ async fn a_store_and_its_watchers_outlive_the_server() {
 #[tokio::test]
 async fn an_address_without_a_server_says_what_to_check() {
     let options = EtcdOptions { deadline: Duration::from_millis(300), ..EtcdOptions::default() };
-    let member = format!("127.0.0.1:{}", etcd_server::free_port());
+    let member = format!("127.0.0.1:{}", server::free_port());
     let connected = EtcdStore::connect(&[member.clone()], &options).await;
     let error = connected.err().expect("nobody is there").to_string();
     assert!(error.contains(&member) && error.contains("refused"), "{error}");

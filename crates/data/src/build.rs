@@ -167,20 +167,25 @@ pub fn build(
         validation: Writer::new(folder, Split::Validation, entry.vocab, options.shard_tokens),
     };
     let mut done = 0;
-    let mut waiting = Vec::new();
+    let mut waiting: Vec<Document> = Vec::new();
     let mut waiting_bytes = 0;
+    let mut report = |bytes| progress(Progress { stage: Stage::Encode, bytes, total_bytes });
+    report(0);
     for file in 0..corpus.files() {
-        let documents = corpus.read(file)?;
-        waiting_bytes += documents.iter().map(|d| d.text.len()).sum::<usize>();
-        waiting.extend(documents);
-        if waiting_bytes >= ENCODE_BYTES || file + 1 == corpus.files() {
-            encoder.encode(&waiting)?;
-            waiting.clear();
-            done += waiting_bytes as u64;
-            waiting_bytes = 0;
-            progress(Progress { stage: Stage::Encode, bytes: done, total_bytes });
+        for document in corpus.read(file)? {
+            waiting_bytes += document.text.len();
+            waiting.push(document);
+            if waiting_bytes >= ENCODE_BYTES {
+                encoder.encode(&waiting)?;
+                waiting.clear();
+                done += waiting_bytes as u64;
+                waiting_bytes = 0;
+                report(done);
+            }
         }
     }
+    encoder.encode(&waiting)?;
+    report(done + waiting_bytes as u64);
     progress(Progress { stage: Stage::Commit, bytes: total_bytes, total_bytes });
     let mut manifest = Manifest {
         format_version: FORMAT_VERSION,

@@ -1,0 +1,457 @@
+//! Continuous batching: which sequences run, and what each step computes for them.
+//!
+//! Pure: no device, no clock. Every step decodes all running sequences by one token and, in the
+//! same batch, prefills prompts up to a budget, so that a long prompt delays nobody by more than
+//! one chunk. A sequence reserves its blocks when it is admitted, so that none has to be thrown
+//! out later.
+
+use std::collections::VecDeque;
+
+use drumline_tensor::KV_BLOCK;
+
+use super::blocks::Blocks;
+use super::plan::{Segment, StepPlan};
+use super::sampler::{self, Sampling, TokenScore};
+
+/// Names one request of a batcher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// A completion that is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// Greatest number of tokens of the completion, at least 1.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Tokens that end the completion; they are not part of it.
+    pub stop_tokens: Vec<u32>,
+}
+
+/// What a batcher may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Sequences that run at once.
+    pub max_batch: usize,
+    /// Tokens of prompt and completion together.
+    pub max_context: usize,
+    /// Requests that may wait.
+    pub max_queue: usize,
+    /// Tokens of prompts computed in one step.
+    pub prefill_tokens: usize,
+    /// Cache blocks, of [`KV_BLOCK`] tokens each.
+    pub blocks: usize,
+    /// The size of the vocabulary.
+    pub vocab: usize,
+}
+
+/// Why a request is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Admission {
+    /// There is nothing to continue, or nothing to make.
+    #[error("a request needs at least one token of prompt and one of completion")]
+    Empty,
+    /// The prompt leaves no room.
+    #[error(
+        "prompt of {prompt} tokens and completion of {max_tokens} exceed the context of {context}"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens of completion asked for.
+        max_tokens: usize,
+        /// Greatest sum.
+        context: usize,
+    },
+    /// It could not run even alone.
+    #[error("{needed} cache blocks are needed, {total} exist")]
+    NeverFits {
+        /// Blocks that it would reserve.
+        needed: usize,
+        /// Blocks of the whole cache.
+        total: usize,
+    },
+    /// A token of the prompt does not exist.
+    #[error("token {token} is not below the vocabulary of {vocab}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// The size of the vocabulary.
+        vocab: usize,
+    },
+    /// Too many wait already; try again later.
+    #[error("{waiting} requests wait already, as many as may")]
+    QueueFull {
+        /// Requests waiting.
+        waiting: usize,
+    },
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token came.
+    Stop,
+    /// It is as long as asked for.
+    Length,
+}
+
+impl FinishReason {
+    /// Returns the word that the OpenAI API has for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// News of one request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Whose.
+    pub request: RequestId,
+    /// The next token; none when it was a stop token.
+    pub token: Option<u32>,
+    /// The chosen token's log-probability, when asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens, best first, as many as asked for.
+    pub top: Vec<TokenScore>,
+    /// Set on the last event of a request.
+    pub finish: Option<FinishReason>,
+}
+
+/// How busy a batcher is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Sequences in the batch.
+    pub running: usize,
+    /// Requests that wait.
+    pub waiting: usize,
+    /// Cache blocks in use.
+    pub blocks_used: usize,
+    /// Cache blocks that exist.
+    pub blocks_total: usize,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StepOutput {
+    /// News, in the order of sequences.
+    pub events: Vec<Event>,
+    /// Tokens of prompts that were computed.
+    pub prefilled: usize,
+    /// Sequences that were decoded by one token.
+    pub decoded: usize,
+}
+
+struct Sequence {
+    id: RequestId,
+    request: Request,
+    /// Prompt and completion so far.
+    tokens: Vec<u32>,
+    /// How many of them are in the cache.
+    cached: usize,
+    blocks: Vec<u32>,
+}
+
+/// Decides every step of a served model.
+pub struct Batcher {
+    limits: Limits,
+    blocks: Blocks,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    next: u64,
+    /// What the last plan asked for: sequence, tokens, whether to sample.
+    planned: Vec<(RequestId, usize, bool)>,
+}
+
+impl Batcher {
+    /// Creates an empty batcher.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: Blocks::new(limits.blocks),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            next: 0,
+            planned: Vec::new(),
+        }
+    }
+
+    /// Returns what it may use.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Accepts a request, or says why not.
+    ///
+    /// # Errors
+    /// [`Admission`].
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, Admission> {
+        let Limits { max_context: context, vocab, max_queue, .. } = self.limits;
+        let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
+        if prompt == 0 || max_tokens == 0 {
+            return Err(Admission::Empty);
+        }
+        if prompt.saturating_add(max_tokens) > context {
+            return Err(Admission::TooLong { prompt, max_tokens, context });
+        }
+        if let Some(token) = request.prompt.iter().copied().find(|t| *t as usize >= vocab) {
+            return Err(Admission::Token { token, vocab });
+        }
+        let needed = Blocks::needed(prompt + max_tokens);
+        if needed > self.blocks.total() {
+            return Err(Admission::NeverFits { needed, total: self.blocks.total() });
+        }
+        let places = self.limits.max_batch.saturating_sub(self.running.len());
+        if self.waiting.len() >= max_queue + places {
+            return Err(Admission::QueueFull { waiting: self.waiting.len() });
+        }
+        let id = RequestId(self.next);
+        self.next += 1;
+        let tokens = request.prompt.clone();
+        self.waiting.push_back(Sequence { id, request, tokens, cached: 0, blocks: Vec::new() });
+        Ok(id)
+    }
+
+    /// Forgets a request, running or waiting. Returns whether there was one.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        if let Some(at) = self.waiting.iter().position(|s| s.id == id) {
+            self.waiting.remove(at);
+            return true;
+        }
+        let Some(at) = self.running.iter().position(|s| s.id == id) else { return false };
+        let sequence = self.running.remove(at);
+        self.blocks.give(&sequence.blocks);
+        true
+    }
+
+    /// Returns how busy it is.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            blocks_used: self.blocks.total() - self.blocks.free(),
+            blocks_total: self.blocks.total(),
+        }
+    }
+
+    /// Returns whether nothing runs or waits.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Decides the next step. In the order of arrival: nobody overtakes a request that waits for
+    /// blocks.
+    pub fn plan(&mut self) -> StepPlan {
+        while self.running.len() < self.limits.max_batch {
+            let Some(next) = self.waiting.front() else { break };
+            let needed = Blocks::needed(next.tokens.len() + next.request.max_tokens);
+            let Some(blocks) = self.blocks.take(needed) else { break };
+            if let Some(mut sequence) = self.waiting.pop_front() {
+                sequence.blocks = blocks;
+                self.running.push(sequence);
+            }
+        }
+        self.planned.clear();
+        let mut budget = self.limits.prefill_tokens.max(1);
+        let mut segments = Vec::new();
+        for s in &self.running {
+            let missing = s.tokens.len() - s.cached;
+            let decoding = s.tokens.len() > s.request.prompt.len();
+            let count = if decoding { missing } else { missing.min(budget) };
+            if count == 0 {
+                continue;
+            }
+            if !decoding {
+                budget -= count;
+            }
+            let sample = count == missing;
+            let end = s.cached + count;
+            segments.push(Segment {
+                blocks: s.blocks[..Blocks::needed(end)].to_vec(),
+                position: s.cached as u32,
+                tokens: s.tokens[s.cached..end].to_vec(),
+                sample,
+            });
+            self.planned.push((s.id, count, sample));
+        }
+        if segments.is_empty() { StepPlan::Idle } else { StepPlan::Run(segments) }
+    }
+
+    /// Takes the logits of the last plan, `[samples, V]`, and moves every sequence on.
+    pub fn commit(&mut self, logits: &[f32]) -> StepOutput {
+        let mut output = StepOutput::default();
+        let mut rows = logits.chunks_exact(self.limits.vocab.max(1));
+        for (id, count, sampled) in std::mem::take(&mut self.planned) {
+            let row = if sampled { rows.next() } else { None };
+            let Some(at) = self.running.iter().position(|s| s.id == id) else { continue };
+            let s = &mut self.running[at];
+            if s.cached < s.request.prompt.len() {
+                output.prefilled += count;
+            } else {
+                output.decoded += 1;
+            }
+            s.cached += count;
+            let Some(row) = row else { continue };
+            let event = s.choose(row);
+            let finished = event.finish.is_some();
+            output.events.push(event);
+            if finished {
+                let sequence = self.running.remove(at);
+                self.blocks.give(&sequence.blocks);
+            }
+        }
+        output
+    }
+}
+
+impl Sequence {
+    /// Samples the next token and appends it.
+    fn choose(&mut self, logits: &[f32]) -> Event {
+        let made = self.tokens.len() - self.request.prompt.len();
+        let sampling = self.request.sampling;
+        let token = sampler::sample(sampling, made as u64, logits);
+        let mut event =
+            Event { request: self.id, token: None, logprob: None, top: Vec::new(), finish: None };
+        if self.request.stop_tokens.contains(&token) {
+            event.finish = Some(FinishReason::Stop);
+            return event;
+        }
+        if let Some(count) = sampling.logprobs {
+            let (own, top) = sampler::scores(logits, token, count as usize);
+            event.logprob = Some(own);
+            event.top = top;
+        }
+        self.tokens.push(token);
+        event.token = Some(token);
+        if made + 1 >= self.request.max_tokens {
+            event.finish = Some(FinishReason::Length);
+        }
+        event
+    }
+}
+
+/// Returns the blocks that hold `sequences` of `context` tokens.
+#[must_use]
+pub fn blocks_for(sequences: usize, context: usize) -> usize {
+    sequences * context.div_ceil(KV_BLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VOCAB: usize = 8;
+
+    fn batcher(max_batch: usize, blocks: usize) -> Batcher {
+        Batcher::new(Limits {
+            max_batch,
+            max_context: 64,
+            max_queue: 2,
+            prefill_tokens: 10,
+            blocks,
+            vocab: VOCAB,
+        })
+    }
+
+    fn request(prompt: usize, max_tokens: usize) -> Request {
+        Request {
+            prompt: vec![1; prompt],
+            max_tokens,
+            sampling: Sampling::GREEDY,
+            stop_tokens: vec![7],
+        }
+    }
+
+    /// Logits that make every sample `token`.
+    fn always(token: usize, samples: usize) -> Vec<f32> {
+        let mut logits = vec![0.0; samples * VOCAB];
+        for row in logits.chunks_exact_mut(VOCAB) {
+            row[token] = 1.0;
+        }
+        logits
+    }
+
+    fn samples(plan: &StepPlan) -> usize {
+        match plan {
+            StepPlan::Run(segments) => segments.iter().filter(|s| s.sample).count(),
+            _ => 0,
+        }
+    }
+
+    fn step(b: &mut Batcher, token: usize) -> StepOutput {
+        let plan = b.plan();
+        b.commit(&always(token, samples(&plan)))
+    }
+
+    #[test]
+    fn a_long_prompt_is_prefilled_in_chunks_while_others_decode() {
+        let mut b = batcher(4, 16);
+        let short = b.submit(request(3, 8)).unwrap();
+        assert_eq!(step(&mut b, 2).events[0].token, Some(2));
+        b.submit(request(25, 4)).unwrap();
+        for prefilled in [10, 10, 5] {
+            let output = step(&mut b, 3);
+            assert_eq!((output.prefilled, output.decoded), (prefilled, 1));
+            assert_eq!(output.events[0].request, short);
+        }
+        assert_eq!(step(&mut b, 3).decoded, 2);
+    }
+
+    #[test]
+    fn completions_end_at_stop_tokens_and_at_their_length_and_free_their_blocks() {
+        let mut b = batcher(2, 8);
+        b.submit(request(2, 2)).unwrap();
+        assert_eq!(step(&mut b, 4).events[0].finish, None);
+        assert_eq!(step(&mut b, 4).events[0].finish, Some(FinishReason::Length));
+        assert!(b.is_idle());
+        b.submit(request(2, 9)).unwrap();
+        step(&mut b, 4);
+        let event = step(&mut b, 7).events.remove(0);
+        assert_eq!((event.token, event.finish), (None, Some(FinishReason::Stop)));
+        assert_eq!(b.load(), Load { blocks_total: 8, ..Load::default() });
+        assert_eq!(b.plan(), StepPlan::Idle);
+    }
+
+    #[test]
+    fn requests_that_cannot_run_are_refused_with_the_numbers() {
+        let mut b = batcher(1, 2);
+        assert_eq!(b.submit(request(0, 1)), Err(Admission::Empty));
+        assert_eq!(
+            b.submit(request(60, 5)),
+            Err(Admission::TooLong { prompt: 60, max_tokens: 5, context: 64 })
+        );
+        assert_eq!(b.submit(request(30, 5)), Err(Admission::NeverFits { needed: 3, total: 2 }));
+        let bad = Request { prompt: vec![8], ..request(1, 1) };
+        assert_eq!(b.submit(bad), Err(Admission::Token { token: 8, vocab: 8 }));
+        for _ in 0..3 {
+            b.submit(request(4, 4)).unwrap();
+        }
+        assert_eq!(b.submit(request(4, 4)), Err(Admission::QueueFull { waiting: 3 }));
+    }
+
+    #[test]
+    fn a_request_waits_for_blocks_and_gets_those_of_a_cancelled_one() {
+        let mut b = batcher(4, 2);
+        let first = b.submit(request(20, 5)).unwrap();
+        step(&mut b, 1);
+        let second = b.submit(request(4, 4)).unwrap();
+        step(&mut b, 1);
+        assert_eq!((b.load().running, b.load().waiting), (1, 1));
+        assert!(b.cancel(first));
+        assert!(!b.cancel(first));
+        let output = step(&mut b, 1);
+        assert_eq!(output.events[0].request, second);
+        assert!(b.cancel(second));
+        assert_eq!(b.load().blocks_used, 0);
+    }
+}

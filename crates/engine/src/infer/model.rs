@@ -1,0 +1,572 @@
+//! One rank's part of a served model, and who leads it.
+
+use std::sync::Arc;
+
+use drumline_mesh::{Coords, ShardSpec};
+use drumline_spec::{Family, ModelConfig, Parallelism};
+use drumline_tensor::{Backend, CachedAttention, CachedSegment, KV_BLOCK};
+
+use super::batcher::{
+    Admission, Batcher, Limits, Load, Request, RequestId, StepOutput, blocks_for,
+};
+use super::plan::{Segment, StepPlan};
+use crate::activations::{Dims, rotary_table};
+use crate::error::EngineError;
+use crate::groups::Groups;
+use crate::layer::{Stage, all, all_mut};
+use crate::layout::{Layout, LinearAt, Split};
+use crate::probe::{NoProbe, Probe, Span, timed};
+use crate::shards::scatter;
+
+/// What a served model may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Sequences decoded in one batch.
+    pub max_batch: usize,
+    /// Tokens of prompt and completion together; 0: the model's context.
+    pub max_context: usize,
+    /// Requests that may wait.
+    pub max_queue: usize,
+    /// Tokens of prompts computed in one step.
+    pub prefill_tokens: usize,
+    /// Cache blocks of 16 tokens; 0: enough for `max_batch` sequences of `max_context`.
+    pub blocks: usize,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { max_batch: 16, max_context: 0, max_queue: 64, prefill_tokens: 256, blocks: 0 }
+    }
+}
+
+/// Buffers of one step, for as many rows as a step can have.
+struct Memory<B: Backend> {
+    x: B::Buffer,
+    normal: B::Buffer,
+    qkv: B::Buffer,
+    attended: B::Buffer,
+    branch: B::Buffer,
+    up: B::Buffer,
+    act: B::Buffer,
+    stats: B::Buffer,
+    logits: Option<B::Buffer>,
+}
+
+/// One rank's weights, cache and buffers.
+pub struct Model<B: Backend, P: Probe = NoProbe> {
+    backend: Arc<B>,
+    probe: P,
+    config: ModelConfig,
+    split: Split,
+    groups: Groups,
+    layout: Layout,
+    limits: Limits,
+    parameters: B::Buffer,
+    keys: Vec<B::Buffer>,
+    values: Vec<B::Buffer>,
+    memory: Memory<B>,
+    rotary: Option<B::Buffer>,
+    rows_max: usize,
+    gathered: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Allocates one rank's part of a model. Its weights are zeros until [`Model::load`].
+    ///
+    /// # Errors
+    /// [`EngineError`] when the split, the groups or the memory do not fit.
+    pub fn new(
+        config: &ModelConfig,
+        parallelism: Parallelism,
+        coords: Coords,
+        groups: Groups,
+        backend: B,
+        options: ModelOptions,
+    ) -> Result<Self, EngineError> {
+        Self::with_probe(config, parallelism, coords, groups, backend, options, NoProbe)
+    }
+}
+
+impl<B: Backend, P: Probe> Model<B, P> {
+    /// As [`Model::new`], watched by `probe`.
+    ///
+    /// # Errors
+    /// As [`Model::new`].
+    pub fn with_probe(
+        config: &ModelConfig,
+        parallelism: Parallelism,
+        coords: Coords,
+        groups: Groups,
+        backend: B,
+        options: ModelOptions,
+        probe: P,
+    ) -> Result<Self, EngineError> {
+        groups.check(parallelism)?;
+        let split = Split::new(parallelism, coords);
+        let layout = Layout::new(config, split)?;
+        let limits = limits(config, options);
+        let rows_max = limits.max_batch + limits.prefill_tokens;
+        let dims = Dims::new(config, split, 1, rows_max);
+        let b = &backend;
+        let shape = cache_shape(dims);
+        let cache = |_| b.alloc(limits.blocks * shape.block_elements());
+        let keys = (0..layout.layers.len()).map(cache).collect::<Result<_, _>>()?;
+        let values = (0..layout.layers.len()).map(cache).collect::<Result<_, _>>()?;
+        let logits = match layout.head {
+            Some(_) => Some(b.alloc(limits.max_batch * layout.vocab_rows)?),
+            None => None,
+        };
+        let memory = Memory {
+            x: b.alloc(rows_max * dims.hidden)?,
+            normal: b.alloc(rows_max * dims.hidden)?,
+            qkv: b.alloc(rows_max * dims.qkv_width())?,
+            attended: b.alloc(rows_max * dims.attention_width())?,
+            branch: b.alloc(rows_max * dims.hidden)?,
+            up: b.alloc(rows_max * dims.up)?,
+            act: b.alloc(rows_max * dims.ffn)?,
+            stats: b.alloc(2 * rows_max)?,
+            logits,
+        };
+        let rotary = if config.family == Family::Llama {
+            let table = rotary_table(config, limits.max_context);
+            let mut buffer = b.alloc(table.len())?;
+            b.write(&table, b.view_mut(&mut buffer, 0..table.len()));
+            Some(buffer)
+        } else {
+            None
+        };
+        let parameters = b.alloc(layout.elements)?;
+        Ok(Self {
+            backend: Arc::new(backend),
+            probe,
+            config: config.clone(),
+            split,
+            groups,
+            layout,
+            limits,
+            parameters,
+            keys,
+            values,
+            memory,
+            rotary,
+            rows_max,
+            gathered: Vec::new(),
+            logits: Vec::new(),
+        })
+    }
+
+    /// Returns what a batcher for this model may use: the same on every rank.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Returns whether this rank decides: the first of the world.
+    #[must_use]
+    pub fn is_leader(&self) -> bool {
+        self.groups.world.rank() == 0
+    }
+
+    /// Fills every weight that this rank holds from `source`.
+    ///
+    /// # Errors
+    /// What `source` returns; the model is then half loaded.
+    pub fn load<E>(
+        &mut self,
+        mut source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut values = Vec::new();
+        for p in &self.layout.parameters {
+            values.resize(p.shard.elements(), 0.0);
+            source(&p.shard, &mut values)?;
+            scatter(&*self.backend, p, &values, &mut self.parameters);
+        }
+        Ok(())
+    }
+
+    /// Runs one step's segments. Every rank passes the same plan; the leader gets the logits after
+    /// each sampled segment, `[samples, V]`, the others nothing.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the plan does not fit this model or a peer is lost.
+    pub fn run(&mut self, segments: &[Segment]) -> Result<&[f32], EngineError> {
+        self.check(segments)?;
+        let backend = Arc::clone(&self.backend);
+        backend.scope(|| self.forward(segments))?;
+        Ok(&self.logits)
+    }
+
+    /// Checks that a plan stays inside this model's buffers, cache and vocabulary: it may come
+    /// from another process.
+    fn check(&self, segments: &[Segment]) -> Result<(), EngineError> {
+        let rows: usize = segments.iter().map(|s| s.tokens.len()).sum();
+        let samples = segments.iter().filter(|s| s.sample).count();
+        if rows > self.rows_max || samples > self.limits.max_batch {
+            return Err(EngineError::Plan("it has more rows than a step may have"));
+        }
+        for s in segments {
+            let end = s.position as usize + s.tokens.len();
+            if s.tokens.is_empty() || end > self.limits.max_context {
+                return Err(EngineError::Plan("a segment is empty or beyond the context"));
+            }
+            if s.blocks.len() * KV_BLOCK < end
+                || s.blocks.iter().any(|b| *b as usize >= self.limits.blocks)
+            {
+                return Err(EngineError::Plan("a segment's cache blocks do not hold it"));
+            }
+            if s.tokens.iter().any(|t| *t >= self.config.vocab) {
+                return Err(EngineError::Plan("a token is not in the vocabulary"));
+            }
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, segments: &[Segment]) -> Result<(), EngineError> {
+        let rows = StepRows::of(segments);
+        let n = rows.tokens.len();
+        let b = &*self.backend;
+        let dims = Dims::new(&self.config, self.split, 1, n);
+        let stage = Stage {
+            backend: b,
+            probe: &self.probe,
+            tensor: &*self.groups.tensor,
+            dims,
+            layout: &self.layout,
+            parameters: &self.parameters,
+            rotary: self.rotary.as_ref(),
+            positions: &rows.positions,
+        };
+        let (pipeline, split, m) = (&*self.groups.pipeline, self.split, &mut self.memory);
+        let width = n * dims.hidden;
+        if split.is_first() {
+            stage.embed(&rows.tokens, &mut m.x)?;
+        } else {
+            timed(&self.probe, Span::PipelineWait, || {
+                b.on_host(b.view_mut(&mut m.x, 0..width), |v| pipeline.recv(v, split.stage - 1))
+            })?;
+        }
+        for index in 0..self.layout.layers.len() {
+            let cache = (&mut self.keys[index], &mut self.values[index]);
+            stage.serve_layer(index, &rows, m, cache)?;
+        }
+        self.logits.clear();
+        if split.is_last() {
+            stage.project(
+                &rows,
+                m,
+                self.config.vocab as usize,
+                &mut self.gathered,
+                &mut self.logits,
+            )?;
+            if split.stages > 1 && split.tensor_rank == 0 {
+                timed(&self.probe, Span::PipelineSend, || pipeline.send(&self.logits, 0))?;
+            }
+        } else {
+            timed(&self.probe, Span::PipelineSend, || {
+                b.on_host(b.view_mut(&mut m.x, 0..width), |v| pipeline.send(v, split.stage + 1))
+            })?;
+            if split.is_first() && split.tensor_rank == 0 {
+                self.logits.resize(rows.samples.len() * self.config.vocab as usize, 0.0);
+                let logits = &mut self.logits;
+                timed(&self.probe, Span::PipelineWait, || pipeline.recv(logits, split.stages - 1))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn limits(config: &ModelConfig, options: ModelOptions) -> Limits {
+    let context = config.context as usize;
+    let max_context = match options.max_context {
+        0 => context,
+        wanted => wanted.min(context),
+    };
+    let max_batch = options.max_batch.max(1);
+    let blocks = match options.blocks {
+        0 => blocks_for(max_batch, max_context),
+        wanted => wanted,
+    };
+    Limits {
+        max_batch,
+        max_context,
+        max_queue: options.max_queue,
+        prefill_tokens: options.prefill_tokens.max(1),
+        blocks,
+        vocab: config.vocab as usize,
+    }
+}
+
+fn cache_shape(d: Dims) -> CachedAttention {
+    CachedAttention { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim }
+}
+
+/// The rows of one step, flattened.
+struct StepRows<'a> {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    /// Each row's place in the cache.
+    slots: Vec<u32>,
+    /// Rows after which logits are wanted.
+    samples: Vec<u32>,
+    segments: Vec<CachedSegment<'a>>,
+}
+
+impl<'a> StepRows<'a> {
+    fn of(segments: &'a [Segment]) -> Self {
+        let mut rows = Self {
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            samples: Vec::new(),
+            segments: Vec::new(),
+        };
+        for s in segments {
+            let position = s.position as usize;
+            rows.segments.push(CachedSegment {
+                row: rows.tokens.len(),
+                rows: s.tokens.len(),
+                position,
+                blocks: &s.blocks,
+            });
+            for (i, token) in s.tokens.iter().enumerate() {
+                let at = position + i;
+                rows.tokens.push(*token);
+                rows.positions.push(at as u32);
+                rows.slots.push(s.blocks[at / KV_BLOCK] * KV_BLOCK as u32 + (at % KV_BLOCK) as u32);
+            }
+            if s.sample {
+                rows.samples.push(rows.tokens.len() as u32 - 1);
+            }
+        }
+        rows
+    }
+}
+
+impl<B: Backend, P: Probe> Stage<'_, B, P> {
+    /// One layer of a serving step: `m.x` in, `m.x` out.
+    fn serve_layer(
+        &self,
+        index: usize,
+        rows: &StepRows<'_>,
+        m: &mut Memory<B>,
+        (keys, values): (&mut B::Buffer, &mut B::Buffer),
+    ) -> Result<(), EngineError> {
+        let (b, d, n) = (self.backend, self.dims, self.dims.rows);
+        let at = &self.layout.layers[index];
+        let hidden = 0..n * d.hidden;
+        let (qkv, attended) = (0..n * d.qkv_width(), 0..n * d.attention_width());
+        let normal = b.view_mut(&mut m.normal, hidden.clone());
+        let stats = b.view_mut(&mut m.stats, 0..2 * n);
+        self.norm(&at.norm1, n, b.view(&m.x, hidden.clone()), normal, stats);
+        let out = b.view_mut(&mut m.qkv, qkv.clone());
+        self.linear(&at.qkv, (n, d.hidden), b.view(&m.normal, hidden.clone()), out, true);
+        if let Some(table) = self.rotary {
+            timed(self.probe, Span::Other, || {
+                let x = b.view_mut(&mut m.qkv, qkv.clone());
+                b.rotary(d.rotation(n, false), all(b, table), &rows.positions, x);
+            });
+        }
+        timed(self.probe, Span::Attention, || {
+            let shape = cache_shape(d);
+            let x = b.view(&m.qkv, qkv);
+            b.cache_write(shape, x, &rows.slots, all_mut(b, keys), all_mut(b, values));
+            let out = b.view_mut(&mut m.attended, attended.clone());
+            b.cached_attention(shape, &rows.segments, x, all(b, keys), all(b, values), out);
+        });
+        let branch = b.view_mut(&mut m.branch, hidden.clone());
+        let input = b.view(&m.attended, attended);
+        self.linear(&at.project, (n, d.attention_width()), input, branch, false);
+        self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
+        self.add_branch(&at.project, m, hidden.clone());
+        let normal = b.view_mut(&mut m.normal, hidden.clone());
+        let stats = b.view_mut(&mut m.stats, 0..2 * n);
+        self.norm(&at.norm2, n, b.view(&m.x, hidden.clone()), normal, stats);
+        let up = b.view_mut(&mut m.up, 0..n * d.up);
+        self.linear(&at.up, (n, d.hidden), b.view(&m.normal, hidden.clone()), up, true);
+        self.activate(b.view(&m.up, 0..n * d.up), b.view_mut(&mut m.act, 0..n * d.ffn));
+        let branch = b.view_mut(&mut m.branch, hidden.clone());
+        self.linear(&at.down, (n, d.ffn), b.view(&m.act, 0..n * d.ffn), branch, false);
+        self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
+        self.add_branch(&at.down, m, hidden);
+        Ok(())
+    }
+
+    /// Adds a branch to the residual stream; the sum takes the branch's memory, and the two
+    /// buffers change places.
+    fn add_branch(&self, from: &LinearAt, m: &mut Memory<B>, range: std::ops::Range<usize>) {
+        let b = self.backend;
+        timed(self.probe, Span::Other, || {
+            let sum = b.view_mut(&mut m.normal, range.clone());
+            let (x, branch) = (b.view(&m.x, range.clone()), b.view(&m.branch, range.clone()));
+            b.add(x, branch, self.bias(from), sum);
+        });
+        std::mem::swap(&mut m.x, &mut m.normal);
+    }
+
+    /// Normalises the sampled rows and projects them; the whole vocabulary's logits end in
+    /// `logits`.
+    fn project(
+        &self,
+        rows: &StepRows<'_>,
+        m: &mut Memory<B>,
+        vocab: usize,
+        gathered: &mut Vec<f32>,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        let (b, d, count) = (self.backend, self.dims, rows.samples.len());
+        let (Some(norm), Some(head), Some(out)) =
+            (&self.layout.final_norm, &self.layout.head, &mut m.logits)
+        else {
+            return Ok(());
+        };
+        if count == 0 {
+            return Ok(());
+        }
+        let range = 0..count * d.hidden;
+        let picked = b.view_mut(&mut m.branch, range.clone());
+        b.gather_rows(d.hidden, &rows.samples, b.view(&m.x, 0..d.rows * d.hidden), picked);
+        let normal = b.view_mut(&mut m.normal, range.clone());
+        let stats = b.view_mut(&mut m.stats, 0..2 * count);
+        self.norm(norm, count, b.view(&m.branch, range.clone()), normal, stats);
+        let columns = self.layout.vocab_rows;
+        let size = count * columns;
+        timed(self.probe, Span::Matmul, || {
+            let w = b.view(self.parameters, head.clone());
+            let x = b.view(&m.normal, range);
+            b.linear(self.head_shape(count), x, w, None, b.view_mut(out, 0..size));
+        });
+        let ranks = self.tensor.size();
+        if ranks == 1 {
+            logits.resize(size, 0.0);
+            b.read(b.view(out, 0..size), logits);
+            return Ok(());
+        }
+        gathered.resize(size * ranks, 0.0);
+        timed(self.probe, Span::TensorComm, || {
+            b.on_host(b.view_mut(out, 0..size), |own| self.tensor.all_gather(own, gathered))
+        })?;
+        // Rank by rank, row by row -> row by row, without the padding at the vocabulary's end.
+        logits.resize(count * vocab, 0.0);
+        for (r, row) in logits.chunks_exact_mut(vocab).enumerate() {
+            for (rank, part) in row.chunks_mut(columns).enumerate() {
+                let from = (rank * count + r) * columns;
+                part.copy_from_slice(&gathered[from..from + part.len()]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first rank of a served model: it decides every step.
+pub struct Leader<B: Backend, P: Probe = NoProbe> {
+    model: Model<B, P>,
+    batcher: Batcher,
+}
+
+impl<B: Backend, P: Probe> Leader<B, P> {
+    /// Joins a model, on rank 0, to a batcher.
+    #[must_use]
+    pub fn new(model: Model<B, P>) -> Self {
+        let batcher = Batcher::new(model.limits());
+        Self { model, batcher }
+    }
+
+    /// Accepts a request, or says why not.
+    ///
+    /// # Errors
+    /// [`Admission`].
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, Admission> {
+        self.batcher.submit(request)
+    }
+
+    /// Forgets a request. Returns whether there was one.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        self.batcher.cancel(id)
+    }
+
+    /// Returns how busy it is.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        self.batcher.load()
+    }
+
+    /// Returns what the batcher may use.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.batcher.limits()
+    }
+
+    /// Returns whether nothing runs or waits: a step would be an idle one.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.batcher.is_idle()
+    }
+
+    /// Runs one step on all ranks: an idle one when there is nothing to do, which still proves
+    /// that every rank answers.
+    ///
+    /// # Errors
+    /// [`EngineError`] when a peer is lost.
+    pub fn step(&mut self) -> Result<StepOutput, EngineError> {
+        let plan = self.batcher.plan();
+        self.model.announce(&plan)?;
+        match &plan {
+            StepPlan::Run(segments) => {
+                let logits = self.model.run(segments)?;
+                Ok(self.batcher.commit(logits))
+            }
+            StepPlan::Idle | StepPlan::Stop => {
+                self.model.groups.world.barrier()?;
+                Ok(StepOutput::default())
+            }
+        }
+    }
+
+    /// Ends the followers.
+    ///
+    /// # Errors
+    /// [`EngineError`] when a peer is lost.
+    pub fn stop(&mut self) -> Result<(), EngineError> {
+        self.model.announce(&StepPlan::Stop)
+    }
+}
+
+impl<B: Backend, P: Probe> Model<B, P> {
+    fn announce(&self, plan: &StepPlan) -> Result<(), EngineError> {
+        if self.groups.world.size() > 1 {
+            self.groups.world.broadcast_bytes(&mut plan.encode(), 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Any other rank of a served model: it does as the leader says.
+pub struct Follower<B: Backend, P: Probe = NoProbe> {
+    model: Model<B, P>,
+}
+
+impl<B: Backend, P: Probe> Follower<B, P> {
+    /// Makes a follower of a model, on a rank other than 0.
+    #[must_use]
+    pub fn new(model: Model<B, P>) -> Self {
+        Self { model }
+    }
+
+    /// Waits for the next step and runs it. Returns false when the leader has ended.
+    ///
+    /// # Errors
+    /// [`EngineError`] when a peer is lost or the plan is malformed.
+    pub fn step(&mut self) -> Result<bool, EngineError> {
+        let mut bytes = Vec::new();
+        self.model.groups.world.broadcast_bytes(&mut bytes, 0)?;
+        match StepPlan::decode(&bytes)? {
+            StepPlan::Stop => return Ok(false),
+            StepPlan::Idle => self.model.groups.world.barrier()?,
+            StepPlan::Run(segments) => {
+                self.model.run(&segments)?;
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,338 @@
+//! The operations that an engine asks of a device.
+//!
+//! Buffers are flat f32 and belong to the device; operations work on views of them, so that
+//! parameters, gradients and activations can be parts of a few large buffers planned once.
+//! Shapes come as values, are checked by assertion (a wrong one is a bug in the engine), and
+//! follow the dimension letters of the crate. Nothing here returns before its result may be used
+//! by the next call on the same backend; results reach the host through [`Backend::read`],
+//! [`Backend::on_host`] and the functions that return numbers.
+
+use std::ops::Range;
+
+use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
+
+/// Why a device could not do as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TensorError {
+    /// Memory ran out.
+    #[error("no memory for {elements} elements of f32")]
+    OutOfMemory {
+        /// How many were asked for.
+        elements: usize,
+    },
+    /// The threads could not be started.
+    #[error("cannot start {threads} threads: {message}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// The system's words.
+        message: String,
+    },
+}
+
+/// One step of AdamW over a flat range of parameters (Loshchilov and Hutter 2019).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// The step's learning rate.
+    pub learning_rate: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1 - beta1 ^ step, with steps counted from 1.
+    pub correction1: f32,
+    /// 1 - beta2 ^ step.
+    pub correction2: f32,
+    /// Factor on every gradient: the clipping.
+    pub gradient_scale: f32,
+}
+
+/// A device that holds f32 buffers and computes on them.
+pub trait Backend: Send + Sync + 'static {
+    /// A flat allocation of f32 on the device.
+    type Buffer: Send + Sync;
+    /// A part of a buffer that is read.
+    type View<'a>: Copy + Send + Sync;
+    /// A part of a buffer that is written.
+    type ViewMut<'a>: Send;
+
+    /// Allocates zeros.
+    ///
+    /// # Errors
+    /// [`TensorError::OutOfMemory`].
+    fn alloc(&self, elements: usize) -> Result<Self::Buffer, TensorError>;
+
+    /// Returns the number of elements of a buffer.
+    fn elements(&self, buffer: &Self::Buffer) -> usize;
+
+    /// Returns a part of a buffer, to be read.
+    fn view<'a>(&self, buffer: &'a Self::Buffer, range: Range<usize>) -> Self::View<'a>;
+
+    /// Returns a part of a buffer, to be written.
+    fn view_mut<'a>(&self, buffer: &'a mut Self::Buffer, range: Range<usize>) -> Self::ViewMut<'a>;
+
+    /// Cuts a written view in two at element `at`.
+    fn split_mut<'a>(
+        &self,
+        view: Self::ViewMut<'a>,
+        at: usize,
+    ) -> (Self::ViewMut<'a>, Self::ViewMut<'a>);
+
+    /// Sees a written view as one that is read.
+    fn as_view<'a>(&self, view: &'a Self::ViewMut<'_>) -> Self::View<'a>;
+
+    /// Runs `f` where the device's operations start cheapest (on the CPU: inside the pool). Every
+    /// operation is also legal outside.
+    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        f()
+    }
+
+    /// Copies a view to the host.
+    fn read(&self, from: Self::View<'_>, to: &mut [f32]);
+
+    /// Copies host values to a view.
+    fn write(&self, from: &[f32], to: Self::ViewMut<'_>);
+
+    /// Copies a view to another of the same length.
+    fn copy(&self, from: Self::View<'_>, to: Self::ViewMut<'_>);
+
+    /// Gives `f` the values in host memory and takes back what it left there: for collectives.
+    fn on_host<R>(&self, values: Self::ViewMut<'_>, f: impl FnOnce(&mut [f32]) -> R) -> R;
+
+    /// Sets every element.
+    fn fill(&self, to: Self::ViewMut<'_>, value: f32);
+
+    /// Computes `y = x . w (+ bias)`. Few rows read each weight once.
+    fn linear(
+        &self,
+        shape: Linear,
+        x: Self::View<'_>,
+        w: Self::View<'_>,
+        bias: Option<Self::View<'_>>,
+        y: Self::ViewMut<'_>,
+    );
+
+    /// Computes the gradient of [`Backend::linear`]'s input from that of its output.
+    fn linear_grad_input(
+        &self,
+        shape: Linear,
+        dy: Self::View<'_>,
+        w: Self::View<'_>,
+        dx: Self::ViewMut<'_>,
+    );
+
+    /// Computes the gradient of [`Backend::linear`]'s weights, or adds it to what is there.
+    fn linear_grad_weight(
+        &self,
+        shape: Linear,
+        x: Self::View<'_>,
+        dy: Self::View<'_>,
+        dw: Self::ViewMut<'_>,
+        accumulate: bool,
+    );
+
+    /// Adds the sums of the columns of `[rows, columns]` to `sums`: the gradient of a bias.
+    fn add_column_sums(
+        &self,
+        rows: usize,
+        columns: usize,
+        values: Self::View<'_>,
+        sums: Self::ViewMut<'_>,
+    );
+
+    /// Computes `sum = a + b (+ bias)`, with `bias` one row that is added to every row.
+    fn add(
+        &self,
+        a: Self::View<'_>,
+        b: Self::View<'_>,
+        bias: Option<Self::View<'_>>,
+        sum: Self::ViewMut<'_>,
+    );
+
+    /// Normalises every row of `x`. `stats` is `[2, rows]`: means (0 for RMS), then reciprocal
+    /// deviations; the gradient needs them.
+    fn norm(
+        &self,
+        shape: Normalise,
+        x: Self::View<'_>,
+        gain: Self::View<'_>,
+        bias: Option<Self::View<'_>>,
+        y: Self::ViewMut<'_>,
+        stats: Self::ViewMut<'_>,
+    );
+
+    /// Computes `sum = x + branch (+ branch_bias)` and normalises it, in one pass.
+    #[expect(clippy::too_many_arguments, reason = "a fused operation has many operands")]
+    fn add_norm(
+        &self,
+        shape: Normalise,
+        x: Self::View<'_>,
+        branch: Self::View<'_>,
+        branch_bias: Option<Self::View<'_>>,
+        sum: Self::ViewMut<'_>,
+        gain: Self::View<'_>,
+        bias: Option<Self::View<'_>>,
+        y: Self::ViewMut<'_>,
+        stats: Self::ViewMut<'_>,
+    );
+
+    /// Adds the gradient of a normalisation's input to `dx`, and those of gain and bias to
+    /// `dgain` and `dbias`.
+    #[expect(clippy::too_many_arguments, reason = "a fused operation has many operands")]
+    fn norm_grad(
+        &self,
+        shape: Normalise,
+        dy: Self::View<'_>,
+        x: Self::View<'_>,
+        gain: Self::View<'_>,
+        stats: Self::View<'_>,
+        dx: Self::ViewMut<'_>,
+        dgain: Self::ViewMut<'_>,
+        dbias: Option<Self::ViewMut<'_>>,
+    );
+
+    /// Rotates heads in place. `table` is `[positions, E]`: E / 2 cosines, then E / 2 sines.
+    /// `positions` holds one entry for each row.
+    fn rotary(&self, shape: Rotary, table: Self::View<'_>, positions: &[u32], x: Self::ViewMut<'_>);
+
+    /// Computes causal attention in tiles. `lse` is `[B, H, T]`: the logarithm of each row's sum
+    /// of exponentials, kept for the gradient.
+    fn attention(
+        &self,
+        shape: Attention,
+        qkv: Self::View<'_>,
+        out: Self::ViewMut<'_>,
+        lse: Self::ViewMut<'_>,
+    );
+
+    /// Computes the gradient of [`Backend::attention`]'s `qkv`, recomputing the probabilities.
+    fn attention_grad(
+        &self,
+        shape: Attention,
+        qkv: Self::View<'_>,
+        out: Self::View<'_>,
+        lse: Self::View<'_>,
+        dout: Self::View<'_>,
+        dqkv: Self::ViewMut<'_>,
+    );
+
+    /// Stores the keys and values of new rows in the cache. `slots` holds, for each row, its
+    /// block times [`crate::KV_BLOCK`] plus its place in the block.
+    fn cache_write(
+        &self,
+        shape: CachedAttention,
+        qkv: Self::View<'_>,
+        slots: &[u32],
+        keys: Self::ViewMut<'_>,
+        values: Self::ViewMut<'_>,
+    );
+
+    /// Computes the attention of new rows to their own sequences' caches.
+    fn cached_attention(
+        &self,
+        shape: CachedAttention,
+        segments: &[CachedSegment<'_>],
+        qkv: Self::View<'_>,
+        keys: Self::View<'_>,
+        values: Self::View<'_>,
+        out: Self::ViewMut<'_>,
+    );
+
+    /// Computes GELU, tanh form.
+    fn gelu(&self, x: Self::View<'_>, y: Self::ViewMut<'_>);
+
+    /// Replaces GELU's input by its gradient.
+    fn gelu_grad(&self, x: Self::ViewMut<'_>, dy: Self::View<'_>);
+
+    /// Computes `silu(gate) * up` from rows `[gate F, up F]`.
+    fn swiglu(&self, width: usize, gate_up: Self::View<'_>, y: Self::ViewMut<'_>);
+
+    /// Replaces [`Backend::swiglu`]'s input by its gradient.
+    fn swiglu_grad(&self, width: usize, gate_up: Self::ViewMut<'_>, dy: Self::View<'_>);
+
+    /// Copies, or with `accumulate` adds, rows of `table` to `out`: row `indices[i] - offset`, or
+    /// zeros where that is outside the table.
+    fn embed(
+        &self,
+        width: usize,
+        indices: &[u32],
+        offset: usize,
+        table: Self::View<'_>,
+        out: Self::ViewMut<'_>,
+        accumulate: bool,
+    );
+
+    /// Adds the rows of `dy` to the rows of `dtable` that [`Backend::embed`] took, in order.
+    fn embed_grad(
+        &self,
+        width: usize,
+        indices: &[u32],
+        offset: usize,
+        dy: Self::View<'_>,
+        dtable: Self::ViewMut<'_>,
+    );
+
+    /// Copies the rows `indices` of `[_, width]` to `out`.
+    fn gather_rows(
+        &self,
+        width: usize,
+        indices: &[u32],
+        from: Self::View<'_>,
+        out: Self::ViewMut<'_>,
+    );
+
+    /// Computes each row's cross-entropy over a whole vocabulary into `losses`, and replaces the
+    /// logits by `scale` times their gradient. A `scale` of 0 leaves the logits alone.
+    fn cross_entropy(
+        &self,
+        shape: Loss,
+        targets: &[u32],
+        scale: f32,
+        logits: Self::ViewMut<'_>,
+        losses: Self::ViewMut<'_>,
+    );
+
+    /// Writes the greatest used logit of each row.
+    fn row_max(&self, shape: Loss, logits: Self::View<'_>, max: Self::ViewMut<'_>);
+
+    /// Writes, as `[2, rows]`, each row's sum of `exp(logit - max)` and its target's
+    /// `logit - max`, 0 when the target is outside this slice. Summed over the slices, they give the loss
+    /// `ln(sum) - target`.
+    fn partial_cross_entropy(
+        &self,
+        shape: Loss,
+        targets: &[u32],
+        logits: Self::View<'_>,
+        max: Self::View<'_>,
+        sums: Self::ViewMut<'_>,
+    );
+
+    /// Replaces a slice's logits by `scale` times their gradient, given each row's maximum and
+    /// sum over the whole vocabulary.
+    fn partial_cross_entropy_grad(
+        &self,
+        shape: Loss,
+        targets: &[u32],
+        scale: f32,
+        max: Self::View<'_>,
+        sums: Self::View<'_>,
+        logits: Self::ViewMut<'_>,
+    );
+
+    /// Returns the sum of squares. The order of additions depends on the length alone.
+    fn sum_squares(&self, values: Self::View<'_>) -> f64;
+
+    /// Updates parameters and moments in one pass.
+    fn adamw(
+        &self,
+        step: AdamW,
+        parameters: Self::ViewMut<'_>,
+        gradients: Self::View<'_>,
+        first: Self::ViewMut<'_>,
+        second: Self::ViewMut<'_>,
+    );
+}

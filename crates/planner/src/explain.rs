@@ -60,24 +60,60 @@ pub const STEP: [Term; 14] = [
         "gradients (and parameters with ZeRO) round the ring, less what fits behind the last backward passes",
         "Rajbhandari et al. 2020 (1910.02054)",
     ),
-    ("optimizer", "46 to 52 bytes per parameter of this rank over achieved bandwidth", "Adam in fp32 with 16-bit weights"),
-    ("slowest node", "busy time x spread x sqrt(2 ln nodes)", "expected maximum of N normal variates; spread calibrated per network"),
-    ("outside the device", "30 ms per step", "input, logging, gradient norm's round trip; calibrated"),
+    (
+        "optimizer",
+        "46 to 52 bytes per parameter of this rank over achieved bandwidth",
+        "Adam in fp32 with 16-bit weights",
+    ),
+    (
+        "slowest node",
+        "busy time x spread x sqrt(2 ln nodes)",
+        "expected maximum of N normal variates; spread calibrated per network",
+    ),
+    (
+        "outside the device",
+        "30 ms per step",
+        "input, logging, gradient norm's round trip; calibrated",
+    ),
 ];
 
 /// The terms of memory.
 pub const MEMORY: [Term; 7] = [
-    ("weights", "2 bytes per parameter of the rank; / (d c) with ZeRO 3", "Rajbhandari et al. 2020"),
-    ("gradients", "4 bytes (bf16) or 2 (fp16); / (d c) from ZeRO 2", "Megatron-Core, distributed optimizer"),
-    ("optimizer", "12 bytes (bf16) or 16 (fp16); / (d c) from ZeRO 1", "Megatron-Core, distributed optimizer"),
+    (
+        "weights",
+        "2 bytes per parameter of the rank; / (d c) with ZeRO 3",
+        "Rajbhandari et al. 2020",
+    ),
+    (
+        "gradients",
+        "4 bytes (bf16) or 2 (fp16); / (d c) from ZeRO 2",
+        "Megatron-Core, distributed optimizer",
+    ),
+    (
+        "optimizer",
+        "12 bytes (bf16) or 16 (fp16); / (d c) from ZeRO 1",
+        "Megatron-Core, distributed optimizer",
+    ),
     (
         "activations",
         "layers x s b h (34 + 5 a s/h) and its forms for t, SP, recomputation, x micro-batches in flight",
         "Korthikanti et al. 2022, table 2",
     ),
-    ("logits", "B T (4 D + 6 V / t) bytes on the last stage", "Korthikanti et al. 2022, section 4.3"),
-    ("buffers", "gradient buckets, gathered activations, pipeline's receive buffers", "Megatron-Core defaults"),
-    ("overhead", "3 GB of driver and libraries + 5% of activations", "assumed; stated as constants"),
+    (
+        "logits",
+        "B T (4 D + 6 V / t) bytes on the last stage",
+        "Korthikanti et al. 2022, section 4.3",
+    ),
+    (
+        "buffers",
+        "gradient buckets, gathered activations, pipeline's receive buffers",
+        "Megatron-Core defaults",
+    ),
+    (
+        "overhead",
+        "3 GB of driver and libraries + 5% of activations",
+        "assumed; stated as constants",
+    ),
 ];
 
 /// Writes a list of terms with their values.

@@ -8,8 +8,22 @@ use crate::model::{Family, Mla, Model, Moe, Position};
 
 /// The `model_type`s whose every dimension the planner knows how to read.
 pub const COVERED: [&str; 16] = [
-    "gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "falcon", "llama", "mistral", "mixtral", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "t5",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neo",
+    "opt",
+    "bloom",
+    "falcon",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "t5",
 ];
 
 struct Config<'a> {
@@ -125,8 +139,18 @@ fn unsupported(architecture: &str) -> PlanError {
 }
 
 fn shape(c: &Config<'_>, kind: &str) -> Result<Model, PlanError> {
-    let llama_like = ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-        "deepseek_v2", "deepseek_v3"].contains(&kind);
+    let llama_like = [
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+    ]
+    .contains(&kind);
     let hidden = c.first(&["hidden_size", "n_embd", "d_model"])?;
     let layers = c.first(&["num_hidden_layers", "n_layer", "num_layers", "n_layers"])?;
     let heads = c.first(&["num_attention_heads", "n_head", "num_heads", "n_heads"])?;

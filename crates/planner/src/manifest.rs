@@ -53,10 +53,7 @@ pub fn emit(
     gpu: &str,
 ) -> Result<String, PlanError> {
     let refuse = |what: &str| {
-        PlanError::invalid(
-            "emit",
-            format!("a TrainingJob cannot express {what} of {}", model.name),
-        )
+        PlanError::invalid("emit", format!("a TrainingJob cannot express {what} of {}", model.name))
     };
     if model.moe.is_some() {
         return Err(refuse("the mixture of experts"));
@@ -90,7 +87,11 @@ pub fn emit(
         .chars()
         .take(40)
         .collect();
-    let name = if name.starts_with(|c: char| c.is_ascii_alphabetic()) { name } else { format!("m-{name}") };
+    let name = if name.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        name
+    } else {
+        format!("m-{name}")
+    };
     let name = name.trim_end_matches('-');
     Ok(format!(
         "# Planned for {gpus} x {gpu}: {split}, {seconds:.3} s per step, {gib:.1} GiB on the fullest GPU.\n\

@@ -180,7 +180,8 @@ pub fn stage_memory(
         }
     };
     let weights = shard(w, 3);
-    // Accumulated over micro-batches, so sharded only from stage 2 on.
+    // Sharded from stage 2 on, where they leave after each micro-batch, in a pipeline after as
+    // many as it has stages.
     let gradients = shard(g, 2);
     let optimizer = shard(o, 1);
     let layers = layers_of_stage(model.total_layers(), split.pipeline, stage);

@@ -22,7 +22,13 @@ impl Prices {
     /// The defaults for a GPU of this price and power.
     #[must_use]
     pub fn of(price_per_hour: f64, power_w: f64) -> Self {
-        Self { gpu_hour: price_per_hour, gpu_power_w: power_w, draw: 0.8, host_share: 0.4, pue: 1.15 }
+        Self {
+            gpu_hour: price_per_hour,
+            gpu_power_w: power_w,
+            draw: 0.8,
+            host_share: 0.4,
+            pue: 1.15,
+        }
     }
 
     /// Computes what `gpus` cost for `hours`, failures included.

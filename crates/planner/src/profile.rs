@@ -187,11 +187,7 @@ impl Profile {
                 })
                 .sum()
         };
-        let largest = self
-            .all_reduce
-            .iter()
-            .map(|p| 2.0 * p.bytes / p.seconds)
-            .fold(1.0, f64::max);
+        let largest = self.all_reduce.iter().map(|p| 2.0 * p.bytes / p.seconds).fold(1.0, f64::max);
         let found = minimise(&mut objective, &[largest.ln(), -11.0], &[0.5, 1.0], 2000);
         (found.x[0].exp(), found.x[1].exp())
     }

@@ -34,9 +34,7 @@ pub fn show(value: f64) -> String {
     for (factor, suffix) in [(1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")] {
         if value.abs() >= factor * 0.9995 {
             let scaled = value / factor;
-            return if scaled >= 999.5 {
-                format!("{scaled:.0}{suffix}")
-            } else if scaled >= 99.95 {
+            return if scaled >= 99.95 {
                 format!("{scaled:.0}{suffix}")
             } else if scaled >= 9.995 {
                 format!("{scaled:.1}{suffix}")
@@ -45,7 +43,13 @@ pub fn show(value: f64) -> String {
             };
         }
     }
-    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") }
+    if value >= 100.0 {
+        format!("{value:.0}")
+    } else if value >= 10.0 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.3}")
+    }
 }
 
 /// Writes seconds in the unit that suits them.
@@ -71,9 +75,8 @@ pub fn seconds(value: f64) -> String {
 /// # Errors
 /// [`PlanError::Invalid`] for another form, an empty range or more than 40 points.
 pub fn sweep(text: &str) -> Result<(String, Vec<u32>), PlanError> {
-    let wrong = || {
-        PlanError::invalid("sweep", format!("'{text}' is not of the form gpus=64..16384"))
-    };
+    let wrong =
+        || PlanError::invalid("sweep", format!("'{text}' is not of the form gpus=64..16384"));
     let (name, range) = text.split_once('=').ok_or_else(wrong)?;
     let (low, high) = range.split_once("..").ok_or_else(wrong)?;
     let read = |part: &str| part.trim().trim_start_matches('=').parse::<u32>().map_err(|_| wrong());

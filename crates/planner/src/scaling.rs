@@ -27,15 +27,8 @@ pub struct Law {
 }
 
 /// Hoffmann et al. 2022, approach 3, as printed.
-pub const HOFFMANN: Law = Law {
-    e: 1.69,
-    a: 406.4,
-    b: 410.7,
-    alpha: 0.34,
-    beta: 0.28,
-    alpha_error: 0.0,
-    beta_error: 0.0,
-};
+pub const HOFFMANN: Law =
+    Law { e: 1.69, a: 406.4, b: 410.7, alpha: 0.34, beta: 0.28, alpha_error: 0.0, beta_error: 0.0 };
 
 /// Besiroglu et al. 2024 (2404.10102): the same runs, fitted anew, with standard errors.
 pub const BESIROGLU: Law = Law {
@@ -89,7 +82,8 @@ impl Law {
         let parameters = self.optimal_parameters(flops);
         let tokens = flops / 6.0 / parameters;
         let sum = self.alpha + self.beta;
-        let error = (self.beta * self.alpha_error).hypot(self.alpha * self.beta_error) / (sum * sum);
+        let error =
+            (self.beta * self.alpha_error).hypot(self.alpha * self.beta_error) / (sum * sum);
         let factor = (error * (flops / 1e21).ln().abs()).exp();
         let (least, most) = (parameters / factor, parameters * factor);
         Optimum {
@@ -118,7 +112,11 @@ impl Law {
         if loss <= self.e * (1.0 + 1e-6) {
             return Err(PlanError::invalid(
                 "loss",
-                format!("{loss} is not reachable: the law ends at {}; nearest that works: {:.4}", self.e, self.e * 1.01),
+                format!(
+                    "{loss} is not reachable: the law ends at {}; nearest that works: {:.4}",
+                    self.e,
+                    self.e * 1.01
+                ),
             ));
         }
         // Golden section over log N, from the smallest model that can reach the loss.
@@ -214,7 +212,14 @@ pub fn read_runs(file: &str, text: &str) -> Result<Vec<Run>, PlanError> {
     let flops = find(&["flops", "flop", "c"]);
     let loss = find(&["loss", "l"]).ok_or_else(|| {
         let near = nearest_names("loss", headers.iter().map(String::as_str));
-        fail(1, "loss", format!("the header lacks this column; it has {}", if near.is_empty() { headers.join(", ") } else { near.join(", ") }))
+        fail(
+            1,
+            "loss",
+            format!(
+                "the header lacks this column; it has {}",
+                if near.is_empty() { headers.join(", ") } else { near.join(", ") }
+            ),
+        )
     })?;
     if [params, tokens, flops].iter().flatten().count() < 2 {
         return Err(fail(1, "params", "two of params, tokens and flops are needed".to_owned()));
@@ -259,23 +264,26 @@ pub fn fit(runs: &[Run]) -> Result<FittedLaw, PlanError> {
     if runs.len() < 6 {
         return Err(PlanError::invalid(
             "runs",
-            format!("{} runs cannot fix five constants; {} more are needed", runs.len(), 6 - runs.len()),
+            format!(
+                "{} runs cannot fix five constants; {} more are needed",
+                runs.len(),
+                6 - runs.len()
+            ),
         ));
     }
     let spread = |value: &dyn Fn(&Run) -> f64| {
-        let (low, high) = runs
-            .iter()
-            .map(value)
-            .fold((f64::INFINITY, 0.0_f64), |(l, h), x| (l.min(x), h.max(x)));
+        let (low, high) =
+            runs.iter().map(value).fold((f64::INFINITY, 0.0_f64), |(l, h), x| (l.min(x), h.max(x)));
         high / low
     };
-    for (field, ratio) in
-        [("params", spread(&|r| r.parameters)), ("tokens", spread(&|r| r.tokens))]
+    for (field, ratio) in [("params", spread(&|r| r.parameters)), ("tokens", spread(&|r| r.tokens))]
     {
         if ratio < 1.5 {
             return Err(PlanError::invalid(
                 field,
-                format!("all runs lie within a factor {ratio:.2}; at least 1.5 is needed to see an exponent"),
+                format!(
+                    "all runs lie within a factor {ratio:.2}; at least 1.5 is needed to see an exponent"
+                ),
             ));
         }
     }
@@ -304,8 +312,7 @@ pub fn fit(runs: &[Run]) -> Result<FittedLaw, PlanError> {
         let mean = parts.iter().map(value).sum::<f64>() / n;
         ((n - 1.0) / n * parts.iter().map(|p| (value(p) - mean).powi(2)).sum::<f64>()).sqrt()
     };
-    let law =
-        Law { alpha_error: error(&|l| l.alpha), beta_error: error(&|l| l.beta), ..law };
+    let law = Law { alpha_error: error(&|l| l.alpha), beta_error: error(&|l| l.beta), ..law };
     Ok(FittedLaw { law, rms_log_error: rms, runs: runs.len() })
 }
 
@@ -353,7 +360,8 @@ fn fit_once(runs: &[Run], near: Option<&Law>) -> Law {
             starts
         }
     };
-    let scale = if near.is_some() { [0.02, 0.2, 0.2, 0.01, 0.01] } else { [0.1, 1.0, 1.0, 0.05, 0.05] };
+    let scale =
+        if near.is_some() { [0.02, 0.2, 0.2, 0.01, 0.01] } else { [0.1, 1.0, 1.0, 0.05, 0.05] };
     let mut best = (f64::INFINITY, starts[0].to_vec());
     for start in &starts {
         let mut x = start.to_vec();

@@ -103,12 +103,11 @@ pub fn default_batch(model: &Model, sequence: u32, gpus: u32) -> u32 {
 }
 
 fn divisors(n: u32) -> Vec<u32> {
-    let mut small: Vec<u32> = (1..=n.isqrt()).filter(|d| n.is_multiple_of(*d)).collect();
-    let large: Vec<u32> =
-        small.iter().rev().map(|d| n / d).filter(|d| d * d != n || *d > n.isqrt()).collect();
-    small.extend(large);
-    small.dedup();
-    small
+    let mut list: Vec<u32> =
+        (1..=n.isqrt()).filter(|d| n.is_multiple_of(*d)).flat_map(|d| [d, n / d]).collect();
+    list.sort_unstable();
+    list.dedup();
+    list
 }
 
 fn choose(pin: Option<u32>, options: Vec<u32>) -> Vec<u32> {
@@ -157,7 +156,8 @@ fn scan(request: &Request<'_>, gpus: u32) -> Result<Scan, PlanError> {
             continue;
         }
         for &context in &contexts {
-            let Some(rest) = tensor.checked_mul(context).filter(|n| *n > 0 && gpus.is_multiple_of(*n))
+            let Some(rest) =
+                tensor.checked_mul(context).filter(|n| *n > 0 && gpus.is_multiple_of(*n))
             else {
                 continue;
             };
@@ -310,12 +310,9 @@ pub fn best(request: &Request<'_>, gpus: u32) -> Result<Found, PlanError> {
     scan.fits.sort_by(faster);
     let best = scan.fits[0];
     let shape = |s: &Split| (s.tensor, s.pipeline, s.context, s.expert);
-    let runner_up =
-        scan.fits.iter().find(|c| shape(&c.split) != shape(&best.split)).copied();
-    let why = runner_up.map_or_else(
-        || "no other split fits".to_owned(),
-        |other| explain_loss(&best, &other),
-    );
+    let runner_up = scan.fits.iter().find(|c| shape(&c.split) != shape(&best.split)).copied();
+    let why = runner_up
+        .map_or_else(|| "no other split fits".to_owned(), |other| explain_loss(&best, &other));
     let mut pareto: Vec<Candidate> = Vec::new();
     for candidate in &scan.fits {
         if pareto.last().is_none_or(|last| candidate.bytes() < 0.98 * last.bytes()) {
@@ -325,7 +322,14 @@ pub fn best(request: &Request<'_>, gpus: u32) -> Result<Found, PlanError> {
             break;
         }
     }
-    Ok(Found { best, runner_up, why, pareto, considered: scan.considered, fitting: scan.fits.len() })
+    Ok(Found {
+        best,
+        runner_up,
+        why,
+        pareto,
+        considered: scan.considered,
+        fitting: scan.fits.len(),
+    })
 }
 
 /// The terms of a step by name, for comparison and for tables.
@@ -373,7 +377,8 @@ pub fn explain_loss(best: &Candidate, other: &Candidate) -> String {
         .filter(|(d, _)| *d < -0.05)
         .map(|(d, name)| format!("{name} {d:.1}%"))
         .collect();
-    let mut text = format!("{} is {:.1}% slower: {}", other.split, slower * 100.0, worse.join(", "));
+    let mut text =
+        format!("{} is {:.1}% slower: {}", other.split, slower * 100.0, worse.join(", "));
     if worse.is_empty() {
         text = format!("{} is as fast within {:.2}%", other.split, slower.abs() * 100.0);
     }
@@ -402,6 +407,9 @@ fn refuse(request: &Request<'_>, gpus: u32, scan: &Scan) -> PlanError {
                 ),
             );
         }
+        if let Err(error) = check_pins(request, gpus, batch) {
+            return error;
+        }
         let near = nearest_gpus(request, gpus, |n| !n.is_empty_scan);
         return PlanError::invalid(
             "gpus",
@@ -413,11 +421,10 @@ fn refuse(request: &Request<'_>, gpus: u32, scan: &Scan) -> PlanError {
             ),
         );
     };
-    let nearest = nearest_gpus(request, gpus, |n| n.fits)
-        .map_or_else(
-            || "no number of these GPUs up to 65,536 holds it".to_owned(),
-            |n| format!("nearest that works: {n} GPUs"),
-        );
+    let nearest = nearest_gpus(request, gpus, |n| n.fits).map_or_else(
+        || "no number of these GPUs up to 65,536 holds it".to_owned(),
+        |n| format!("nearest that works: {n} GPUs"),
+    );
     let limit = machines.gpu.memory_bytes * request.memory_fraction;
     PlanError::DoesNotFit {
         model: model.name.clone(),
@@ -429,6 +436,39 @@ fn refuse(request: &Request<'_>, gpus: u32, scan: &Scan) -> PlanError {
         leanest: leanest.split.to_string(),
         nearest,
     }
+}
+
+/// Says which of the fixed settings contradicts the model, the batch or the number of GPUs.
+fn check_pins(request: &Request<'_>, gpus: u32, global: u32) -> Result<(), PlanError> {
+    let pins = request.pins;
+    let split = Split {
+        tensor: pins.tensor.unwrap_or(1),
+        pipeline: pins.pipeline.unwrap_or(1),
+        virtual_stages: pins.virtual_stages.unwrap_or(1),
+        context: pins.context.unwrap_or(1),
+        expert: pins.expert.unwrap_or(1),
+        zero: pins.zero.unwrap_or(0),
+        micro_batch: pins.micro_batch.unwrap_or(1),
+        ..Split::SINGLE
+    };
+    // Experts are taken from data ranks, which are not fixed.
+    let split = Split { data: split.expert, ..split };
+    let micro = u64::from(split.data) * u64::from(split.micro_batch);
+    let batch = Batch { global: if global == 0 { micro as u32 } else { global }, ..request.batch };
+    check(request.model, &split, &batch)?;
+    let fixed = split.tensor * split.pipeline * split.context;
+    if gpus.is_multiple_of(fixed) {
+        return Ok(());
+    }
+    let down = gpus / fixed * fixed;
+    let near = if down == 0 { fixed.to_string() } else { format!("{down} or {}", down + fixed) };
+    Err(PlanError::invalid(
+        "gpus",
+        format!(
+            "{gpus} is not divisible by tensor {} x pipeline {} x context {}; nearest that works: {near}",
+            split.tensor, split.pipeline, split.context
+        ),
+    ))
 }
 
 struct Probe {
@@ -700,8 +740,7 @@ mod tests {
             panic!("{error}")
         };
         assert!((needed_gib - limit_gib - short_gib).abs() < 1e-9 && *short_gib > 0.0);
-        let works: u32 =
-            nearest.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
+        let works: u32 = nearest.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
         assert!(best(&request(&model, &machines, 64), works).is_ok(), "{error}");
     }
 
@@ -712,8 +751,7 @@ mod tests {
         let request = request(&model, &machines, 0);
         let sized = fewest(&request, 1e12, 10.0, 4096).unwrap();
         assert!(sized.days <= 10.0);
-        let fewer: Vec<u32> =
-            counts(8, 4096).into_iter().filter(|n| *n < sized.gpus).collect();
+        let fewer: Vec<u32> = counts(8, 4096).into_iter().filter(|n| *n < sized.gpus).collect();
         let next = *fewer.last().unwrap();
         let slower = best(&request, next).unwrap();
         assert!(days(&slower.best, 2048, 1e12) > 10.0);

@@ -89,12 +89,13 @@ pub fn serving_memory(model: &Model, serving: &Serving, machines: &Machines) -> 
     let layers = f64::from(model.total_layers()) / p;
     let body = (model.layer_params_without_routed() + model.layer_routed_params()) * layers / t;
     // Embedding and projection stay in 16 bits when the layers are quantised.
-    let tables = if model.tie_embeddings { 0.5 } else { 1.0 } * embedding
-        * serving.dtype.bytes().max(2.0)
-        / if serving.pipeline > 1 { 2.0 } else { 1.0 };
+    let tables =
+        if model.tie_embeddings { 0.5 } else { 1.0 } * embedding * serving.dtype.bytes().max(2.0)
+            / if serving.pipeline > 1 { 2.0 } else { 1.0 };
     let weights = body * serving.dtype.bytes() + tables;
     let kv_ranks = if model.mla.is_some() { 1.0 } else { t.min(f64::from(model.kv_heads)) };
-    let kv_per_token = model.kv_values_per_token_layer() * serving.kv_dtype.bytes() * layers / kv_ranks;
+    let kv_per_token =
+        model.kv_values_per_token_layer() * serving.kv_dtype.bytes() * layers / kv_ranks;
     let sequence = f64::from(serving.prompt) + f64::from(serving.output);
     let chunk = f64::from(serving.prompt.clamp(1, 8192));
     let workspace = chunk * (4.0 * f64::from(model.hidden) + 4.0 * f64::from(model.ffn) / t) * 2.0
@@ -102,7 +103,8 @@ pub fn serving_memory(model: &Model, serving: &Serving, machines: &Machines) -> 
     let overhead = FRAMEWORK_BYTES + workspace;
     let kv_room = machines.gpu.memory_bytes * serving.memory_fraction - weights - overhead;
     let kv_per_sequence = kv_per_token * sequence;
-    let max_batch = if kv_room > 0.0 { (kv_room / kv_per_sequence).floor().min(65_536.0) } else { 0.0 };
+    let max_batch =
+        if kv_room > 0.0 { (kv_room / kv_per_sequence).floor().min(65_536.0) } else { 0.0 };
     ServingMemory {
         weights,
         overhead,
@@ -182,8 +184,12 @@ fn forward_time(
     }
     let layers = f64::from(model.total_layers());
     let logits_rows = if prefill { 1.0 } else { rows };
-    let logits = Device { peak: device.attention_peak, operand_bytes: device.operand_bytes.max(2.0), ..*device }
-        .matmul(logits_rows, f64::from(model.vocab) / t, d, 0.0);
+    let logits = Device {
+        peak: device.attention_peak,
+        operand_bytes: device.operand_bytes.max(2.0),
+        ..*device
+    }
+    .matmul(logits_rows, f64::from(model.vocab) / t, d, 0.0);
     let sends = if serving.pipeline > 1 {
         f64::from(serving.pipeline - 1)
             * Group::new(machines, serving.pipeline, serving.tensor).send(2.0 * rows * d / t)
@@ -204,7 +210,11 @@ pub fn plan(
     machines: &Machines,
     price_per_hour: f64,
 ) -> Result<ServingPlan, PlanError> {
-    if serving.tensor == 0 || serving.pipeline == 0 || serving.tensor > 1024 || serving.pipeline > 1024 {
+    if serving.tensor == 0
+        || serving.pipeline == 0
+        || serving.tensor > 1024
+        || serving.pipeline > 1024
+    {
         return Err(PlanError::invalid("tensor", "tensor and pipeline are from 1 to 1024"));
     }
     if serving.prompt == 0 || serving.output == 0 {
@@ -217,13 +227,21 @@ pub fn plan(
         let near = drumline_spec::model::nearest_divisor(model.heads, serving.tensor);
         return Err(PlanError::invalid(
             "tensor",
-            format!("heads {} are not divisible by tensor {}; nearest that works: tensor {near}", model.heads, serving.tensor),
+            format!(
+                "heads {} are not divisible by tensor {}; nearest that works: tensor {near}",
+                model.heads, serving.tensor
+            ),
         ));
     }
     if serving.pipeline > model.total_layers() {
         return Err(PlanError::invalid(
             "pipeline",
-            format!("{} stages for {} layers; nearest that works: {}", serving.pipeline, model.total_layers(), model.total_layers()),
+            format!(
+                "{} stages for {} layers; nearest that works: {}",
+                serving.pipeline,
+                model.total_layers(),
+                model.total_layers()
+            ),
         ));
     }
     let length = u64::from(serving.prompt) + u64::from(serving.output);
@@ -252,7 +270,10 @@ pub fn plan(
         at = at.saturating_mul(2);
     }
     points.push(memory.max_batch);
-    let curve = points.into_iter().map(|c| load(model, serving, machines, &device, c, price_per_hour)).collect();
+    let curve = points
+        .into_iter()
+        .map(|c| load(model, serving, machines, &device, c, price_per_hour))
+        .collect();
     Ok(ServingPlan { serving: *serving, gpus, memory, curve })
 }
 
@@ -281,7 +302,8 @@ fn load(
     let context = prompt + output / 2.0;
     // With p stages, p groups of the batch are under way, each in its own stage.
     let groups = p.min(batch);
-    let step = forward_time(model, serving, machines, device, (batch / groups).ceil(), context, false);
+    let step =
+        forward_time(model, serving, machines, device, (batch / groups).ceil(), context, false);
     // Between two tokens of one sequence, the others' prefills take their share of the replica:
     // in the time of one completion every other sequence is admitted once.
     let tpot = step + (batch - 1.0) * prefill / p / output;
@@ -325,7 +347,11 @@ fn does_not_fit(
         needed_gib: needed / gib,
         limit_gib: limit / gib,
         short_gib: (needed - limit) / gib,
-        leanest: format!("{} weights, one sequence of {} tokens", serving.dtype, serving.prompt + serving.output),
+        leanest: format!(
+            "{} weights, one sequence of {} tokens",
+            serving.dtype,
+            serving.prompt + serving.output
+        ),
         nearest: larger,
     }
 }
@@ -452,7 +478,10 @@ mod tests {
         let one = planned.curve[0];
         let bandwidth = 3350e9 * machines.gpu.calibration.memory_efficiency;
         let floor = planned.memory.weights / bandwidth;
-        assert!(one.decode_step_s > 0.9 * floor && one.decode_step_s < 2.5 * floor, "{one:?} {floor}");
+        assert!(
+            one.decode_step_s > 0.9 * floor && one.decode_step_s < 2.5 * floor,
+            "{one:?} {floor}"
+        );
         // Prefill: 2 * 70e9 * 2048 operations over 8 GPUs, by hand 36 ms at the full peak.
         assert!(one.ttft_s > 0.036 && one.ttft_s < 0.15, "{one:?}");
     }
@@ -472,7 +501,10 @@ mod tests {
         let (model, machines, serving) = llama70b();
         let one = Serving { tensor: 1, ..serving };
         let error = plan(&model, &one, &machines, 3.0).unwrap_err().to_string();
-        assert!(error.contains("GiB short") && error.contains("nearest that works: 2 GPUs"), "{error}");
+        assert!(
+            error.contains("GiB short") && error.contains("nearest that works: 2 GPUs"),
+            "{error}"
+        );
         let long = Serving { prompt: 9000, ..serving };
         let error = plan(&model, &long, &machines, 3.0).unwrap_err().to_string();
         assert!(error.contains("1064 more than the context"), "{error}");
@@ -482,8 +514,7 @@ mod tests {
     fn limits_choose_the_split() {
         let (model, machines, serving) = llama70b();
         let (loose, _) = best(&model, &serving, &machines, 3.0, None, None, 8).unwrap();
-        let (tight, load) =
-            best(&model, &serving, &machines, 3.0, None, Some(0.02), 8).unwrap();
+        let (tight, load) = best(&model, &serving, &machines, 3.0, None, Some(0.02), 8).unwrap();
         assert!(load.tpot_s <= 0.02 && tight.gpus >= loose.gpus);
         let error = best(&model, &serving, &machines, 3.0, Some(1e-4), None, 8).unwrap_err();
         assert!(error.to_string().contains("least TTFT"), "{error}");

@@ -145,13 +145,15 @@ pub fn assemble(
     let bubble = (all_stages - stage_time) / chunks;
 
     // Pipeline sends: activations there, gradients back, once per chunk; each rank of a tensor
-    // group sends its share and the group gathers (Narayanan et al. 2021, section 4.1).
+    // group sends its share and the group gathers (Narayanan et al. 2021, section 4.1). ZeRO in a
+    // pipeline before 2023 was DeepSpeed's engine, where each rank sends the whole.
     let mut sends = 0.0;
     if split.pipeline > 1 {
         let neighbours = Group::new(machines, split.pipeline, split.tensor * split.context);
         let bytes = a * tokens * d;
-        let mut one = neighbours.send(bytes / t);
-        if split.tensor > 1 && !split.sequence_parallel {
+        let deepspeed = batch.stack != Stack::Overlapped && split.zero >= 1;
+        let mut one = neighbours.send(if deepspeed { bytes } else { bytes / t });
+        if split.tensor > 1 && !split.sequence_parallel && !deepspeed {
             one += Group::new(machines, split.tensor, 1).all_gather(bytes);
         }
         let shown = if batch.stack.overlaps() { INTERFERENCE } else { 1.0 };
@@ -270,7 +272,13 @@ fn data_time(
         let gather = both(&Group::all_gather, w);
         let (reduce, fetch) = match split.zero {
             0 => (both(&Group::all_reduce, g), 0.0),
-            1 | 2 => (scatter, gather),
+            // DeepSpeed's pipeline engine sums all gradients and then gathers parameters.
+            1 | 2 if split.pipeline > 1 && batch.stack != Stack::Overlapped => {
+                (both(&Group::all_reduce, g), gather)
+            }
+            1 => (scatter, gather),
+            // Sharded gradients leave after each micro-batch, in a pipeline after each round.
+            2 => (scatter * (m / f64::from(split.pipeline)).ceil(), gather),
             // Parameters are fetched for each pass of each micro-batch; gradients leave as often.
             _ => {
                 let passes = if split.recompute == Recompute::Full { 3.0 } else { 2.0 };
@@ -282,8 +290,11 @@ fn data_time(
             // while the last p of each chunk do; parameters arrive behind the first forward
             // passes in the same way. The last bucket has nothing to hide behind.
             let [p, v] = [split.pipeline, split.virtual_stages].map(f64::from);
-            let window = if split.zero == 3 { m } else { 1.0 + p.min(m) * (v - 1.0) / v };
-            time += hide(reduce, window * pass_backward) + hide(fetch, window * pass_forward);
+            let last = 1.0 + p.min(m) * (v - 1.0) / v;
+            let rounds = if split.zero == 2 { (m / p).ceil() } else { 1.0 };
+            let behind = if split.zero == 3 || rounds > 1.0 { m } else { last };
+            let ahead = if split.zero == 3 { m } else { last };
+            time += hide(reduce, behind * pass_backward) + hide(fetch, ahead * pass_forward);
         } else if split.zero == 3 {
             // Prefetching hides parameters behind the layers even in the oldest stacks, in part.
             time += hide(reduce + fetch, 0.9 * m * (pass_forward + pass_backward));

@@ -152,10 +152,10 @@ pub struct ServeArgs {
     /// Tokens of a completion.
     #[cfg_attr(feature = "clap", arg(long, value_name = "TOKENS", default_value_t = 256))]
     pub output_tokens: u32,
-    /// Longest time to the first token, in milliseconds.
+    /// Longest time to the first token, in milliseconds; default 2000, 0 for no limit.
     #[cfg_attr(feature = "clap", arg(long, value_name = "MS"))]
     pub ttft_ms: Option<f64>,
-    /// Longest time per output token, in milliseconds.
+    /// Longest time per output token, in milliseconds; default 50, 0 for no limit.
     #[cfg_attr(feature = "clap", arg(long, value_name = "MS"))]
     pub tpot_ms: Option<f64>,
     /// Share of the GPU memory that may be used.

@@ -112,13 +112,7 @@ pub fn budget(args: &BudgetArgs, inputs: &Inputs) -> Result<Output, PlanError> {
     Ok(Output { table, json: json(&report)?, ..Output::default() })
 }
 
-fn render(
-    report: &BudgetReport,
-    gpu: &str,
-    mfu: f64,
-    price: f64,
-    served: Option<f64>,
-) -> String {
+fn render(report: &BudgetReport, gpu: &str, mfu: f64, price: f64, served: Option<f64>) -> String {
     let mut text = format!(
         "budget {:.3e} FLOP = {:.0} PF-days = {} {gpu} hours at {:.0}% MFU = ${} at ${price:.2} per hour\n\n",
         report.flops,
@@ -147,7 +141,10 @@ fn render(
             o.loss
         ));
         if let Some(loss) = answer.loss_of_asked {
-            text.push_str(&format!("  the size asked about: loss {loss:.3} ({:+.3})\n", loss - o.loss));
+            text.push_str(&format!(
+                "  the size asked about: loss {loss:.3} ({:+.3})\n",
+                loss - o.loss
+            ));
         }
         if let (Some(over), Some(served)) = (&answer.over_trained, served) {
             let training = 6.0 * over.parameters * over.tokens;

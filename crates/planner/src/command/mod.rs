@@ -8,9 +8,9 @@ mod train;
 mod validate;
 
 pub use args::{BudgetArgs, Inputs, ServeArgs, TextFile, TrainArgs, ValidateArgs};
-pub use budget::budget;
-pub use serve::serve;
-pub use train::{train, TrainReport};
+pub use budget::{BudgetReport, LawAnswer, budget};
+pub use serve::{ServeReport, TPOT_MS, TTFT_MS, serve};
+pub use train::{Alternative, AtAchieved, TrainReport, train};
 pub use validate::validate;
 
 use crate::catalogue::{Catalogue, Dtype, Gpu};
@@ -92,6 +92,27 @@ pub(crate) fn stack(text: Option<&str>) -> Result<Stack, PlanError> {
     text.map_or(Ok(Stack::Overlapped), Stack::parse)
 }
 
+/// Breaks words into lines of at most 100 columns; the first follows `head`, the others an
+/// indentation as wide.
+pub(crate) fn wrap(head: &str, words: &str) -> String {
+    let mut text = head.to_owned();
+    let mut width = head.len();
+    for (index, word) in words.split(' ').enumerate() {
+        if index > 0 && width + 1 + word.len() > 100 {
+            text.push('\n');
+            text.push_str(&" ".repeat(head.len()));
+            width = head.len();
+        } else if index > 0 {
+            text.push(' ');
+            width += 1;
+        }
+        width += word.len();
+        text.push_str(word);
+    }
+    text.push('\n');
+    text
+}
+
 pub(crate) fn gib(bytes: f64) -> f64 {
     bytes / f64::from(1 << 30)
 }
@@ -107,7 +128,8 @@ pub(crate) fn notes(model: &Model, gpu: &Gpu) -> Vec<String> {
             model.source
         ));
     }
-    if !gpu.calibration.basis.starts_with("fitted") && !gpu.calibration.basis.starts_with("measured")
+    if !gpu.calibration.basis.starts_with("fitted")
+        && !gpu.calibration.basis.starts_with("measured")
     {
         notes.push(format!(
             "{}: rates are not fitted to published runs of it ({})",
@@ -119,6 +141,5 @@ pub(crate) fn notes(model: &Model, gpu: &Gpu) -> Vec<String> {
 
 pub(crate) fn json<T: serde::Serialize>(value: &T) -> Result<serde_json::Value, PlanError> {
     // JSON has no infinities; serde_json writes them as null, which is what a reader expects.
-    serde_json::to_value(value)
-        .map_err(|error| PlanError::invalid("output", error.to_string()))
+    serde_json::to_value(value).map_err(|error| PlanError::invalid("output", error.to_string()))
 }

@@ -9,6 +9,11 @@ use crate::plot::{Series, svg};
 use crate::quantity::{seconds, show};
 use crate::serve::{Load, Serving, ServingPlan, best, plan};
 
+/// Limit of the time to the first token where none is given: what a reader waits for.
+pub const TTFT_MS: f64 = 2000.0;
+/// Limit of the time per output token where none is given: 20 tokens per second and reader.
+pub const TPOT_MS: f64 = 50.0;
+
 /// The data of `plan serve`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ServeReport {
@@ -53,14 +58,26 @@ pub fn serve(args: &ServeArgs, inputs: &Inputs) -> Result<Output, PlanError> {
         output: args.output_tokens,
         memory_fraction: args.memory_fraction,
     };
-    let limit = |ms: Option<f64>| ms.map(|ms| ms / 1e3);
-    let (ttft, tpot) = (limit(args.ttft_ms), limit(args.tpot_ms));
+    for (field, ms) in [("ttft_ms", args.ttft_ms), ("tpot_ms", args.tpot_ms)] {
+        if ms.is_some_and(|x| !x.is_finite() || x < 0.0) {
+            return Err(PlanError::invalid(field, "must be a number of milliseconds from 0"));
+        }
+    }
+    // 0 lifts a limit.
+    let limit = |ms: Option<f64>, usual: f64| {
+        let ms = ms.unwrap_or(usual);
+        (ms > 0.0).then_some(ms / 1e3)
+    };
+    let (ttft, tpot) = (limit(args.ttft_ms, TTFT_MS), limit(args.tpot_ms, TPOT_MS));
+    let asked = args.ttft_ms.is_some() || args.tpot_ms.is_some();
+    let mut warnings = notes(&model, &machines.gpu);
     let (planned, chosen) = if args.tensor.is_some() || args.pipeline.is_some() {
         let planned = plan(&model, &base, &machines, price)?;
-        let meets = |l: &Load| {
-            ttft.is_none_or(|x| l.ttft_s <= x) && tpot.is_none_or(|x| l.tpot_s <= x)
-        };
-        let Some(chosen) = planned.curve.iter().rev().find(|l| meets(l)).copied() else {
+        let meets =
+            |l: &Load| ttft.is_none_or(|x| l.ttft_s <= x) && tpot.is_none_or(|x| l.tpot_s <= x);
+        let chosen = planned.curve.iter().rev().find(|l| meets(l)).copied();
+        let chosen = if asked { chosen } else { chosen.or(planned.curve.first().copied()) };
+        let Some(chosen) = chosen else {
             let first = planned.curve[0];
             return Err(PlanError::invalid(
                 "latency",
@@ -75,7 +92,14 @@ pub fn serve(args: &ServeArgs, inputs: &Inputs) -> Result<Output, PlanError> {
         };
         (planned, chosen)
     } else {
-        best(&model, &base, &machines, price, ttft, tpot, args.max_gpus)?
+        match best(&model, &base, &machines, price, ttft, tpot, args.max_gpus) {
+            Ok(found) => found,
+            Err(PlanError::Invalid { message, .. }) if !asked => {
+                warnings.push(format!("the usual limits are lifted: {message}"));
+                best(&model, &base, &machines, price, None, None, args.max_gpus)?
+            }
+            Err(error) => return Err(error),
+        }
     };
     let s = &planned.serving;
     let m = &planned.memory;
@@ -91,7 +115,7 @@ pub fn serve(args: &ServeArgs, inputs: &Inputs) -> Result<Output, PlanError> {
         s.pipeline
     );
     table.push_str(&format!(
-        "per GPU: weights {:.1} GiB, overhead {:.1} GiB, room for cache {:.1} GiB; cache {:.1} KiB per token, {:.3} GiB per sequence of {}\ngreatest batch {}\n\n",
+        "per GPU: weights {:.1} GiB, overhead {:.1} GiB, room for cache {:.1} GiB\ncache {:.1} KiB per token, {:.3} GiB per sequence of {}; greatest batch {}\n\n",
         gib(m.weights),
         gib(m.overhead),
         gib(m.kv_room),
@@ -116,6 +140,12 @@ pub fn serve(args: &ServeArgs, inputs: &Inputs) -> Result<Output, PlanError> {
             load.cost_per_million_tokens
         ));
     }
+    let show_limit = |limit: Option<f64>| limit.map_or("none".to_owned(), seconds);
+    table.push_str(&format!(
+        "< most tokens per GPU within TTFT {} and TPOT {} (0 lifts a limit)\n",
+        show_limit(ttft),
+        show_limit(tpot)
+    ));
     if args.explain {
         table.push_str(
             "\nprefill: the training forward pass of one prompt, chunks of 8,192, causal attention\n\
@@ -147,11 +177,5 @@ pub fn serve(args: &ServeArgs, inputs: &Inputs) -> Result<Output, PlanError> {
         plan: planned,
         chosen,
     };
-    Ok(Output {
-        table,
-        json: json(&report)?,
-        plot,
-        warnings: notes(&model, &machines.gpu),
-        ..Output::default()
-    })
+    Ok(Output { table, json: json(&report)?, plot, warnings, ..Output::default() })
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Inputs, Output, TrainArgs, catalogue, gib, json, machines, model, notes};
+use super::{Inputs, Output, TrainArgs, catalogue, gib, json, machines, model, notes, wrap};
 use crate::catalogue::Catalogue;
 use crate::error::PlanError;
 use crate::explain;
@@ -132,10 +132,8 @@ fn prepare<'a>(
         Some(text) => parse("tokens", text)?,
         None => 20.0 * model.parameters(),
     };
-    let sequence = args
-        .sequence
-        .or(from_manifest.map(|(s, _)| s))
-        .unwrap_or_else(|| model.context.min(8192));
+    let sequence =
+        args.sequence.or(from_manifest.map(|(s, _)| s)).unwrap_or_else(|| model.context.min(8192));
     if sequence == 0 || sequence > 1 << 26 {
         return Err(PlanError::invalid("sequence", format!("{sequence} is not from 1 to 2^26")));
     }
@@ -204,7 +202,12 @@ pub fn train(args: &TrainArgs, inputs: &Inputs) -> Result<Output, PlanError> {
             points: report.sweep.iter().map(|a| (f64::from(a.gpus), value(a))).collect(),
         };
         svg(
-            &format!("{} on {}, {} tokens", job.model.name, job.machines.gpu.name, show(job.tokens)),
+            &format!(
+                "{} on {}, {} tokens",
+                job.model.name,
+                job.machines.gpu.name,
+                show(job.tokens)
+            ),
             "GPUs",
             &[
                 series("days", |a| a.days),
@@ -284,11 +287,8 @@ fn finish(
             .collect();
         moved = sensitivity(&job.model, &found.best, &batch, &job.machines)?;
     }
-    let alternatives = if at_achieved.is_some() {
-        alternatives(job, gpus, took, catalogue)
-    } else {
-        Vec::new()
-    };
+    let alternatives =
+        if at_achieved.is_some() { alternatives(job, gpus, took, catalogue) } else { Vec::new() };
     let sweep = match &args.sweep {
         None => Vec::new(),
         Some(text) => {
@@ -364,11 +364,8 @@ fn alternatives(job: &Job<'_>, gpus: u32, took: f64, catalogue: &Catalogue) -> V
             let network = catalogue.default_network(&gpu);
             Machines { gpu, network }
         };
-        let batch = Batch {
-            dtype: machines.gpu.training_dtype(),
-            stack: Stack::Overlapped,
-            ..job.batch
-        };
+        let batch =
+            Batch { dtype: machines.gpu.training_dtype(), stack: Stack::Overlapped, ..job.batch };
         let request = Request {
             model: &job.model,
             machines: &machines,
@@ -420,7 +417,7 @@ fn render(job: &Job<'_>, report: &TrainReport) -> String {
     }
     let e = &report.effective;
     text.push_str(&format!(
-        "\ntime    {:.2} days; with failures {:.2} days ({:.1}% effective, {:.1} failures, checkpoint every {}, best {})\n",
+        "\ntime    {:.2} days; with failures {:.2} days ({:.1}% effective, {:.0} failures,\n        checkpoint every {}, best {})\n",
         report.days,
         report.days_with_failures,
         e.ratio * 100.0,
@@ -482,73 +479,72 @@ fn render_found(text: &mut String, job: &Job<'_>, report: &TrainReport, found: &
         .filter(|(_, s)| *s / t.step >= 0.005)
         .map(|(name, s)| format!("{name} {:.1}%", 100.0 * s / t.step))
         .collect();
-    for line in shares.chunks(4) {
-        text.push_str(&format!("        {}\n", line.join(", ")));
-    }
+    text.push_str(&wrap("        ", &shares.join(", ")));
     let m = &best.memory;
-    text.push_str(&format!(
-        "memory  {:.1} of {:.1} GiB on stage {}: weights {:.1}, gradients {:.1}, optimizer {:.1}, activations {:.1}, logits {:.1}, buffers {:.1}, overhead {:.1}\n",
+    let items = [
+        ("weights", m.weights),
+        ("gradients", m.gradients),
+        ("optimizer", m.optimizer),
+        ("activations", m.activations),
+        ("logits", m.logits),
+        ("buffers", m.buffers),
+        ("overhead", m.overhead),
+    ];
+    let total = format!(
+        "{:.1} of {:.1} GiB on stage {}: {} {:.1}",
         gib(m.total()),
         gib(job.machines.gpu.memory_bytes),
         m.stage,
-        gib(m.weights),
-        gib(m.gradients),
-        gib(m.optimizer),
-        gib(m.activations),
-        gib(m.logits),
-        gib(m.buffers),
-        gib(m.overhead)
-    ));
+        items[0].0,
+        gib(items[0].1)
+    );
+    let lines: Vec<String> = std::iter::once(total)
+        .chain(items[1..].iter().map(|(name, bytes)| format!("{name} {:.1}", gib(*bytes))))
+        .collect();
+    text.push_str(&wrap("memory  ", &lines.join(", ")));
     text.push_str(&format!(
-        "search  {} splits, {} fit; {}\n",
-        found.considered, found.fitting, found.why
+        "search  {} splits, {} fit; runner-up\n",
+        found.considered, found.fitting
     ));
+    text.push_str(&wrap("        ", &found.why));
     if found.pareto.len() > 1 {
         text.push_str("pareto  ");
         let points: Vec<String> = found
             .pareto
             .iter()
-            .take(5)
-            .map(|c: &Candidate| format!("{} at {:.1} GiB ({})", seconds(c.time.step), gib(c.bytes()), c.split))
+            .take(4)
+            .map(|c: &Candidate| {
+                format!("{} at {:.1} GiB ({})", seconds(c.time.step), gib(c.bytes()), c.split)
+            })
             .collect();
         text.push_str(&points.join("\n        "));
         text.push('\n');
     }
     if let Some(first) = report.sensitivity.first() {
-        let rest: Vec<String> = report
-            .sensitivity
-            .iter()
-            .skip(1)
-            .take(3)
-            .map(|s| format!("{} {:+.1}%", s.input, s.less_percent))
+        let head = format!("20% less {}: step {:+.1}%", first.input, first.less_percent);
+        let items: Vec<String> = std::iter::once(head)
+            .chain(
+                report
+                    .sensitivity
+                    .iter()
+                    .skip(1)
+                    .take(3)
+                    .map(|s| format!("{} {:+.1}%", s.input, s.less_percent)),
+            )
             .collect();
-        text.push_str(&format!(
-            "moves   20% less {}: step {:+.1}%; {}\n",
-            first.input,
-            first.less_percent,
-            rest.join(", ")
-        ));
+        text.push_str(&wrap("moves   ", &items.join(", ")));
     }
     if job.args.explain {
         let values: Vec<(String, String)> =
             terms(t).iter().map(|(name, s)| ((*name).to_owned(), seconds(*s))).collect();
         text.push_str("\nterms of the step\n");
         text.push_str(&explain::render(&explain::STEP, &values));
-        let memory = [
-            ("weights", m.weights),
-            ("gradients", m.gradients),
-            ("optimizer", m.optimizer),
-            ("activations", m.activations),
-            ("logits", m.logits),
-            ("buffers", m.buffers),
-            ("overhead", m.overhead),
-        ]
-        .map(|(name, bytes)| (name.to_owned(), format!("{:.2} GiB", gib(bytes))));
+        let memory = items.map(|(name, bytes)| (name.to_owned(), format!("{:.2} GiB", gib(bytes))));
         text.push_str("terms of the memory\n");
         text.push_str(&explain::render(&explain::MEMORY, &memory));
         let c = &job.machines.gpu.calibration;
         text.push_str(&format!(
-            "constants of {} ({}): e {}, k_half {}, memory {}, attention {}, link {}; network {}: {} of {} Gbit/s\n",
+            "constants of {} ({}):\n  e {}, k_half {}, memory {}, attention {}, link {}; network {}: {} of {} Gbit/s\n",
             job.machines.gpu.generation,
             c.basis,
             c.matmul_efficiency,

@@ -21,7 +21,10 @@ pub fn validate(args: &ValidateArgs, inputs: &Inputs) -> Result<Output, PlanErro
         "SOURCE", "GPUS", "MEASURED", "PUBLISHED", "PREDICTED", "ERROR"
     );
     let out = if args.leave_one_out {
-        Some((leave_one_out(&table.rows, &catalogue)?, leave_one_source_out(&table.rows, &catalogue)?))
+        Some((
+            leave_one_out(&table.rows, &catalogue)?,
+            leave_one_source_out(&table.rows, &catalogue)?,
+        ))
     } else {
         None
     };

@@ -1,5 +1,6 @@
 //! The communicator of one group: carries out collectives over the lanes to its peers.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,16 @@ use crate::{Collective, CollectiveError, ReduceOp};
 
 /// How long to wait before looking again for what nobody rings for (nothing, as far as is known).
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+
+/// Looks at the lanes (some tens of nanoseconds each) before the core is offered to others.
+const LOOKS_BEFORE_YIELD: u32 = 20;
+
+/// A yield that takes longer gave the core to someone who computes. Who yields goes to the end of
+/// the queue then, who sleeps and is woken does not; so for some waits it is better to sleep.
+const YIELD_LONG: Duration = Duration::from_micros(100);
+
+/// Waits without yielding after a long yield.
+const CROWDED_WAITS: u32 = 100;
 
 #[derive(Debug)]
 struct State {
@@ -32,6 +43,8 @@ pub struct HostCollective {
     deadline: Duration,
     /// How long to look out for a peer before going to sleep.
     spin: Duration,
+    /// Waits to come without yielding, because others compute on this core.
+    crowded: AtomicU32,
     /// Keeps the links open.
     world: Arc<World>,
 }
@@ -44,7 +57,14 @@ impl HostCollective {
         deadline: Duration,
         spin: Duration,
     ) -> Self {
-        Self { group, state: Mutex::new(State { lanes, sequence: 0 }), deadline, spin, world }
+        Self {
+            group,
+            state: Mutex::new(State { lanes, sequence: 0 }),
+            deadline,
+            spin,
+            crowded: AtomicU32::new(0),
+            world,
+        }
     }
 
     /// Returns whether the data to `peer`, a rank of the group, goes through shared memory.
@@ -90,10 +110,19 @@ impl HostCollective {
                 Step::Waits(_) => {}
             }
             let since = *idle_since.get_or_insert_with(Instant::now);
-            let look_until = Instant::now() + self.spin;
-            loop {
-                for _ in 0..32 {
-                    std::hint::spin_loop();
+            let crowded = self.crowded.load(Ordering::Relaxed);
+            self.crowded.store(crowded.saturating_sub(1), Ordering::Relaxed);
+            let mut now = Instant::now();
+            let look_until = now + self.spin;
+            for look in 0.. {
+                // At first the peer is probably running; then it may be waiting for this core.
+                let yields = look >= LOOKS_BEFORE_YIELD;
+                if yields {
+                    std::thread::yield_now();
+                } else {
+                    for _ in 0..8 {
+                        std::hint::spin_loop();
+                    }
                 }
                 match step(lanes)? {
                     Step::Done => return Ok(()),
@@ -101,8 +130,14 @@ impl HostCollective {
                         idle_since = None;
                         continue 'outer;
                     }
-                    Step::Waits(_) if Instant::now() >= look_until => break,
                     Step::Waits(_) => {}
+                }
+                let before = std::mem::replace(&mut now, Instant::now());
+                if yields && now - before > YIELD_LONG {
+                    self.crowded.store(CROWDED_WAITS, Ordering::Relaxed);
+                }
+                if now >= look_until || crowded > 0 && look + 1 >= LOOKS_BEFORE_YIELD {
+                    break;
                 }
             }
 

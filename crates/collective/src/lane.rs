@@ -281,7 +281,7 @@ impl Lane {
             Outbound::Tcp { message_sent, .. } => {
                 let taken = self.group.inbound(self.index).message_credit.load(Ordering::Acquire);
                 let cost = message_cost(len);
-                if message_sent.wrapping_sub(taken) + cost > MESSAGE_WINDOW {
+                if message_sent.wrapping_sub(taken).saturating_add(cost) > MESSAGE_WINDOW {
                     return Ok(None);
                 }
                 *message_sent += cost;

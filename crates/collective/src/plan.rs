@@ -397,7 +397,8 @@ mod tests {
             let plans: Vec<Vec<Plan>> = (0..size).map(|me| barrier(size, me)).collect();
             let mut heard: Vec<Vec<bool>> =
                 (0..size).map(|me| (0..size).map(|r| r == me).collect()).collect();
-            for round in 0..barrier(size, 0).len() {
+            let rounds = plans[0].len();
+            for round in 0..rounds {
                 let before = heard.clone();
                 for me in 0..size {
                     for peer in 0..size {

@@ -412,3 +412,89 @@ fn read(peer: &Peer, space: &mut [u8]) -> Result<Option<usize>, End> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lane;
+    use crate::region::Mapping;
+
+    /// A reader of one link, in a group of two with id 5, and the other end of the link.
+    fn linked() -> (Arc<Links>, Arc<Group>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let ours = listener.accept().unwrap().0;
+        let peer = Arc::new(Peer::new(ours, false).unwrap());
+        let links = Arc::new(Links::new(vec![None, Some(peer)]));
+        let inbox = Arc::new(Mapping::private(lane::inbox_bytes(2)).unwrap());
+        let group = Arc::new(Group::new(5, vec![0, 1], 0, inbox));
+        links.registry().groups.insert(
+            5,
+            Forming { group: Arc::clone(&group), hellos: vec![None; 2], mapped: vec![None; 2] },
+        );
+        (links, group, theirs)
+    }
+
+    /// Reads all of `bytes`, in pieces of `cut`, until the other end closes.
+    fn read_all(links: &Links, mut theirs: TcpStream, bytes: &[u8], cut: usize) {
+        std::thread::scope(|scope| {
+            let (_wake, woken) = UnixStream::pair().unwrap();
+            let reader = scope.spawn(move || run(links, &woken));
+            for piece in bytes.chunks(cut.max(1)) {
+                // Fails once the reader has had enough.
+                if theirs.write_all(piece).is_err() {
+                    break;
+                }
+            }
+            drop(theirs);
+            reader.join().unwrap();
+        });
+    }
+
+    fn frame(kind: u32, group: u32, len: u32, aux: u64, payload: &[u8]) -> Vec<u8> {
+        let header = Header { kind: Kind::Left, group, len, aux };
+        let mut bytes = header.encode().to_vec();
+        bytes[4..8].copy_from_slice(&kind.to_le_bytes());
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        /// Frames of any kind, of the wrong length or with nonsense in them, end the link at worst.
+        #[test]
+        fn no_frame_of_a_peer_brings_the_reader_down(
+            frames in prop::collection::vec(
+                (0u32..10, 4u32..7, 0u32..3000, any::<u64>(), 0usize..3000), 0..30,
+            ),
+            cut in 1usize..5000,
+        ) {
+            let (links, group, theirs) = linked();
+            let mut bytes = Vec::new();
+            for (i, (kind, id, len, aux, real)) in frames.into_iter().enumerate() {
+                // Mostly of the length announced, or nothing after the first would be a frame.
+                let real = if i % 5 == 4 { real } else { len as usize };
+                let aux = if i % 2 == 0 { aux % 4 } else { aux };
+                bytes.extend(frame(kind, id, len, aux, &vec![i as u8; real]));
+            }
+            read_all(&links, theirs, &bytes, cut);
+            prop_assert!(group.inbound(1).gone.load(Ordering::Acquire));
+        }
+    }
+
+    #[test]
+    fn a_stream_beyond_its_window_ends_the_link() {
+        let (links, group, theirs) = linked();
+        let payload = vec![7; crate::frame::PAYLOAD_MAX];
+        let bytes = frame(Kind::Stream as u32, 5, payload.len() as u32, 0, &payload);
+        read_all(&links, theirs, &bytes.repeat(lane::RING_BYTES / payload.len() + 1), 1 << 16);
+        assert!(group.inbound(1).gone.load(Ordering::Acquire));
+        let (ring, _) = lane::places(group.inbox(), lane::lane_offset(1));
+        assert_eq!(crate::ring::Consumer::new(ring).readable(), vec![7; lane::RING_BYTES]);
+    }
+}

@@ -98,6 +98,8 @@ fn child() {
         "conform" => conformance::rank(&*group),
         "groups" => interleaved_groups(&world, &group),
         "repeat" => println!("BITS {}", many_sums(&*group)),
+        #[cfg(target_os = "linux")]
+        "wait" => wait_idly(&*group),
         "survive" => survive(&*group),
         "hang" => {
             group.barrier().unwrap();
@@ -172,6 +174,57 @@ fn survive(c: &dyn Collective) {
     let at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     assert!(matches!(error, CollectiveError::PeerGone { peer: 1, .. }), "{error}");
     println!("NOTICED {}", at.as_micros());
+}
+
+/// Waits half a second for a message and says how long it had a core meanwhile.
+#[cfg(target_os = "linux")]
+fn wait_idly(c: &dyn Collective) {
+    // The first field: nanoseconds on a core.
+    let on_core = || -> u64 {
+        let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        stat.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    c.barrier().unwrap();
+    if c.rank() == 0 {
+        std::thread::sleep(Duration::from_millis(500));
+        c.send(&[1.0], 1).unwrap();
+        c.all_reduce(&mut [0.0; 4], ReduceOp::Sum).unwrap();
+    } else {
+        let (before, start) = (on_core(), Instant::now());
+        c.recv(&mut [0.0], 0).unwrap();
+        let took_ms = (on_core() - before) / 1_000_000;
+        assert!(start.elapsed() >= Duration::from_millis(450));
+        assert!(took_ms < 10, "waiting took {took_ms} ms of a core");
+        c.all_reduce(&mut [0.0; 4], ReduceOp::Sum).unwrap();
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_waiting_rank_leaves_the_core_to_others() {
+    for shared_memory in [true, false] {
+        all_succeed(start(2, |_| "wait", shared_memory));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_with_a_name_is_left_of_a_killed_rank() {
+    let ranks = start(2, |_| "hang", true);
+    let mut ranks = ranks;
+    said(&mut ranks[0], "HANGING");
+    said(&mut ranks[1], "HANGING");
+    let id = ranks[0].child.id();
+    let maps = std::fs::read_to_string(format!("/proc/{id}/maps")).unwrap();
+    let shared: Vec<&str> = maps.lines().filter(|l| l.contains("drumline-collective")).collect();
+    // Shared memory is in use, and no file system knows it; its descriptors are closed.
+    assert!(shared.iter().any(|line| line.contains("/memfd:drumline-collective (deleted)")));
+    assert!(shared.iter().all(|line| line.contains("/memfd:")), "{shared:?}");
+    let open = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap();
+    let names = open.flatten().flat_map(|fd| std::fs::read_link(fd.path()));
+    for name in names {
+        assert!(!name.to_string_lossy().contains("drumline-collective"), "{name:?}");
+    }
 }
 
 #[test]

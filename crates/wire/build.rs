@@ -8,6 +8,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["control", "agent", "inference"].map(|name| format!("drumline/v1alpha1/{name}.proto"));
     println!("cargo:rerun-if-changed={}", root.display());
     let descriptors = protox::compile(&files, [&root])?;
-    tonic_prost_build::configure().build_transport(true).compile_fds(descriptors)?;
+    // Without transport constructors: `AgentLink` has a call named `connect` of its own, and which
+    // features the code generator has depends on who else is in the build.
+    tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
     Ok(())
 }

@@ -48,6 +48,8 @@ pub struct Context {
     pub threads: usize,
     /// Folder of the job that all nodes share.
     pub job_dir: PathBuf,
+    /// Folder that all nodes share: relative paths in the spec start here.
+    pub shared_dir: PathBuf,
     /// Names the host.
     pub host: String,
     /// Where to listen for peers.
@@ -79,6 +81,7 @@ impl Context {
             world_size: parse(contract::WORLD_SIZE)?,
             threads: parse::<usize>(contract::THREADS)?.max(1),
             job_dir: text(contract::JOB_DIR)?.into(),
+            shared_dir: text(contract::SHARED_DIR)?.into(),
             host: text(contract::HOST)?,
             listen_ip: parse(contract::LISTEN_IP)?,
             spec,
@@ -86,9 +89,16 @@ impl Context {
     }
 }
 
+impl Context {
+    /// Returns where a path of the spec leads.
+    #[must_use]
+    pub fn resolve(&self, path: &str) -> PathBuf {
+        self.shared_dir.join(path)
+    }
+}
+
 fn text(name: &'static str) -> Result<String, ContextError> {
-    std::env::var(name)
-        .map_err(|error| ContextError::Variable { name, problem: error.to_string() })
+    std::env::var(name).map_err(|error| ContextError::Variable { name, problem: error.to_string() })
 }
 
 fn parse<T: FromStr>(name: &'static str) -> Result<T, ContextError> {

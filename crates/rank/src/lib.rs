@@ -1,1 +1,96 @@
-//! Placeholder until its first file is written.
+//! One rank: a process on one device that trains or serves its part of a model.
+//!
+//! It joins the [`engine`](drumline_engine) to its IO: the agent that started it ([`host`]), its
+//! peers ([`world`]), the data, the checkpoints, and, for a service's leader, the gateway's
+//! requests ([`serve`]).
+
+pub mod context;
+pub mod host;
+pub mod record;
+pub mod serve;
+pub mod stopwatch;
+pub mod train;
+pub mod world;
+
+use std::process::ExitCode;
+
+use drumline_spec::Work;
+
+use crate::context::Context;
+use crate::host::Host;
+
+/// Why a rank ends without success.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// The environment is not that of a rank.
+    #[error(transparent)]
+    Context(#[from] context::ContextError),
+    /// The agent cannot be talked to.
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    /// The peers cannot be reached.
+    #[error(transparent)]
+    World(#[from] world::WorldError),
+    /// The engine refused or lost a peer.
+    #[error(transparent)]
+    Engine(#[from] drumline_engine::EngineError),
+    /// A peer is gone, silent or out of step.
+    #[error(transparent)]
+    Collective(#[from] drumline_collective::CollectiveError),
+    /// The data cannot be read.
+    #[error(transparent)]
+    Dataset(#[from] drumline_data::DatasetError),
+    /// The data does not fit the job.
+    #[error(transparent)]
+    Batch(#[from] drumline_data::BatchError),
+    /// The tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] drumline_data::TokenizerError),
+    /// A checkpoint cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] drumline_checkpoint::CheckpointError),
+    /// The operating system refused.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// Something else that a user can mend.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Runs this process as a rank: the body of `drumline rank`.
+#[must_use]
+pub fn run() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Reports and requests only: the work is done by this thread and the backend's pool.
+        .worker_threads(1)
+        .enable_all()
+        .build();
+    let outcome = runtime.map_err(RankError::from).and_then(|runtime| work(&runtime));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rank: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn work(runtime: &tokio::runtime::Runtime) -> Result<(), RankError> {
+    let context = Context::from_environment()?;
+    let host = {
+        let _inside = runtime.enter();
+        Host::open(&context)?
+    };
+    let outcome = match &context.spec.work {
+        Work::TrainingJob(job) => train::run(&context, job, &host, runtime.handle()),
+        Work::ModelService(service) => serve::run(&context, service, &host, runtime.handle()),
+        Work::CommandJob(_) => {
+            Err(RankError::Refused("a CommandJob brings its own program".to_owned()))
+        }
+    };
+    if let Err(error) = &outcome {
+        let text = error.to_string();
+        runtime.block_on(host.report_last(|report| report.error = text));
+    }
+    outcome
+}

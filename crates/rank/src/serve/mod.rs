@@ -1,0 +1,111 @@
+//! One rank of a served model: loads its part of the weights and runs the leader's steps.
+//!
+//! The leader (rank 0) takes requests over gRPC ([`service`]), decides each step ([`leader`]) and
+//! turns tokens into text ([`text`]). The others only follow.
+
+pub mod leader;
+pub mod service;
+pub mod text;
+
+use std::sync::Arc;
+
+use drumline_checkpoint::{ModelSource, open_model};
+use drumline_data::Tokenizer;
+use drumline_engine::EngineError;
+use drumline_engine::infer::{Model, ModelOptions};
+use drumline_spec::ModelService;
+use drumline_tensor::Cpu;
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+
+use crate::RankError;
+use crate::context::Context;
+use crate::host::Host;
+use crate::serve::leader::Shared;
+use crate::world::{self, World};
+
+/// Tokens of prompts computed in one step: what bounds the wait of those that decode meanwhile.
+const PREFILL_TOKENS: usize = 256;
+
+/// Serves until the gang is stopped.
+///
+/// # Errors
+/// [`RankError`]; the gang's attempt is over then.
+pub fn run(
+    context: &Context,
+    service: &ModelService,
+    host: &Host,
+    runtime: &Handle,
+) -> Result<(), RankError> {
+    let source = open_model(&context.resolve(&service.model))?;
+    for refused in &source.refused {
+        println!("checkpoint of step {} refused: {}", refused.step, refused.error);
+    }
+    let errors = source.model.check(service.parallelism.tensor, service.parallelism.pipeline);
+    if let Some(error) = errors.first() {
+        return Err(RankError::Refused(format!("{}: {error}", source.path.display())));
+    }
+    let front =
+        if context.rank == 0 { Some(Front::open(context, &source, runtime)?) } else { None };
+    let url = front.as_ref().map(|front| front.url.clone()).unwrap_or_default();
+    let World { coords, groups } =
+        runtime.block_on(world::join(context, host, service.parallelism, url))?;
+    let options = ModelOptions {
+        max_batch: service.max_batch as usize,
+        max_context: service.max_context as usize,
+        max_queue: service.max_queue as usize,
+        prefill_tokens: PREFILL_TOKENS,
+        blocks: 0,
+    };
+    let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
+    let mut model =
+        Model::new(&source.model, service.parallelism, coords, groups, backend, options)?;
+    let reader = source.reader;
+    model.load(|shard, values| reader.read(shard, values))?;
+    drop(reader);
+    println!("serves {} from {}", service.served_name, source.path.display());
+    match front {
+        Some(front) => front.lead(context, host, model, runtime),
+        None => leader::follow(model),
+    }
+}
+
+/// What only the leader has: the tokenizer and the door for requests.
+struct Front {
+    url: String,
+    listener: TcpListener,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Front {
+    fn open(context: &Context, source: &ModelSource, runtime: &Handle) -> Result<Self, RankError> {
+        let path = source.tokenizer.as_ref().ok_or_else(|| {
+            let folder = source.path.display();
+            RankError::Refused(format!("{folder}: there is no tokenizer.json to serve text with"))
+        })?;
+        let tokenizer = Arc::new(Tokenizer::open(path)?);
+        let listener = runtime.block_on(TcpListener::bind((context.listen_ip, 0)))?;
+        let url = format!("http://{}", listener.local_addr()?);
+        Ok(Self { url, listener, tokenizer })
+    }
+
+    fn lead(
+        self,
+        context: &Context,
+        host: &Host,
+        model: Model<Cpu>,
+        runtime: &Handle,
+    ) -> Result<(), RankError> {
+        let shared = Arc::new(Shared::new(model.limits()));
+        let (commands, inbox) = tokio::sync::mpsc::channel(leader::COMMANDS_MAX);
+        let server = service::serve(
+            self.listener,
+            context.secret.clone(),
+            self.tokenizer,
+            Arc::clone(&shared),
+            commands,
+        );
+        runtime.spawn(server);
+        leader::lead(model, inbox, &shared, host, runtime)
+    }
+}

@@ -1,0 +1,6 @@
+//! The real binary with real processes, from manifest to dashboard, broken in every way.
+
+mod cluster;
+mod commands;
+mod recovery;
+mod story;

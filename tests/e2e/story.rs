@@ -1,0 +1,81 @@
+//! The main job, as the README has it, on a smaller scale.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::cluster::{Cluster, DRUMLINE, assert_nothing_left, run_in, training};
+
+#[test]
+fn the_demo_trains_survives_serves_and_cleans_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let output = Command::new(DRUMLINE)
+        .args(["demo", "--kill-rank", "--steps", "30", "--output", "json", "--data"])
+        .arg(text)
+        .arg("--state-dir")
+        .arg(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(report["cluster"]["nodes"], 2);
+    assert_eq!(report["cluster"]["devices"], 4);
+    let run = &report["training"];
+    assert_eq!((&run["tensor"], &run["pipeline"], &run["data"]), (&2.into(), &2.into(), &1.into()));
+    assert_eq!((&run["ranks"], &run["steps"], &run["restarts"]), (&4.into(), &30.into(), &1.into()));
+    let number = |value: &Value| value.as_f64().expect("a number");
+    assert!(number(&run["loss_last"]) < number(&run["loss_first"]) - 0.5, "{run:#}");
+    assert!(number(&run["loss_validation"]) > 0.0 && number(&run["tokens_per_second"]) > 0.0);
+    assert_eq!(report["checkpoint"]["step"], 30);
+    assert!(Path::new(report["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists());
+    assert!(!report["serving"]["completion"].as_str().unwrap().is_empty());
+    assert!(report["dashboard"].as_str().unwrap().starts_with("http://127.0.0.1:"));
+    assert!(told.contains("bit for bit"), "{told}");
+    assert_nothing_left(folder.path());
+}
+
+#[test]
+fn a_run_goes_on_under_another_split_and_is_exported_and_served() {
+    let cluster = Cluster::start(2, 2);
+    cluster.build_data();
+    let first = cluster.submit(&training("first", 2, 2, 1, 20));
+    assert_eq!(cluster.wait(&first), Some(0), "{:#}", cluster.job(&first));
+    let from = cluster.job(&first)["training"]["checkpoint_path"].as_str().unwrap().to_owned();
+    let manifest = training("second", 1, 1, 2, 40)
+        .replace("keep: 2}", &format!("keep: 2, resumeFrom: {from:?}}}"));
+    let second = cluster.submit(&manifest);
+    assert_eq!(cluster.wait(&second), Some(0), "{:#}", cluster.job(&second));
+    let job = cluster.job(&second);
+    let loss = |job: &Value| job["training"]["loss"].as_f64().unwrap();
+    assert!(loss(&job) < loss(&cluster.job(&first)), "{job:#}");
+    assert_eq!(crate::cluster::losses(&cluster, &second).len(), 20, "steps 21 to 40");
+
+    let checkpoint = job["training"]["checkpoint_path"].as_str().unwrap().to_owned();
+    let folder = cluster.folder().join("exported");
+    let output = run_in(cluster.folder(), &["export", &checkpoint, folder.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert!(folder.join(file).is_file(), "{file}");
+    }
+    // The exported folder is served like a checkpoint, and says the same.
+    let mut said = Vec::new();
+    for (name, model, tensor) in
+        [("own", checkpoint.as_str(), "2"), ("exported", folder.to_str().unwrap(), "1")]
+    {
+        let served = cluster.run(&["serve", model, "--name", name, "--tensor", tensor]);
+        assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
+        let asked = cluster.run(&[
+            "complete", "The control plane", "--model", name, "--max-tokens", "12",
+            "--temperature", "0",
+        ]);
+        assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+        said.push(String::from_utf8_lossy(&asked.stdout).into_owned());
+    }
+    assert_eq!(said[0], said[1]);
+    assert!(said[0].len() > 5, "{said:?}");
+    cluster.stop();
+}

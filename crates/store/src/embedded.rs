@@ -189,9 +189,8 @@ impl Shared {
         }
         let mut events = Vec::new();
         let mut bytes = 0;
-        let mut scanned = 0;
         let mut last = from.0;
-        for entry in txn.open_table(HISTORY)?.range((from.0, 0)..)? {
+        for (scanned, entry) in txn.open_table(HISTORY)?.range((from.0, 0)..)?.enumerate() {
             let (place, change) = entry?;
             let (revision, _) = place.value();
             // Only at the edge of a revision: a batch never splits one.
@@ -200,7 +199,6 @@ impl Shared {
                 return Ok(Ok(Chunk { through, events }));
             }
             last = revision;
-            scanned += 1;
             let change = change.value();
             if change.0.starts_with(prefix) {
                 bytes += tables::change_bytes(change.0, change.5);

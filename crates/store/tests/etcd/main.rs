@@ -111,7 +111,7 @@ async fn a_store_and_its_watchers_outlive_the_server() {
 async fn an_address_without_a_server_says_what_to_check() {
     let options = EtcdOptions { deadline: Duration::from_millis(300), ..EtcdOptions::default() };
     let member = format!("127.0.0.1:{}", server::free_port());
-    let connected = EtcdStore::connect(&[member.clone()], &options).await;
+    let connected = EtcdStore::connect(std::slice::from_ref(&member), &options).await;
     let error = connected.err().expect("nobody is there").to_string();
     assert!(error.contains(&member) && error.contains("refused"), "{error}");
     assert!(error.contains("check that it runs"), "{error}");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -15,6 +16,7 @@ use crate::durable;
 use crate::permutation::mix;
 use crate::shard::{ShardError, ShardWriter, TokenWidth, hex};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::words::WordCache;
 
 /// Why a dataset could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +167,7 @@ pub fn build(
         held_out: &held_out,
         train: Writer::new(folder, Split::Train, entry.vocab, options.shard_tokens),
         validation: Writer::new(folder, Split::Validation, entry.vocab, options.shard_tokens),
+        caches: Mutex::new(Vec::new()),
     };
     let mut done = 0;
     let mut waiting: Vec<Document> = Vec::new();
@@ -274,14 +277,23 @@ struct Encoder<'a> {
     held_out: &'a HeldOut,
     train: Writer,
     validation: Writer,
+    // As many as threads encode at once; each document borrows one.
+    caches: Mutex<Vec<WordCache>>,
 }
 
 impl Encoder<'_> {
+    fn take_cache(&self) -> WordCache {
+        self.caches.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
     fn encode(&mut self, documents: &[Document]) -> Result<(), BuildError> {
         let encoded = documents
             .par_iter()
             .map(|document| {
-                let mut ids = self.tokenizer.encode(&document.text)?;
+                let mut cache = self.take_cache();
+                let ids = self.tokenizer.encode_cached(&document.text, &mut cache);
+                self.caches.lock().unwrap_or_else(PoisonError::into_inner).push(cache);
+                let mut ids = ids?;
                 if document.ends_file {
                     ids.push(self.end_of_text);
                 }

@@ -21,6 +21,7 @@ mod map;
 pub mod permutation;
 pub mod shard;
 pub mod tokenizer;
+mod words;
 
 pub use batches::{Batch, BatchError, BatchShape, Batches};
 pub use build::{BuildError, BuildOptions, Progress, Stage, build};

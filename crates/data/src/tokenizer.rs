@@ -9,9 +9,13 @@ use std::sync::OnceLock;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Model, TokenizerImpl};
+use tokenizers::{
+    AddedToken, Model, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer, PreTokenizerWrapper, TokenizerImpl, Trainer,
+};
 
 use crate::incremental::{ByteTable, IncrementalDecoder};
+use crate::words::{self, WordCache};
 
 /// The special token that ends a document, as GPT-2 has it.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -72,6 +76,8 @@ pub struct Tokenizer {
     special: OnceLock<tokenizers::Tokenizer>,
     // The bytes of each token, where the decoder is byte-level.
     bytes: Option<ByteTable>,
+    // Whether words of ASCII can be cut and looked up without the library.
+    cuts_as_gpt2: bool,
 }
 
 impl Tokenizer {
@@ -86,7 +92,6 @@ impl Tokenizer {
         if vocab < VOCAB_MIN {
             return Err(TokenizerError::VocabTooSmall { got: vocab });
         }
-        let byte_level = ByteLevel::new(false, true, true);
         let mut trainer = BpeTrainerBuilder::new()
             .show_progress(false)
             .vocab_size(vocab as usize)
@@ -94,12 +99,17 @@ impl Tokenizer {
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
             .build();
-        let mut inner = ByteLevelBpe::new(BPE::default());
+        let mut model = BPE::default();
+        trainer
+            .feed(texts.iter(), words_to_count)
+            .and_then(|()| trainer.train(&mut model))
+            .map_err(library("train a tokenizer"))?;
+        let mut inner = ByteLevelBpe::new(model);
         inner
-            .with_pre_tokenizer(Some(byte_level))
+            .with_pre_tokenizer(Some(byte_level()))
             .with_post_processor(Some(ByteLevel::new(false, false, true)))
-            .with_decoder(Some(byte_level));
-        inner.train(&mut trainer, texts.iter()).map_err(library("train a tokenizer"))?;
+            .with_decoder(Some(byte_level()));
+        inner.add_special_tokens(&[AddedToken::from(END_OF_TEXT, true)]);
         // Through its file form, so that a trained tokenizer and a loaded one are the same.
         let json = inner.to_string(false).map_err(library("write a tokenizer"))?;
         Self::from_json(Path::new("(just trained)"), json.as_bytes())
@@ -126,7 +136,18 @@ impl Tokenizer {
         plain.set_encode_special_tokens(true);
         let bytes = matches!(plain.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
             .then(|| ByteTable::new(&plain));
-        Ok(Self { plain, special: OnceLock::new(), bytes })
+        let added = plain.get_added_tokens_decoder();
+        let cuts_as_gpt2 = plain.get_normalizer().is_none()
+            && plain.get_truncation().is_none()
+            && plain.get_padding().is_none()
+            && added.values().all(|token| token.special)
+            && matches!(plain.get_model(), ModelWrapper::BPE(_))
+            && matches!(
+                plain.get_pre_tokenizer(),
+                Some(PreTokenizerWrapper::ByteLevel(level))
+                    if level.use_regex && !level.add_prefix_space
+            );
+        Ok(Self { plain, special: OnceLock::new(), bytes, cuts_as_gpt2 })
     }
 
     /// Returns the `tokenizer.json`.
@@ -153,6 +174,19 @@ impl Tokenizer {
     /// [`TokenizerError::Library`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         encode(&self.plain, text)
+    }
+
+    /// Encodes as [`Tokenizer::encode`] does, with words that were seen before from memory.
+    pub(crate) fn encode_cached(
+        &self,
+        text: &str,
+        cache: &mut WordCache,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        if self.cuts_as_gpt2 && text.is_ascii() {
+            cache.encode(self.plain.get_model(), text)
+        } else {
+            self.encode(text)
+        }
     }
 
     /// Encodes text in which special tokens are recognised: what a chat template wrote.
@@ -203,6 +237,23 @@ impl Tokenizer {
     }
 }
 
+/// GPT-2's way to cut text into words and to write their bytes.
+fn byte_level() -> ByteLevel {
+    ByteLevel::new(false, true, true)
+}
+
+/// Cuts a text into the words that training counts, written in the vocabulary's alphabet.
+fn words_to_count(text: &str) -> tokenizers::Result<Vec<String>> {
+    if text.is_ascii() {
+        let written = |word: &str| word.bytes().map(words::letter).collect();
+        return Ok(words::split(text).map(written).collect());
+    }
+    let mut cut = PreTokenizedString::from(text);
+    byte_level().pre_tokenize(&mut cut)?;
+    let splits = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    Ok(splits.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+}
+
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>, TokenizerError> {
     tokenizer
         .encode_fast(text, false)
@@ -240,6 +291,26 @@ pub(crate) mod tests {
         assert_eq!(read.vocab(), 800);
         assert_eq!(read.end_of_text(), Some(0));
         assert_eq!(read.to_json().unwrap(), json);
+    }
+
+    #[test]
+    fn our_words_train_the_tokenizer_that_the_librarys_would() {
+        let texts = [include_str!("tokenizer.rs"), include_str!("words.rs"), "naïve 東京  🦀\n"];
+        let mut trainer = BpeTrainerBuilder::new()
+            .show_progress(false)
+            .vocab_size(700)
+            .min_frequency(2)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .build();
+        let mut theirs = ByteLevelBpe::new(BPE::default());
+        theirs
+            .with_pre_tokenizer(Some(byte_level()))
+            .with_post_processor(Some(ByteLevel::new(false, false, true)))
+            .with_decoder(Some(byte_level()));
+        theirs.train(&mut trainer, texts.iter()).unwrap();
+        let ours = Tokenizer::train(&texts, 700).unwrap();
+        assert_eq!(ours.to_json().unwrap(), theirs.to_string(true).unwrap());
     }
 
     #[test]

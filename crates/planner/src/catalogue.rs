@@ -105,8 +105,23 @@ pub struct Calibration {
     pub link_efficiency: f64,
     /// Latency of one step of a collective inside the domain, in microseconds.
     pub link_latency_us: f64,
+    /// Time that a step spends outside the device, in milliseconds: input, logging, the gradient
+    /// norm's round trip.
+    #[serde(default = "step_overhead_ms")]
+    pub step_overhead_ms: f64,
+    /// Memory that driver, libraries and the collectives' own buffers take, in 10^9 bytes.
+    #[serde(default = "framework_gb")]
+    pub framework_gb: f64,
     /// Where the constants come from.
     pub basis: String,
+}
+
+fn step_overhead_ms() -> f64 {
+    30.0
+}
+
+fn framework_gb() -> f64 {
+    3.0
 }
 
 /// A GPU type.
@@ -479,9 +494,20 @@ impl Catalogue {
         name: &str,
     ) -> Result<T, PlanError> {
         let lower = name.trim().to_lowercase();
+        let wanted = folded(&lower);
         map.get(&lower)
             .or_else(|| {
-                self.aliases.get(&key(kind, &lower)).and_then(|real| map.get(&real.to_lowercase()))
+                self.aliases.get(&key(kind, &lower)).and_then(|n| map.get(&n.to_lowercase()))
+            })
+            .or_else(|| map.iter().find(|(n, _)| folded(n) == wanted).map(|(_, value)| value))
+            .or_else(|| {
+                let prefix = format!("{kind}:");
+                let found = self
+                    .aliases
+                    .iter()
+                    .filter_map(|(k, real)| Some((k.strip_prefix(&prefix)?, real)))
+                    .find(|(alias, _)| folded(alias) == wanted);
+                found.and_then(|(_, real)| map.get(&real.to_lowercase()))
             })
             .cloned()
             .ok_or_else(|| {
@@ -500,6 +526,7 @@ impl Catalogue {
             "blackwell" if gpu.link_domain > 8 => "nvl72",
             "blackwell" => "xdr-8x800",
             "tpu" => "ici-v4",
+            "cpu" => "host",
             "turing" | "ada" => "ethernet-100",
             _ if gpu.link_bandwidth < 100e9 => "ethernet-100",
             _ => "hdr-8x200",
@@ -557,6 +584,27 @@ impl Catalogue {
     }
 }
 
+/// Leaves of a name what tells it apart: `NVIDIA A100-80GB_SXM` and `a100-80g-sxm` are one.
+fn folded(name: &str) -> String {
+    let plain: String =
+        name.to_lowercase().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '.').collect();
+    let plain = plain.replace("nvidia", "").replace("tesla", "");
+    let mut out = String::with_capacity(plain.len());
+    let mut last = ' ';
+    for c in plain.chars() {
+        // "80gb" is "80g".
+        if !(c == 'b'
+            && last == 'g'
+            && out.len() > 1
+            && out.as_bytes()[out.len() - 2].is_ascii_digit())
+        {
+            out.push(c);
+        }
+        last = c;
+    }
+    out
+}
+
 fn key(kind: &str, alias: &str) -> String {
     format!("{kind}:{}", alias.to_lowercase())
 }
@@ -572,7 +620,13 @@ pub(crate) fn position(text: &str, offset: usize) -> (usize, usize) {
 fn check_calibration(c: &Calibration) -> Result<(), String> {
     let shares =
         [c.matmul_efficiency, c.memory_efficiency, c.attention_efficiency, c.link_efficiency];
-    let rest = [c.matmul_k_half, c.kernel_overhead_us, c.link_latency_us];
+    let rest = [
+        c.matmul_k_half,
+        c.kernel_overhead_us,
+        c.link_latency_us,
+        c.step_overhead_ms,
+        c.framework_gb,
+    ];
     if shares.iter().all(|x| *x > 0.0 && *x <= 1.0) && rest.iter().all(|x| (0.0..1e6).contains(x)) {
         Ok(())
     } else {
@@ -697,6 +751,10 @@ source = "ours"
     fn a_broken_text_names_file_line_and_column() {
         let error = Catalogue::builtin().extend("ours.toml", "[[gpu]]\nname = 3\n").unwrap_err();
         assert!(error.to_string().starts_with("ours.toml:2:8: "), "{error}");
+        for name in ["NVIDIA A100-80GB", "A100_80GB_SXM", "a100-sxm4-80gb", "A100"] {
+            assert_eq!(Catalogue::builtin().gpu(name).unwrap().name, "a100-80g", "{name}");
+        }
+        assert_eq!(Catalogue::builtin().model("Llama-3-8B").unwrap().name, "llama3-8b");
         let error = Catalogue::builtin().model("gpt3-175").unwrap_err();
         assert!(error.to_string().contains("gpt3-175b"), "{error}");
     }

@@ -6,8 +6,6 @@ use crate::catalogue::Dtype;
 use crate::model::Model;
 use crate::split::{Batch, Recompute, Split, Stack};
 
-/// What the driver, the context, the libraries and the collectives' own buffers take.
-pub const FRAMEWORK_BYTES: f64 = 3.0e9;
 /// Share of activations lost to the allocator's rounding and fragments.
 pub const FRAGMENTATION: f64 = 0.05;
 
@@ -28,7 +26,7 @@ pub struct StageMemory {
     pub logits: f64,
     /// Buffers for communication.
     pub buffers: f64,
-    /// Allocator and framework.
+    /// Driver, libraries, and the allocator's fragments.
     pub overhead: f64,
 }
 
@@ -159,13 +157,14 @@ pub fn micro_batches_in_flight(split: &Split, micro_batches: u32, stage: u32) ->
     (warm_up / v).min(m).max(1.0 / v)
 }
 
-/// Returns the memory of one stage.
+/// Returns the memory of one stage. `framework` is what driver and libraries take, in bytes.
 #[must_use]
 pub fn stage_memory(
     model: &Model,
     split: &Split,
     batch: &Batch,
     micro_batches: u32,
+    framework: f64,
     stage: u32,
 ) -> StageMemory {
     let (dense, routed) = stage_params(model, split, stage);
@@ -232,20 +231,26 @@ pub fn stage_memory(
         activations,
         logits,
         buffers: gathered + tensor_buffer + pipeline_buffer + bucket + expert_buffer,
-        overhead: FRAMEWORK_BYTES + FRAGMENTATION * (activations + logits),
+        overhead: framework + FRAGMENTATION * (activations + logits),
     }
 }
 
 /// Returns the memory of the fullest stage.
 #[must_use]
-pub fn peak(model: &Model, split: &Split, batch: &Batch, micro_batches: u32) -> StageMemory {
+pub fn peak(
+    model: &Model,
+    split: &Split,
+    batch: &Batch,
+    micro_batches: u32,
+    framework: f64,
+) -> StageMemory {
     // First and last carry the embedding, the loss and the longest queue; the middle ones may
     // hold one layer more.
     let p = split.pipeline;
     [0, p / 2, p - 1]
         .into_iter()
         .chain(first_extra_stage(model.total_layers(), p))
-        .map(|stage| stage_memory(model, split, batch, micro_batches, stage))
+        .map(|stage| stage_memory(model, split, batch, micro_batches, framework, stage))
         .max_by(|x, y| x.total().total_cmp(&y.total()))
         .unwrap_or_default()
 }
@@ -305,11 +310,11 @@ mod tests {
     fn states_take_18_bytes_and_zero_1_divides_12_of_them() {
         let (model, split, batch) = gpt3();
         let batch = Batch { dtype: Dtype::Bf16, ..batch };
-        let one = stage_memory(&model, &split, &batch, 8, 1);
+        let one = stage_memory(&model, &split, &batch, 8, 3e9, 1);
         let params = 12.0 * model.layer_params_without_routed() / 8.0;
         assert!(((one.weights + one.gradients + one.optimizer) / params - 18.0).abs() < 1e-9);
         let split = Split { data: 8, zero: 1, ..split };
-        let eight = stage_memory(&model, &split, &batch, 8, 1);
+        let eight = stage_memory(&model, &split, &batch, 8, 3e9, 1);
         let per = (eight.weights + eight.gradients + eight.optimizer) / params;
         assert!((per - (6.0 + 12.0 / 8.0)).abs() < 1e-9, "{per}");
     }

@@ -55,6 +55,12 @@ pub struct Profile {
     /// All-reduces, at least two for more than one device.
     #[serde(default)]
     pub all_reduce: Vec<CollectivePoint>,
+    /// Milliseconds of a step outside the device.
+    #[serde(default)]
+    pub step_overhead_ms: f64,
+    /// Memory that the runtime takes of each device, in 10^9 bytes.
+    #[serde(default)]
+    pub framework_gb: f64,
     /// Power of a device in watts, if known.
     #[serde(default)]
     pub power_w: Option<f64>,
@@ -93,6 +99,11 @@ impl Profile {
         }
         if profile.all_reduce.iter().any(|p| !good(p.seconds) || !good(p.bytes) || p.ranks < 2) {
             return reject("all_reduce", "bytes and seconds must be positive, ranks at least 2");
+        }
+        if !(0.0..1e6).contains(&profile.step_overhead_ms)
+            || !(0.0..1e6).contains(&profile.framework_gb)
+        {
+            return reject("step_overhead_ms", "overheads must be numbers from 0");
         }
         if !good(profile.memory_bytes) || !good(profile.memory_bandwidth) || profile.devices == 0 {
             return reject("memory_bytes", "memory, bandwidth and devices must be positive");
@@ -142,6 +153,8 @@ impl Profile {
             kernel_overhead_us: (fitted.overhead * 1e6).min(1e5),
             link_efficiency: 1.0,
             link_latency_us: latency * 1e6,
+            step_overhead_ms: self.step_overhead_ms,
+            framework_gb: self.framework_gb,
             basis: "measured on this node".to_owned(),
         };
         let gpu = Gpu {
@@ -221,6 +234,8 @@ mod tests {
                     seconds: 1.5 * bytes / 2e9 + 1.5 * 50e-6,
                 })
                 .to_vec(),
+            step_overhead_ms: 1.0,
+            framework_gb: 0.1,
             power_w: None,
             price_per_hour: None,
         }

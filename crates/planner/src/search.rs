@@ -262,7 +262,7 @@ fn scan_stages(
                     continue;
                 }
                 result.considered += 1;
-                let memory = memory::peak(model, &split, batch, m);
+                let memory = memory::peak(model, &split, batch, m, machines.framework_bytes());
                 let fits = memory.total() <= limit;
                 let lean = result.leanest.is_none_or(|old| memory.total() < old.bytes());
                 if !fits && !lean {

@@ -5,7 +5,6 @@ use serde::Serialize;
 use crate::catalogue::Dtype;
 use crate::comm::Group;
 use crate::error::PlanError;
-use crate::memory::FRAMEWORK_BYTES;
 use crate::model::Model;
 use crate::ops::Device;
 use crate::split::Machines;
@@ -100,7 +99,7 @@ pub fn serving_memory(model: &Model, serving: &Serving, machines: &Machines) -> 
     let chunk = f64::from(serving.prompt.clamp(1, 8192));
     let workspace = chunk * (4.0 * f64::from(model.hidden) + 4.0 * f64::from(model.ffn) / t) * 2.0
         + 4.0 * f64::from(model.vocab) / t * 256.0;
-    let overhead = FRAMEWORK_BYTES + workspace;
+    let overhead = machines.framework_bytes() + workspace;
     let kv_room = machines.gpu.memory_bytes * serving.memory_fraction - weights - overhead;
     let kv_per_sequence = kv_per_token * sequence;
     let max_batch =

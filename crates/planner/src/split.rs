@@ -220,6 +220,12 @@ pub struct Machines {
 }
 
 impl Machines {
+    /// Returns the bytes that driver and libraries take of each GPU.
+    #[must_use]
+    pub fn framework_bytes(&self) -> f64 {
+        self.gpu.calibration.framework_gb * 1e9
+    }
+
     /// Returns the GPUs that reach each other over the fast links.
     #[must_use]
     pub fn domain(&self) -> u32 {

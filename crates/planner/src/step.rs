@@ -10,8 +10,6 @@ use crate::model::Model;
 use crate::ops::Device;
 use crate::split::{Batch, Machines, Recompute, Split, Stack, check};
 
-/// Seconds that a step spends outside the device: input, logging, the gradient norm's round trip.
-pub const STEP_OVERHEAD_S: f64 = 0.03;
 /// Share of hidden communication that computation still pays, as both use the same units.
 pub const INTERFERENCE: f64 = 0.1;
 
@@ -181,7 +179,8 @@ pub fn assemble(
     let nodes =
         (f64::from(split.gpus()) / f64::from(machines.network.gpus_per_node.max(1))).max(1.0);
     let straggler = busy * machines.network.straggler * (2.0 * nodes.ln()).sqrt();
-    let step = busy + data + optimizer + straggler + STEP_OVERHEAD_S;
+    let overhead = machines.gpu.calibration.step_overhead_ms * 1e-3;
+    let step = busy + data + optimizer + straggler + overhead;
     let (useful, hardware) = step_flops(model, split.recompute, batch);
     let gpus = f64::from(split.gpus());
     StepTime {
@@ -194,7 +193,7 @@ pub fn assemble(
         data,
         optimizer,
         straggler,
-        overhead: STEP_OVERHEAD_S,
+        overhead,
         micro_batches: m,
         model_flops_per_gpu: useful / gpus / step,
         hardware_flops_per_gpu: hardware / gpus / step,
@@ -257,8 +256,9 @@ fn data_time(
         let mut group = Group::new(machines, ranks, stride);
         if split.zero == 3 && batch.stack == Stack::Eager && ranks > machines.domain() {
             // Parameters were gathered one by one in rings over one adapter (Narayanan et al. 2021,
-            // table 2: 16 to 17 GB/s per GPU whatever the model and the number of GPUs).
-            group.bandwidth = machines.network.bandwidth();
+            // table 2: some 23 GB/s per GPU whatever the model and the number of GPUs), which
+            // so run near its line rate.
+            group.bandwidth = 0.94 * machines.network.nic_gbps * 1e9 / 8.0;
         }
         let expert_group = Group::new(
             machines,

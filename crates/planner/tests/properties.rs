@@ -55,7 +55,7 @@ proptest! {
         let model = Catalogue::builtin().model(MODELS[model]).unwrap();
         let batch = Batch { sequence: 2048, global: 4096, dtype: Dtype::Bf16, stack };
         let states = |zero: u8| {
-            let m = stage_memory(&model, &Split { zero, ..split }, &batch, 4, 0);
+            let m = stage_memory(&model, &Split { zero, ..split }, &batch, 4, 3e9, 0);
             m.weights + m.gradients + m.optimizer
         };
         for zero in 0..3u8 {
@@ -72,7 +72,7 @@ proptest! {
                 <= layer_activation_bytes(&model, &split, &batch) * (1.0 + 1e-12)
         );
         let more = Split { micro_batch: split.micro_batch * 2, ..split };
-        prop_assert!(peak(&model, &more, &batch, 4).total() > peak(&model, &split, &batch, 4).total());
+        prop_assert!(peak(&model, &more, &batch, 4, 3e9).total() > peak(&model, &split, &batch, 4, 3e9).total());
     }
 
     #[test]
@@ -163,7 +163,14 @@ fn the_search_finds_no_less_than_any_of_its_own_splits() {
                     ..Split::SINGLE
                 };
                 let time = step_time(&model, &split, &batch, &machines).unwrap();
-                let fits = peak(&model, &split, &batch, time.micro_batches as u32).total()
+                let fits = peak(
+                    &model,
+                    &split,
+                    &batch,
+                    time.micro_batches as u32,
+                    machines.framework_bytes(),
+                )
+                .total()
                     <= 0.94 * machines.gpu.memory_bytes;
                 assert!(!fits || best.time.step <= time.step * (1.0 + 1e-9), "{split}");
             }

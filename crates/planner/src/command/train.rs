@@ -283,7 +283,9 @@ fn finish(
         let split = found.best.split;
         let m = found.best.time.micro_batches as u32;
         stages = (0..split.pipeline)
-            .map(|stage| stage_memory(&job.model, &split, &batch, m, stage))
+            .map(|stage| {
+                stage_memory(&job.model, &split, &batch, m, job.machines.framework_bytes(), stage)
+            })
             .collect();
         moved = sensitivity(&job.model, &found.best, &batch, &job.machines)?;
     }

@@ -111,8 +111,8 @@ const TRAINING: &[Field] = &[
             Kind::Text(TextRule::Path),
             "",
             "Folder with token shards and dataset.json, as `drumline data build` writes it. Every \
-             node must see it under this path; a relative path starts at the cluster's state \
-             folder.",
+             node must see it under this path; a relative path starts at the \
+             folder that all nodes share.",
         )]),
         "",
         "The tokens to train on.",
@@ -249,10 +249,10 @@ const TRAINING: &[Field] = &[
             optional(
                 "path",
                 Kind::Text(TextRule::Path),
-                "a folder of the job's own in the state folder",
+                "a folder of the job's own, jobs/ID in the folder that all nodes share",
                 "",
                 "Folder of the run's checkpoints. Every node must see it; a relative path starts \
-                 at the cluster's state folder.",
+                 at the folder that all nodes share.",
             ),
             default(
                 "intervalSteps",
@@ -392,7 +392,7 @@ const SERVICE: &[Field] = &[
         Kind::Text(TextRule::Path),
         "",
         "A checkpoint, a run's folder (its latest complete checkpoint), or a folder in the Hugging \
-         Face layout. Every node must see it; a relative path starts at the cluster's state folder.",
+         Face layout. Every node must see it; a relative path starts at the folder that all nodes share.",
     ),
     optional(
         "servedName",

@@ -1,0 +1,150 @@
+//! `drumline bench`: measures this machine and tells the figures as a table or JSON.
+
+mod collective;
+mod launch;
+mod serve;
+mod store;
+mod train;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+use crate::output::{self, Format};
+
+pub use collective::CollectiveArgs;
+pub use launch::LaunchArgs;
+pub use serve::ServeArgs;
+pub use store::StoreArgs;
+pub use train::TrainArgs;
+
+/// Measure this machine.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// The training step: tokens per second.
+    Train(TrainArgs),
+    /// Collectives between processes: time and bandwidth.
+    Collective(CollectiveArgs),
+    /// Requests through the gateway to a served model.
+    Serve(ServeArgs),
+    /// Durable transactions per second, and how soon a watch tells of a change.
+    Store(StoreArgs),
+    /// The time from a submission to the first step of its gang.
+    Launch(LaunchArgs),
+}
+
+/// One figure.
+#[derive(Debug, Clone)]
+pub(crate) struct Figure {
+    pub(crate) name: String,
+    pub(crate) value: f64,
+    pub(crate) unit: &'static str,
+    /// What was aimed at, in words; empty without an aim.
+    pub(crate) target: &'static str,
+}
+
+impl Figure {
+    pub(crate) fn new(name: impl Into<String>, value: f64, unit: &'static str) -> Self {
+        Self { name: name.into(), value, unit, target: "" }
+    }
+
+    pub(crate) fn aim(mut self, target: &'static str) -> Self {
+        self.target = target;
+        self
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Failed, when a measurement did.
+pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
+    let (name, setting, figures) = match &args.what {
+        Bench::Train(args) => train::run(args).await?,
+        Bench::Serve(args) => serve::run(args).await?,
+        Bench::Collective(args) => collective::run(args).await?,
+        Bench::Store(args) => store::run(args).await?,
+        Bench::Launch(args) => launch::run(args).await?,
+    };
+    let machine = machine();
+    let list: Vec<Value> = figures
+        .iter()
+        .map(|figure| {
+            json!({
+                "name": figure.name,
+                "value": figure.value,
+                "unit": figure.unit,
+                "target": figure.target,
+            })
+        })
+        .collect();
+    let value = json!({
+        "bench": name,
+        "setting": setting,
+        "version": env!("CARGO_PKG_VERSION"),
+        "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
+        "machine": machine,
+        "figures": list,
+    });
+    output::value(format, &value, || {
+        let rows: Vec<_> = figures
+            .iter()
+            .map(|figure| {
+                vec![
+                    figure.name.clone(),
+                    format!("{:.3}", figure.value),
+                    figure.unit.to_owned(),
+                    figure.target.to_owned(),
+                ]
+            })
+            .collect();
+        let table = output::table(&["FIGURE", "VALUE", "UNIT", "TARGET"], &rows);
+        format!("{name}: {setting}\n{table}")
+    })?;
+    if cfg!(debug_assertions) {
+        output::note("this is a debug build: its figures say little; build with --release");
+    }
+    Ok(())
+}
+
+/// What the figures depend on.
+fn machine() -> Value {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    });
+    json!({
+        "cpu": cpu,
+        "cores": std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        "os": std::env::consts::OS,
+    })
+}
+
+/// The share `of` (0 to 1) of sorted samples lies at or below the result.
+pub(crate) fn quantile(sorted: &[f64], of: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    let at = (of * last as f64).ceil() as usize;
+    sorted.get(at.min(last)).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_samples() {
+        let samples = [1.0, 2.0, 3.0, 4.0];
+        assert_eq!(quantile(&samples, 0.5), 3.0);
+        assert_eq!(quantile(&samples, 1.0), 4.0);
+        assert_eq!(quantile(&samples, 0.0), 1.0);
+        assert!(quantile(&[], 0.5).is_nan());
+    }
+}

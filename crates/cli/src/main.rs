@@ -1,0 +1,5 @@
+//! The `drumline` binary.
+
+fn main() -> std::process::ExitCode {
+    drumline_cli::main()
+}

@@ -1,0 +1,277 @@
+//! The processes of a cluster, as hidden commands of the one binary: each joins a crate's
+//! `run(Options)` to the state folder, to signals and to the process that started it.
+
+mod control;
+
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use drumline_agent::ControlAddress;
+use drumline_types::NodeName;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::Global;
+use crate::failure::Failure;
+use crate::state::{GatewayEndpoint, StateDir, write_json};
+
+/// The hidden commands.
+#[derive(Debug, Subcommand)]
+pub enum Role {
+    /// The control plane, with the dashboard.
+    #[command(hide = true)]
+    Control(ControlArgs),
+    /// The node agent of one node.
+    #[command(hide = true)]
+    Agent(AgentArgs),
+    /// The OpenAI-compatible gateway.
+    #[command(hide = true)]
+    Gateway(GatewayArgs),
+    /// One rank of a gang that trains or serves.
+    #[command(hide = true)]
+    Rank,
+    /// One process of `bench collective`.
+    #[command(hide = true)]
+    BenchCollectiveWorker,
+    /// Stands between an agent and one rank.
+    #[command(hide = true)]
+    Supervise {
+        /// The rank's program and arguments.
+        #[arg(last = true, required = true)]
+        argv: Vec<String>,
+    },
+    /// Becomes a program that dies with its supervisor.
+    #[command(hide = true)]
+    RankExec {
+        /// The program and its arguments.
+        #[arg(last = true, required = true)]
+        argv: Vec<String>,
+    },
+}
+
+/// What every long-lived role takes.
+#[derive(Debug, Args)]
+pub struct Attached {
+    /// Stop when standard input ends: the process that started this one is gone.
+    #[arg(long)]
+    pub attached: bool,
+}
+
+/// Arguments of `agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// This node's name.
+    #[arg(long)]
+    pub node: String,
+    /// CPU devices to offer.
+    #[arg(long, default_value_t = 2)]
+    pub devices: u32,
+    /// Cores that the devices share; 0: all.
+    #[arg(long, default_value_t = 0)]
+    pub cores: u32,
+    /// How it ends.
+    #[command(flatten)]
+    pub attached: Attached,
+}
+
+/// Arguments of `control`.
+#[derive(Debug, Args)]
+pub struct ControlArgs {
+    /// Where the API and the agents are served.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub listen: SocketAddr,
+    /// Where the dashboard is served.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub dashboard: SocketAddr,
+    /// Where metrics are served.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub metrics: SocketAddr,
+    /// Further HOST or HOST:PORT under which the dashboard may be called.
+    #[arg(long)]
+    pub allow_host: Vec<String>,
+    /// The store; without it, a file in the state folder.
+    #[arg(long)]
+    pub store: Option<String>,
+    /// How it ends.
+    #[command(flatten)]
+    pub attached: Attached,
+}
+
+/// Arguments of `gateway`.
+#[derive(Debug, Args)]
+pub struct GatewayArgs {
+    /// Where to listen.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
+    pub listen: SocketAddr,
+    /// Further HOST or HOST:PORT under which clients may call.
+    #[arg(long)]
+    pub allow_host: Vec<String>,
+    /// How it ends.
+    #[command(flatten)]
+    pub attached: Attached,
+}
+
+/// Longest time that a role gets to end by itself once it was asked to.
+const STOP_DEADLINE: Duration = Duration::from_secs(15);
+
+impl Role {
+    /// Runs the roles that must own the main thread and have no runtime.
+    ///
+    /// # Errors
+    /// Gives the role back when it is not one of them.
+    pub fn run_plain(self) -> Result<ExitCode, Self> {
+        match self {
+            Self::Supervise { argv } => {
+                Ok(drumline_agent::supervise::run(&argv).unwrap_or_else(|error| {
+                    crate::output::note(&format!("supervisor: {error}"));
+                    ExitCode::FAILURE
+                }))
+            }
+            Self::RankExec { argv } => {
+                let Err(error) = drumline_agent::supervise::exec(&argv);
+                crate::output::note(&format!("rank: {error}"));
+                // What shells say of a program that cannot be run.
+                Ok(ExitCode::from(127))
+            }
+            Self::Rank => {
+                // From the main thread, whose end is the process's.
+                if let Err(error) = drumline_agent::supervise::die_with_supervisor() {
+                    crate::output::note(&format!("rank: {error}"));
+                    return Ok(ExitCode::FAILURE);
+                }
+                crate::log_to_stderr();
+                Ok(drumline_rank::run())
+            }
+            Self::BenchCollectiveWorker => {
+                let mut input = std::io::BufReader::new(std::io::stdin());
+                let worked = drumline_collective::bench::worker(&mut input, &mut std::io::stdout());
+                Ok(match worked {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => {
+                        crate::output::note(&error.to_string());
+                        ExitCode::FAILURE
+                    }
+                })
+            }
+            other => Err(other),
+        }
+    }
+
+    /// Runs a long-lived role until it is asked to stop.
+    ///
+    /// # Errors
+    /// Failed, when it cannot start.
+    pub async fn run(self, global: &Global) -> Result<(), Failure> {
+        let access = global.access()?;
+        let state = access.state.clone();
+        state.create()?;
+        match self {
+            Self::Control(args) => {
+                let stop = stop_token(&args.attached)?;
+                control::run(args, state, access.token()?, stop).await
+            }
+            Self::Agent(args) => {
+                let stop = stop_token(&args.attached)?;
+                let node: NodeName =
+                    args.node.parse().map_err(|error| Failure::user(format!("{error}")))?;
+                let options = drumline_agent::Options {
+                    cpu_devices: args.devices,
+                    cores: args.cores,
+                    listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
+                    shared_dir: state.shared_dir(),
+                    ..drumline_agent::Options::loopback(
+                        node,
+                        control_address(global, &state),
+                        access.token()?,
+                        state.node_dir(&args.node),
+                        std::env::current_exe()?,
+                    )
+                };
+                drumline_agent::run(options, stop)
+                    .await
+                    .map_err(|error| Failure::failed(error.to_string()))
+            }
+            Self::Gateway(args) => {
+                let stop = stop_token(&args.attached)?;
+                let control = control_address(global, &state);
+                let token = access.token()?;
+                let options = drumline_gateway::Options {
+                    listen: args.listen,
+                    allow_hosts: args.allow_host,
+                    control: Arc::new(move || control.resolve()),
+                    cluster_token: token.clone(),
+                    keys: vec![token],
+                };
+                let (ready, listening) = oneshot::channel();
+                tokio::spawn(tell_gateway(state, listening));
+                drumline_gateway::run(options, ready, stop)
+                    .await
+                    .map_err(|error| Failure::failed(error.to_string()))
+            }
+            Self::Rank
+            | Self::BenchCollectiveWorker
+            | Self::Supervise { .. }
+            | Self::RankExec { .. } => Err(Failure::failed("this role has no runtime")),
+        }
+    }
+}
+
+/// Where the control plane is: fixed, or what the state folder says at each try.
+fn control_address(global: &Global, state: &StateDir) -> ControlAddress {
+    match &global.endpoint {
+        Some(url) => ControlAddress::Url(url.clone()),
+        None => ControlAddress::File(state.endpoint_file()),
+    }
+}
+
+/// Writes where the gateway listens, once it does.
+async fn tell_gateway(state: StateDir, listening: oneshot::Receiver<SocketAddr>) {
+    let Ok(address) = listening.await else { return };
+    let endpoint =
+        GatewayEndpoint { gateway: format!("http://{address}"), pid: std::process::id() };
+    if let Err(error) = write_json(&state.gateway_file(), &endpoint) {
+        tracing::error!(%error, "cannot tell where the gateway listens");
+    }
+}
+
+/// Returns a token that is cancelled by SIGTERM, SIGINT or the end of standard input. Who does not
+/// end in time after that is ended by force.
+fn stop_token(attached: &Attached) -> Result<CancellationToken, Failure> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = asked.cancelled() => {}
+        }
+        asked.cancel();
+        tokio::time::sleep(STOP_DEADLINE).await;
+        tracing::error!("did not end in time");
+        std::process::exit(1);
+    });
+    if attached.attached {
+        let ended = stop.clone();
+        std::thread::spawn(move || {
+            let mut input = std::io::stdin().lock();
+            let mut byte = [0];
+            loop {
+                match input.read(&mut byte) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(_) => break,
+                }
+            }
+            ended.cancel();
+        });
+    }
+    Ok(stop)
+}

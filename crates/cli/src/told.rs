@@ -1,0 +1,116 @@
+//! How amounts and moments are told to people, the same in every table and in `top`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use drumline_types::format_duration_ms;
+use drumline_wire::v1;
+
+/// Returns milliseconds since the epoch.
+#[must_use]
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How long ago a moment was; empty when it has not come.
+#[must_use]
+pub fn ago(now_ms: u64, then_ms: u64) -> String {
+    if then_ms == 0 { String::new() } else { format_duration_ms(now_ms.saturating_sub(then_ms)) }
+}
+
+/// A number with a decimal prefix: 1234567 is `1.23M`.
+#[must_use]
+pub fn count(value: f64) -> String {
+    const PREFIXES: [(f64, &str); 4] = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    if !value.is_finite() {
+        return "-".to_owned();
+    }
+    match PREFIXES.iter().find(|(size, _)| value >= *size) {
+        Some((size, prefix)) => format!("{:.2}{prefix}", value / size),
+        None if value.fract() == 0.0 => format!("{value:.0}"),
+        None => format!("{value:.1}"),
+    }
+}
+
+/// A share from 0 to 1, in percent.
+#[must_use]
+pub fn percent(share: f64) -> String {
+    if share.is_finite() { format!("{:.0}%", share * 100.0) } else { "-".to_owned() }
+}
+
+/// What a job is at, in a few words.
+#[must_use]
+pub fn progress(job: &v1::JobView) -> String {
+    if let Some(run) = job.training.as_ref().filter(|run| run.steps > 0) {
+        return if run.step == 0 {
+            format!("step 0/{}", run.steps)
+        } else {
+            format!(
+                "step {}/{}, loss {:.4}, {} tokens/s",
+                run.step,
+                run.steps,
+                run.loss,
+                count(run.tokens_per_second)
+            )
+        };
+    }
+    match &job.service {
+        Some(service) if service.ready => {
+            format!(
+                "serving {}, {} running, {} waiting",
+                service.served_name, service.running, service.waiting
+            )
+        }
+        Some(service) => format!("{} is not ready", service.served_name),
+        None => String::new(),
+    }
+}
+
+/// Why a job is where it is, in one line.
+#[must_use]
+pub fn reason(job: &v1::JobView) -> String {
+    match (job.reason.is_empty(), job.message.is_empty()) {
+        (true, _) => job.message.clone(),
+        (false, true) => job.reason.clone(),
+        (false, false) => format!("{}: {}", job.reason, job.message),
+    }
+}
+
+/// How a rank's process ended.
+#[must_use]
+pub fn exit(code: Option<i32>, signal: Option<i32>) -> String {
+    match (code, signal) {
+        (_, Some(signal)) => format!("signal {signal}"),
+        (Some(code), None) => format!("exit code {code}"),
+        (None, None) => String::new(),
+    }
+}
+
+/// A time of day, UTC.
+#[must_use]
+pub fn clock(at_ms: u64) -> String {
+    let seconds = at_ms / 1000;
+    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{h:02}:{m:02}:{s:02}.{:03}Z", at_ms % 1000)
+}
+
+/// Returns whether a job has ended for good.
+#[must_use]
+pub fn has_ended(job: &v1::JobView) -> bool {
+    matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_read_as_people_say_them() {
+        assert_eq!(count(1_234_567.0), "1.23M");
+        assert_eq!(count(12.0), "12");
+        assert_eq!(count(f64::NAN), "-");
+        assert_eq!(percent(0.456), "46%");
+        assert_eq!(clock(3_661_042), "01:01:01.042Z");
+        assert_eq!(ago(100, 0), "");
+    }
+}

@@ -7,6 +7,7 @@ pub mod calibrate;
 pub mod catalogue;
 pub mod comm;
 pub mod command;
+pub mod dtype;
 pub mod error;
 pub mod explain;
 pub mod fit;

@@ -191,3 +191,21 @@ fn the_same_request_gives_the_same_plan() {
     };
     assert_eq!(search::best(&request, 128).unwrap(), search::best(&request, 128).unwrap());
 }
+
+#[test]
+fn a_trillion_parameters_on_16384_gpus_take_less_than_a_second() {
+    let model = Catalogue::builtin().model("megatron-1t").unwrap();
+    let machines = machines("h100-sxm");
+    let request = Request {
+        model: &model,
+        machines: &machines,
+        batch: Batch { sequence: 2048, global: 4096, dtype: Dtype::Bf16, stack: Stack::Overlapped },
+        pins: Pins::default(),
+        memory_fraction: 0.94,
+    };
+    let start = std::time::Instant::now();
+    let found = search::best(&request, 16_384).unwrap();
+    let took = start.elapsed();
+    println!("{} splits in {took:?}", found.considered);
+    assert!(took < std::time::Duration::from_secs(1), "{took:?}");
+}

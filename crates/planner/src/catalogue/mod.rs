@@ -1,92 +1,16 @@
 //! Catalogues of GPUs, networks and models: built in, and extended by texts of the user's own.
 
+mod entry;
+
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::dtype::Dtype;
 use crate::error::PlanError;
-use crate::model::{Family, Mla, Model, Moe, Position};
+use crate::model::Model;
 
-/// A number format for matrix products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit float.
-    Fp32,
-    /// 32-bit storage, 19-bit products.
-    Tf32,
-    /// IEEE half.
-    Fp16,
-    /// bfloat16.
-    Bf16,
-    /// 8-bit float products, 16-bit activations between layers.
-    Fp8,
-    /// 8-bit integers (serving only).
-    Int8,
-    /// 4-bit float (serving only).
-    Fp4,
-}
-
-impl Dtype {
-    const ALL: [Self; 7] =
-        [Self::Fp32, Self::Tf32, Self::Fp16, Self::Bf16, Self::Fp8, Self::Int8, Self::Fp4];
-
-    /// Returns the word used in catalogues and options.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Fp32 => "fp32",
-            Self::Tf32 => "tf32",
-            Self::Fp16 => "fp16",
-            Self::Bf16 => "bf16",
-            Self::Fp8 => "fp8",
-            Self::Int8 => "int8",
-            Self::Fp4 => "fp4",
-        }
-    }
-
-    /// Parses the word.
-    ///
-    /// # Errors
-    /// [`PlanError::UnknownName`] with the nearest words.
-    pub fn parse(text: &str) -> Result<Self, PlanError> {
-        let lower = text.trim().to_lowercase();
-        let lower = match lower.as_str() {
-            "float16" | "half" => "fp16",
-            "bfloat16" => "bf16",
-            "float32" | "float" => "fp32",
-            other => other,
-        };
-        Self::ALL
-            .into_iter()
-            .find(|d| d.as_str() == lower)
-            .ok_or_else(|| PlanError::unknown("dtype", text, Self::ALL.map(Self::as_str)))
-    }
-
-    /// Returns the bytes of one stored weight in this format.
-    #[must_use]
-    pub fn bytes(self) -> f64 {
-        match self {
-            Self::Fp32 | Self::Tf32 => 4.0,
-            Self::Fp16 | Self::Bf16 => 2.0,
-            Self::Fp8 | Self::Int8 => 1.0,
-            Self::Fp4 => 0.5,
-        }
-    }
-
-    /// Returns the bytes of an activation between layers: fp8 training keeps 16 bits there.
-    #[must_use]
-    pub fn activation_bytes(self) -> f64 {
-        self.bytes().max(2.0)
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
+use entry::CatalogueFile;
 
 /// What is calibrated, per GPU generation: how far real kernels stay below the datasheet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -209,118 +133,6 @@ impl Network {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CatalogueFile {
-    #[serde(default)]
-    generation: Vec<GenerationEntry>,
-    #[serde(default)]
-    gpu: Vec<GpuEntry>,
-    #[serde(default)]
-    network: Vec<Network>,
-    #[serde(default)]
-    model: Vec<ModelEntry>,
-}
-
-#[derive(Deserialize)]
-struct GenerationEntry {
-    name: String,
-    #[serde(flatten)]
-    calibration: Calibration,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GpuEntry {
-    name: String,
-    #[serde(default)]
-    aliases: Vec<String>,
-    generation: String,
-    memory_gb: f64,
-    memory_gbs: f64,
-    peak_tflops: BTreeMap<Dtype, f64>,
-    link_gbs: f64,
-    link_domain: u32,
-    sms: u32,
-    power_w: f64,
-    price_per_hour: f64,
-    #[serde(default)]
-    calibration: Option<Calibration>,
-    source: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ModelEntry {
-    name: String,
-    #[serde(default)]
-    aliases: Vec<String>,
-    layers: u32,
-    #[serde(default)]
-    encoder_layers: u32,
-    hidden: u32,
-    ffn: u32,
-    heads: u32,
-    #[serde(default)]
-    kv_heads: Option<u32>,
-    #[serde(default)]
-    head_dim: Option<u32>,
-    vocab: u32,
-    context: u32,
-    family: Family,
-    #[serde(default)]
-    gated: Option<bool>,
-    #[serde(default)]
-    bias: Option<bool>,
-    #[serde(default)]
-    position: Option<Position>,
-    #[serde(default)]
-    tie_embeddings: bool,
-    #[serde(default)]
-    moe: Option<Moe>,
-    #[serde(default)]
-    mla: Option<Mla>,
-    /// The published total, for the reader and the test.
-    #[serde(default)]
-    parameters: Option<f64>,
-    #[serde(default)]
-    assumed: Vec<String>,
-    source: String,
-}
-
-impl ModelEntry {
-    fn into_model(self) -> Model {
-        let family = self.family;
-        let bias = self.bias.unwrap_or(matches!(family, Family::Gpt | Family::Neox));
-        Model {
-            layers: self.layers,
-            encoder_layers: self.encoder_layers,
-            hidden: self.hidden,
-            ffn: self.ffn,
-            heads: self.heads,
-            kv_heads: self.kv_heads.unwrap_or(self.heads),
-            head_dim: self.head_dim.unwrap_or(self.hidden / self.heads.max(1)),
-            vocab: self.vocab,
-            context: self.context,
-            family,
-            gated: self.gated.unwrap_or(matches!(family, Family::Llama | Family::Qwen)),
-            bias,
-            qkv_bias: bias || family == Family::Qwen,
-            position: self.position.unwrap_or(match family {
-                Family::Gpt => Position::Learned,
-                Family::T5 | Family::T5Decoder => Position::Relative,
-                _ => Position::Rotary,
-            }),
-            tie_embeddings: self.tie_embeddings,
-            moe: self.moe,
-            mla: self.mla,
-            assumed: self.assumed,
-            source: self.source,
-            name: self.name,
-        }
-    }
-}
-
 /// GPUs, networks and models by name.
 #[derive(Debug, Clone, Default)]
 pub struct Catalogue {
@@ -341,9 +153,9 @@ impl Catalogue {
     pub fn builtin() -> Self {
         let mut catalogue = Self::default();
         for (file, text) in [
-            ("gpus.toml", include_str!("../catalogue/gpus.toml")),
-            ("networks.toml", include_str!("../catalogue/networks.toml")),
-            ("models.toml", include_str!("../catalogue/models.toml")),
+            ("gpus.toml", include_str!("../../catalogue/gpus.toml")),
+            ("networks.toml", include_str!("../../catalogue/networks.toml")),
+            ("models.toml", include_str!("../../catalogue/models.toml")),
         ] {
             if let Err(error) = catalogue.extend_with(file, text) {
                 unreachable!("the built-in catalogue is broken: {error}");

@@ -14,6 +14,7 @@ demo: setup-build
 
 # Passes the tests; what they need from the system is installed, or named, first.
 test: setup
+	if command -v etcd >/dev/null; then export DRUMLINE_REQUIRE_ETCD=1; fi; \
 	$(CARGO) test --workspace $(CARGO_JOBS)
 
 # Checks that no compiler makes: formatting, lints, layers, licences.

@@ -80,6 +80,12 @@ impl HostCollective {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Refuses new calls once the group is aborted. A call that has begun goes on for as long as
+    /// it can: peers that ended it went on, and may have met the error after it.
+    fn enter(&self, op: &'static str) -> Result<(), CollectiveError> {
+        self.aborted(op).map_or(Ok(()), Err)
+    }
+
     fn aborted(&self, op: &'static str) -> Option<CollectiveError> {
         self.group.aborted().map(|cause| match cause {
             Cause::Asked => CollectiveError::Aborted,
@@ -98,9 +104,6 @@ impl HostCollective {
             |lanes: &[Option<Lane>], peer: usize| lanes[peer].as_ref().is_some_and(Lane::is_gone);
         let mut idle_since: Option<Instant> = None;
         'outer: loop {
-            if let Some(error) = self.aborted(op) {
-                return Err(error);
-            }
             match step(lanes)? {
                 Step::Done => return Ok(()),
                 Step::Moved => {
@@ -143,14 +146,11 @@ impl HostCollective {
 
             let bell = self.group.bell();
             let count = bell.about_to_sleep();
-            // What a peer wrote before it went counts, so look at it after seeing that it is gone.
+            // What a peer wrote before it went or aborted counts, so look once more after this.
+            let aborted = self.aborted(op);
             let gone: Vec<bool> = (0..lanes.len()).map(|peer| is_gone(lanes, peer)).collect();
             let peer = match step(lanes) {
-                Ok(Step::Waits(peer)) if self.group.aborted().is_none() => peer,
-                Ok(Step::Waits(_)) => {
-                    bell.stay_awake();
-                    continue;
-                }
+                Ok(Step::Waits(peer)) => peer,
                 Ok(Step::Moved) => {
                     bell.stay_awake();
                     idle_since = None;
@@ -165,6 +165,10 @@ impl HostCollective {
                     return Err(error);
                 }
             };
+            if let Some(error) = aborted {
+                bell.stay_awake();
+                return Err(error);
+            }
             if gone[peer] {
                 bell.stay_awake();
                 return Err(CollectiveError::PeerGone { peer, op });
@@ -201,9 +205,6 @@ impl HostCollective {
         plan: impl FnOnce(usize, usize) -> Plan,
         buffers: Buffers<'_>,
     ) -> Result<(), CollectiveError> {
-        if let Some(error) = self.aborted(call.op) {
-            return Err(error);
-        }
         let mut state = self.lock();
         let state = &mut *state;
         let call = Call { sequence: state.sequence, ..call };
@@ -254,6 +255,7 @@ impl Collective for HostCollective {
     }
 
     fn all_reduce(&self, data: &mut [f32], op: ReduceOp) -> Result<(), CollectiveError> {
+        self.enter("all_reduce")?;
         let len = data.len();
         let call = Call { reduce: op, ..self.call("all_reduce", len) };
         let plan = |size, me| plan::all_reduce(size, me, len);
@@ -261,6 +263,7 @@ impl Collective for HostCollective {
     }
 
     fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
+        self.enter("all_gather")?;
         let len = send.len();
         crate::check_length("all_gather", self.size() * len, recv.len())?;
         recv[self.rank() * len..(self.rank() + 1) * len].copy_from_slice(send);
@@ -270,6 +273,7 @@ impl Collective for HostCollective {
     }
 
     fn reduce_scatter(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
+        self.enter("reduce_scatter")?;
         let len = recv.len();
         crate::check_length("reduce_scatter", self.size() * len, send.len())?;
         recv.copy_from_slice(&send[self.rank() * len..(self.rank() + 1) * len]);
@@ -279,6 +283,7 @@ impl Collective for HostCollective {
     }
 
     fn broadcast(&self, data: &mut [f32], root: usize) -> Result<(), CollectiveError> {
+        self.enter("broadcast")?;
         self.check_root("broadcast", root)?;
         let len = data.len();
         let call = Call { root, ..self.call("broadcast", len) };
@@ -288,6 +293,7 @@ impl Collective for HostCollective {
 
     fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<(), CollectiveError> {
         const OP: &str = "broadcast_bytes";
+        self.enter(OP)?;
         self.check_root(OP, root)?;
         let at_root = self.rank() == root;
         if at_root {
@@ -319,6 +325,7 @@ impl Collective for HostCollective {
 
     fn send(&self, data: &[f32], to: usize) -> Result<(), CollectiveError> {
         self.check_peer("send", to)?;
+        self.enter("send")?;
         let message: &[u8] = bytemuck::cast_slice(data);
         let mut state = self.lock();
         let mut at = 0;
@@ -349,6 +356,7 @@ impl Collective for HostCollective {
     fn recv(&self, data: &mut [f32], from: usize) -> Result<(), CollectiveError> {
         const OP: &str = "recv";
         self.check_peer(OP, from)?;
+        self.enter(OP)?;
         let message: &mut [u8] = bytemuck::cast_slice_mut(data);
         let mut state = self.lock();
         let mut at = 0;
@@ -387,6 +395,7 @@ impl Collective for HostCollective {
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
+        self.enter("barrier")?;
         let call = self.call("barrier", 0);
         for round in plan::barrier(self.size(), self.rank()) {
             self.run(call, |_, _| round, Buffers::Whole(&mut []))?;

@@ -82,7 +82,7 @@ impl Group {
     pub(crate) fn new(id: u32, ranks: Vec<usize>, rank: usize, inbox: Arc<Mapping>) -> Self {
         let inbound = (0..ranks.len())
             .map(|from| {
-                let (ring, mail) = lane::places(&inbox, lane::lane_offset(from));
+                let (ring, mail) = lane::places(&inbox, lane::lane_offset(from), false);
                 Inbound {
                     writers: Mutex::new(Some(Writers {
                         ring: ring::Producer::new(ring),

@@ -17,8 +17,12 @@ use crate::peer::{Peer, SendError};
 use crate::region::Mapping;
 use crate::{CollectiveError, mailbox, ring};
 
-/// Of a stream: large enough to keep both sides busy, small enough for the cache.
+/// Of a stream through shared memory: large enough to keep both sides busy, small enough for the cache.
 pub(crate) const RING_BYTES: usize = 1 << 20;
+
+/// Of a stream over TCP, and so the window of bytes under way: what a fast link holds over a long
+/// way. It is address space where memory is shared.
+pub(crate) const TCP_RING_BYTES: usize = 2 << 20;
 
 /// Of a mailbox: address space; only what is under way at once takes memory.
 pub(crate) const MAIL_BYTES: usize = 256 << 20;
@@ -27,7 +31,7 @@ pub(crate) const MAIL_BYTES: usize = 256 << 20;
 pub(crate) const MESSAGE_WINDOW: u64 = (MAIL_BYTES / 2) as u64;
 
 /// Of one frame of a stream: the receiver works on one while the next is under way.
-const STREAM_FRAME_BYTES: usize = 128 << 10;
+const STREAM_FRAME_BYTES: usize = 256 << 10;
 
 /// Of one write into a shared ring, for the same reason.
 const STREAM_WRITE_BYTES: usize = 64 << 10;
@@ -38,7 +42,7 @@ const BELL_OFFSET: usize = 64;
 
 /// One lane of an inbox: control words, the table of fragments, the ring, the mailbox. Pages of
 /// up to 64 KiB divide all of these, so that a lane can be mapped by itself.
-pub(crate) const LANE_BYTES: usize = LANE_HEAD_BYTES + RING_BYTES + MAIL_BYTES;
+pub(crate) const LANE_BYTES: usize = LANE_HEAD_BYTES + TCP_RING_BYTES + MAIL_BYTES;
 const LANE_HEAD_BYTES: usize = 64 << 10;
 const MAIL_CONTROL: usize = 1024;
 const MAIL_TABLE: usize = 4096;
@@ -64,19 +68,24 @@ pub(crate) fn bell(head: &Arc<Mapping>) -> Bell {
     Bell::new(Arc::clone(head), BELL_OFFSET)
 }
 
-/// Returns where ring and mailbox of the lane at `offset` of `mapping` lie.
-pub(crate) fn places(mapping: &Arc<Mapping>, offset: usize) -> (ring::Place, mailbox::Place) {
+/// Returns where ring and mailbox of the lane at `offset` of `mapping` lie. A shared ring is kept
+/// small, for the cache.
+pub(crate) fn places(
+    mapping: &Arc<Mapping>,
+    offset: usize,
+    shared: bool,
+) -> (ring::Place, mailbox::Place) {
     let ring = ring::Place {
         mapping: Arc::clone(mapping),
         control: offset,
         data: offset + LANE_HEAD_BYTES,
-        capacity: RING_BYTES,
+        capacity: if shared { RING_BYTES } else { TCP_RING_BYTES },
     };
     let mail = mailbox::Place {
         mapping: Arc::clone(mapping),
         control: offset + MAIL_CONTROL,
         table: offset + MAIL_TABLE,
-        data: offset + LANE_HEAD_BYTES + RING_BYTES,
+        data: offset + LANE_HEAD_BYTES + TCP_RING_BYTES,
         capacity: MAIL_BYTES,
     };
     (ring, mail)
@@ -123,10 +132,10 @@ impl Lane {
         mapped: Option<(Arc<Mapping>, Arc<Mapping>)>,
         deadline: Duration,
     ) -> Self {
-        let (ring, mail) = places(group.inbox(), lane_offset(index));
+        let (ring, mail) = places(group.inbox(), lane_offset(index), mapped.is_some());
         let out = match mapped {
             Some((head, lane)) => {
-                let (ring, mail) = places(&lane, 0);
+                let (ring, mail) = places(&lane, 0, true);
                 Outbound::Shared {
                     ring: ring::Producer::new(ring),
                     mail: mailbox::Sender::new(mail),
@@ -196,7 +205,7 @@ impl Lane {
             Outbound::Tcp { stream_sent, .. } => {
                 let sent = *stream_sent;
                 let consumed = self.group.inbound(self.index).stream_credit.load(Ordering::Acquire);
-                let window = (RING_BYTES as u64).saturating_sub(sent.wrapping_sub(consumed));
+                let window = (TCP_RING_BYTES as u64).saturating_sub(sent.wrapping_sub(consumed));
                 let parts = cut(STREAM_FRAME_BYTES.min(window as usize));
                 let n = parts[0].len() + parts[1].len();
                 if n > 0 {
@@ -251,7 +260,7 @@ impl Lane {
             Outbound::Tcp { stream_credited, stream_consumed, .. } => {
                 *stream_consumed += len as u64;
                 let consumed = *stream_consumed;
-                if consumed - *stream_credited >= RING_BYTES as u64 / 4 {
+                if consumed - *stream_credited >= TCP_RING_BYTES as u64 / 8 {
                     *stream_credited = consumed;
                     return self.credit(Kind::StreamCredit, consumed);
                 }

@@ -397,14 +397,17 @@ mod tests {
             let plans: Vec<Vec<Plan>> = (0..size).map(|me| barrier(size, me)).collect();
             let mut heard: Vec<Vec<bool>> =
                 (0..size).map(|me| (0..size).map(|r| r == me).collect()).collect();
-            let rounds = plans[0].len();
-            for round in 0..rounds {
+            let mut rounds: Vec<_> = plans.into_iter().map(Vec::into_iter).collect();
+            while let Some(round) = rounds.iter_mut().map(Iterator::next).collect::<Option<Vec<Plan>>>() {
+                if round.is_empty() {
+                    break;
+                }
                 let before = heard.clone();
                 for me in 0..size {
                     for peer in 0..size {
-                        let plan = &plans[me][round].peers[peer];
-                        prop_assert_eq!(plan.announce, plans[peer][round].peers[me].expect);
-                        if plan.expect {
+                        let expect = round[me].peers[peer].expect;
+                        prop_assert_eq!(expect, round[peer].peers[me].announce);
+                        if expect {
                             for (known, new) in heard[me].iter_mut().zip(&before[peer]) {
                                 *known |= *new;
                             }

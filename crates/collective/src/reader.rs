@@ -492,9 +492,9 @@ mod tests {
         let (links, group, theirs) = linked();
         let payload = vec![7; crate::frame::PAYLOAD_MAX];
         let bytes = frame(Kind::Stream as u32, 5, payload.len() as u32, 0, &payload);
-        read_all(&links, theirs, &bytes.repeat(lane::RING_BYTES / payload.len() + 1), 1 << 16);
+        read_all(&links, theirs, &bytes.repeat(lane::TCP_RING_BYTES / payload.len() + 1), 1 << 16);
         assert!(group.inbound(1).gone.load(Ordering::Acquire));
-        let (ring, _) = lane::places(group.inbox(), lane::lane_offset(1));
-        assert_eq!(crate::ring::Consumer::new(ring).readable(), vec![7; lane::RING_BYTES]);
+        let (ring, _) = lane::places(group.inbox(), lane::lane_offset(1), false);
+        assert_eq!(crate::ring::Consumer::new(ring).readable(), vec![7; lane::TCP_RING_BYTES]);
     }
 }

@@ -126,12 +126,17 @@ pub fn nearest_names<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -
         .into_iter()
         .map(|known| {
             let lower = known.to_lowercase();
-            let contains =
-                !wanted.is_empty() && (lower.contains(&wanted) || wanted.contains(&lower));
-            let score = strsim::jaro_winkler(&wanted, &lower) + if contains { 0.5 } else { 0.0 };
+            // A part of a name counts for as much of it as it covers.
+            let covered =
+                lower.len().min(wanted.len()) as f64 / lower.len().max(wanted.len()) as f64;
+            let contains = lower.contains(&wanted) || wanted.contains(&lower);
+            let bonus = if contains && !wanted.is_empty() { 0.5 * covered } else { 0.0 };
+            let alike = strsim::jaro_winkler(&wanted, &lower)
+                + strsim::normalized_damerau_levenshtein(&wanted, &lower);
+            let score = alike / 2.0 + bonus;
             (score, known)
         })
-        .filter(|(score, _)| *score > 0.6)
+        .filter(|(score, _)| *score > 0.5)
         .collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
     scored.dedup_by(|a, b| a.1 == b.1);

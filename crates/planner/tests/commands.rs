@@ -110,7 +110,7 @@ fn an_emitted_manifest_is_one_that_submit_accepts() {
 fn unknown_names_get_the_nearest() {
     for (args, nearest) in [
         (TrainArgs { gpus: Some(8), ..train_args("lama3-8b", "h100") }, "llama3-8b"),
-        (TrainArgs { gpus: Some(8), ..train_args("gpt2", "a100-80gb") }, "a100-80g"),
+        (TrainArgs { gpus: Some(8), ..train_args("gpt2", "a100-80q") }, "a100-80g"),
         (
             TrainArgs { gpus: Some(8), dtype: Some("bf61".into()), ..train_args("gpt2", "h100") },
             "bf16",

@@ -124,9 +124,14 @@ impl Handle {
         })
     }
 
-    /// Whether the reign of this board still lasts.
-    pub(crate) fn leads(&self, board: &Arc<Board>) -> bool {
-        self.board().is_ok_and(|present| Arc::ptr_eq(&present, board))
+    /// Waits until the reign of this board is over.
+    pub(crate) async fn dethroned(&self, board: &Arc<Board>) {
+        let mut reign = self.0.reign.clone();
+        let is_over = |reign: &Option<Reign>| {
+            reign.as_ref().is_none_or(|reign| !Arc::ptr_eq(&reign.board, board))
+        };
+        // An error means that the control plane has stopped.
+        let _ = reign.wait_for(is_over).await;
     }
 
     pub(crate) fn board(&self) -> Result<Arc<Board>, ApiError> {

@@ -48,10 +48,10 @@ pub(crate) fn join(join: &v1::JoinWorld) -> Join {
 }
 
 pub(crate) fn report(report: &v1::RankReport) -> Report {
-    let checkpoint = report.checkpoint.as_ref().map(|checkpoint| Checkpoint {
-        step: checkpoint.step,
-        path: cut(&checkpoint.path, 4096),
-    });
+    let checkpoint = report
+        .checkpoint
+        .as_ref()
+        .map(|checkpoint| Checkpoint { step: checkpoint.step, path: cut(&checkpoint.path, 4096) });
     Report {
         step: report.step,
         checkpoint,

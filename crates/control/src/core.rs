@@ -662,10 +662,5 @@ fn world(state: &State) -> v1::World {
             })
         })
         .collect();
-    v1::World {
-        job: state.job.to_string(),
-        attempt: state.attempt.0,
-        ranks,
-        error: String::new(),
-    }
+    v1::World { job: state.job.to_string(), attempt: state.attempt.0, ranks, error: String::new() }
 }

@@ -206,6 +206,8 @@ impl Fleet {
                 }
                 NodePhase::Silent(since) if now.since_ms(since) >= self.grace_ms => {
                     record.phase = NodePhase::Gone(now);
+                    // If it is only slow, it must say hello again: what it runs is wanted no more.
+                    record.session = None;
                     let silence = format_duration_ms(now.since_ms(since));
                     given_up.push((name.clone(), format!("{} for {silence}", record.message)));
                 }
@@ -265,7 +267,12 @@ impl Fleet {
     }
 
     /// Returns every node as readers see it.
-    pub(crate) fn views(&self, snapshot: &Snapshot, ranks: &Holders, now: Timestamp) -> Vec<v1::NodeView> {
+    pub(crate) fn views(
+        &self,
+        snapshot: &Snapshot,
+        ranks: &Holders,
+        now: Timestamp,
+    ) -> Vec<v1::NodeView> {
         self.nodes.iter().map(|(name, record)| record.view(name, snapshot, ranks, now)).collect()
     }
 }

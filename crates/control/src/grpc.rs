@@ -154,10 +154,7 @@ impl Control for Api {
         Ok(Response::new(v1::ListNodesResponse { nodes: self.handle.list_nodes()? }))
     }
 
-    async fn fleet(
-        &self,
-        _: Request<v1::FleetRequest>,
-    ) -> Result<Response<v1::FleetView>, Status> {
+    async fn fleet(&self, _: Request<v1::FleetRequest>) -> Result<Response<v1::FleetView>, Status> {
         Ok(Response::new(self.handle.fleet()?))
     }
 
@@ -232,10 +229,9 @@ async fn watch_job(handle: &Handle, id: &str, out: &Sender<v1::JobView>) -> Resu
             tokio::time::sleep(WATCH_EVERY).await;
         }
         tokio::select! {
-            changed = tokio::time::timeout(WATCH_AGAIN, versions.changed()) => {
-                if matches!(changed, Ok(Err(_))) || !handle.leads(&board) {
-                    return Err(Status::unavailable("this control plane leads no longer"));
-                }
+            _ = tokio::time::timeout(WATCH_AGAIN, versions.changed()) => {}
+            () = handle.dethroned(&board) => {
+                return Err(Status::unavailable("this control plane leads no longer"));
             }
             () = out.closed() => return Ok(()),
         }
@@ -268,10 +264,9 @@ async fn watch_services(handle: &Handle, out: &Sender<v1::ServicesView>) -> Resu
             sent = Some((services, Instant::now()));
         }
         tokio::select! {
-            changed = tokio::time::timeout(Duration::from_secs(1), versions.changed()) => {
-                if matches!(changed, Ok(Err(_))) || !handle.leads(&board) {
-                    return Err(Status::unavailable("this control plane leads no longer"));
-                }
+            _ = tokio::time::timeout(Duration::from_secs(1), versions.changed()) => {}
+            () = handle.dethroned(&board) => {
+                return Err(Status::unavailable("this control plane leads no longer"));
             }
             () = out.closed() => return Ok(()),
         }
@@ -341,8 +336,7 @@ async fn read_log(
             offset = data.offset + data.data.len() as u64;
             tail = 0;
             let end = data.end;
-            let chunk =
-                v1::LogChunk { rank, attempt, offset: data.offset, data: data.data, end };
+            let chunk = v1::LogChunk { rank, attempt, offset: data.offset, data: data.data, end };
             if out.send(Ok(chunk)).await.is_err() || end {
                 return Ok(());
             }

@@ -44,8 +44,7 @@ impl Core {
         });
         self.fleet.connected(node, hello, session, &mut self.snapshot, now);
         self.replan = true;
-        let welcome =
-            v1::Welcome { leader_term: self.term, heartbeat_interval_ms: heartbeat_ms };
+        let welcome = v1::Welcome { leader_term: self.term, heartbeat_interval_ms: heartbeat_ms };
         self.sends.push(Send { node: node.clone(), kind: Down::Welcome(welcome) });
         for status in &ranks {
             self.rank_status(node, status, now);
@@ -109,11 +108,8 @@ impl Core {
             "its agent was started anew and no longer has it"
         };
         for (rank, _) in missing {
-            let event = Event::RankLost {
-                attempt: Attempt(attempt.0),
-                rank,
-                message: message.to_owned(),
-            };
+            let event =
+                Event::RankLost { attempt: Attempt(attempt.0), rank, message: message.to_owned() };
             self.apply(id, event, now);
         }
     }

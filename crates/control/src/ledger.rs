@@ -12,9 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use drumline_ports::store::{
-    Compare, Leadership, Op, Revision, Store, Txn, Writer, json,
-};
+use drumline_ports::store::{Compare, Leadership, Op, Revision, Store, Txn, Writer, json};
 use drumline_types::{JobId, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -126,8 +124,7 @@ impl Ledger {
         patience: Duration,
         metrics: Metrics,
     ) -> Result<Self, ReignEnded> {
-        let writer =
-            Writer::open(Arc::clone(&store), WRITERS, "control", 1, patience).await?;
+        let writer = Writer::open(Arc::clone(&store), WRITERS, "control", 1, patience).await?;
         Ok(Self { store, writer, fence: leadership.fence(), metrics })
     }
 

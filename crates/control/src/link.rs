@@ -48,9 +48,9 @@ impl AgentLink for Link {
         let node = convert::check_hello(&hello).map_err(Status::invalid_argument)?;
         let id = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
         let (down, outgoing) = mpsc::channel(DOWN_MAX);
-        let session = Session { id, down: down.clone() };
         let logs = self.handle.logs().clone();
-        logs.opened(&node, id, down);
+        logs.opened(&node, id, down.downgrade());
+        let session = Session { id, down };
         let hello = Box::new(hello);
         let connected = Input::Connected { node: node.clone(), hello, session };
         if reign.inbox.send(connected).await.is_err() {

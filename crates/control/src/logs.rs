@@ -23,8 +23,8 @@ pub(crate) struct LogHub(Arc<Inner>);
 struct Inner {
     next: AtomicU64,
     reads: Mutex<HashMap<u64, Read>>,
-    /// The ways down to the agents.
-    links: Mutex<HashMap<NodeName, (u64, mpsc::Sender<v1::AgentDown>)>>,
+    /// The ways down to the agents. Weak: who cuts an agent off drops the only strong one.
+    links: Mutex<HashMap<NodeName, (u64, mpsc::WeakSender<v1::AgentDown>)>>,
 }
 
 #[derive(Debug)]
@@ -43,7 +43,12 @@ pub(crate) struct LogRead {
 
 impl LogHub {
     /// An agent's stream is open.
-    pub(crate) fn opened(&self, node: &NodeName, session: u64, down: mpsc::Sender<v1::AgentDown>) {
+    pub(crate) fn opened(
+        &self,
+        node: &NodeName,
+        session: u64,
+        down: mpsc::WeakSender<v1::AgentDown>,
+    ) {
         let mut links = self.0.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.insert(node.clone(), (session, down));
     }
@@ -72,7 +77,7 @@ impl LogHub {
 
     fn send(&self, node: &NodeName, kind: Down) -> bool {
         let links = self.0.links.lock().unwrap_or_else(PoisonError::into_inner);
-        let down = links.get(node).map(|(_, down)| down.clone());
+        let down = links.get(node).and_then(|(_, down)| down.upgrade());
         drop(links);
         down.is_some_and(|down| down.try_send(v1::AgentDown { kind: Some(kind) }).is_ok())
     }

@@ -97,11 +97,12 @@ pub async fn start(options: Options, stop: CancellationToken) -> Result<Running,
     for address in [Some(options.listen), options.metrics_listen].into_iter().flatten() {
         drumline_web::plain_text_allowed(address).map_err(Error::PlainText)?;
     }
-    let audit = AuditLog::open(options.state_dir.as_deref(), Arc::clone(&options.clock))
-        .map_err(|source| {
+    let audit = AuditLog::open(options.state_dir.as_deref(), Arc::clone(&options.clock)).map_err(
+        |source| {
             let path = options.state_dir.clone().unwrap_or_default().join("audit.jsonl");
             Error::AuditLog { path, source }
-        })?;
+        },
+    )?;
     let metrics = Metrics::register(&options.registry, &options.git_commit)?;
     let listener = bind(options.listen).await?;
     let address = local(&listener, options.listen)?;
@@ -208,8 +209,7 @@ async fn reigns(
 
 async fn elect(options: &Options) -> Result<Leadership, LeaderError> {
     let store = &options.store;
-    let elector =
-        Elector::new(Arc::clone(store), LEADER, options.identity.clone(), options.lease);
+    let elector = Elector::new(Arc::clone(store), LEADER, options.identity.clone(), options.lease);
     if options.sole_user
         && let Some(before) = elector.holder().await?
     {
@@ -233,16 +233,14 @@ async fn lead(
     let term = leadership.term().0.0;
     let (inbox, inputs) = mpsc::channel(INBOX_MAX);
     let store = Arc::clone(&options.store);
-    let ledger =
-        Ledger::open(store, leadership, options.write_patience, metrics.clone()).await?;
+    let ledger = Ledger::open(store, leadership, options.write_patience, metrics.clone()).await?;
     let loaded = ledger.load().await?;
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let heartbeat_ms = millis(options.heartbeat).max(50);
     let fleet = Fleet::new(heartbeat_ms, millis(options.node_grace));
     let now = options.clock.now();
     tracing::info!(term, jobs = loaded.jobs.len(), "leads");
-    let core =
-        Core::recover(loaded, fleet, metrics.clone(), term, options.ended_jobs_max, now);
+    let core = Core::recover(loaded, fleet, metrics.clone(), term, options.ended_jobs_max, now);
     let board = Arc::new(Board::new(term, options.identity.clone()));
     let dispatcher = Dispatcher {
         core,
@@ -252,5 +250,7 @@ async fn lead(
         inbox: inputs,
         heartbeat_ms,
     };
-    dispatcher.run(leadership, stop, || drop(reign.send_replace(Some(Reign { inbox, board })))).await
+    dispatcher
+        .run(leadership, stop, || drop(reign.send_replace(Some(Reign { inbox, board }))))
+        .await
 }

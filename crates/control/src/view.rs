@@ -33,7 +33,8 @@ pub(crate) fn job(job: &Job, gateway_url: &str, with_spec: bool) -> v1::JobView 
         pipeline: split.pipeline,
         data: split.data,
         training: training(job),
-        service: service(job, gateway_url).map(|view| v1::ServiceView { secret: String::new(), ..view }),
+        service: service(job, gateway_url)
+            .map(|view| v1::ServiceView { secret: String::new(), ..view }),
         first_failure: state.first_failure.as_ref().map(|failure| v1::RankExitView {
             node: failure.node.to_string(),
             attempt: failure.attempt.0,

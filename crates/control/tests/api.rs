@@ -90,7 +90,11 @@ async fn a_message_that_is_too_long_is_refused_and_harms_nobody() {
 async fn a_malformed_request_is_refused_and_harms_nobody() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let (control, _folder) = alone().await;
-    for garbage in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 4096][..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\xff"] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..],
+        &[0xff; 4096][..],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\xff",
+    ] {
         let mut stream = tokio::net::TcpStream::connect(control.running.address).await.unwrap();
         stream.write_all(garbage).await.unwrap();
         let mut answer = Vec::new();
@@ -103,9 +107,7 @@ async fn a_malformed_request_is_refused_and_harms_nobody() {
         channel,
         drumline_wire::auth::AddToken::new(&support::token()),
     );
-    let first = v1::AgentUp {
-        kind: Some(v1::agent_up::Kind::Heartbeat(v1::Heartbeat::default())),
-    };
+    let first = v1::AgentUp { kind: Some(v1::agent_up::Kind::Heartbeat(v1::Heartbeat::default())) };
     let status = link.connect(futures::stream::iter([first])).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("Hello"), "{}", status.message());

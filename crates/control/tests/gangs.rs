@@ -150,8 +150,7 @@ async fn a_lost_agent_moves_its_gang_to_another_node() {
         .collect();
     let at = cluster.agents.iter().position(|agent| agent.node == victim).unwrap();
     cluster.agents.remove(at).kill();
-    let again =
-        until(&mut client, &id, |job| job.attempt == 2 && job.phase == "running").await;
+    let again = until(&mut client, &id, |job| job.attempt == 2 && job.phase == "running").await;
     assert!(again.ranks.iter().all(|rank| rank.node != victim), "{:?}", again.ranks);
     assert!(again.ranks.iter().any(|rank| rank.node == spare[0]));
     let failure = again.first_failure.unwrap();
@@ -231,8 +230,7 @@ async fn reports_become_figures_series_and_readiness() {
     let mut client = cluster.control.client().await;
     let id = submit(&mut client, &training("run", 0)).await.remove(0);
     let job = until_phase(&mut client, &id, "running").await;
-    let agent =
-        |node: &str| cluster.agents.iter().find(|agent| agent.node == node).unwrap();
+    let agent = |node: &str| cluster.agents.iter().find(|agent| agent.node == node).unwrap();
     for step in 1..=5u64 {
         let report = v1::RankReport {
             job: id.clone(),
@@ -240,7 +238,7 @@ async fn reports_become_figures_series_and_readiness() {
             rank: 3,
             step,
             train: Some(v1::TrainReport {
-                loss: 5.0 - step as f64,
+                loss: 6.0 - step as f64,
                 step_seconds: 0.5,
                 parameters: 1000,
                 flops_per_token: 1e6,
@@ -261,7 +259,7 @@ async fn reports_become_figures_series_and_readiness() {
     })
     .await;
     let training = view.training.unwrap();
-    assert_eq!((training.loss_first, training.loss, training.steps), (4.0, 0.0f64.max(0.0), 10));
+    assert_eq!((training.loss_first, training.loss, training.steps), (5.0, 1.0, 10));
     assert_eq!(training.loss_validation, 3.5);
     assert_eq!((training.checkpoint_step, training.checkpoint_path.as_str()), (4, "/c/4"));
     // 4 sequences of 64 tokens in half a second; four devices of 1 GFLOP/s.
@@ -269,10 +267,10 @@ async fn reports_become_figures_series_and_readiness() {
     assert!((training.mfu - 512.0 * 1e6 / 4e9).abs() < 1e-9, "{}", training.mfu);
     let request = v1::SeriesRequest { names: vec![format!("job/{id}/loss")], max_points: 0 };
     let series = client.series(request).await.unwrap().into_inner().series.remove(0);
-    assert_eq!(series.x, [1.0, 2.0, 3.0, 4.0]);
+    assert_eq!(series.x, [1.0, 2.0, 3.0, 4.0, 5.0]);
     (cluster.control.running.handle.refresh())();
     let text = metrics(&cluster.control);
-    assert!(text.contains(&format!("drumline_job_step{{job=\"{id}\"}} 4")), "{text}");
+    assert!(text.contains(&format!("drumline_job_step{{job=\"{id}\"}} 5")), "{text}");
     assert!(text.contains("drumline_jobs{kind=\"TrainingJob\",phase=\"running\"} 1"));
     assert!(text.contains("drumline_devices_allocated{kind=\"cpu\"} 4"));
 }
@@ -288,8 +286,7 @@ async fn a_service_is_routed_once_it_is_ready_and_not_when_it_falls_silent() {
     let mut client = cluster.control.client().await;
     let id = submit(&mut client, &service("chat")).await.remove(0);
     until_phase(&mut client, &id, "running").await;
-    let mut watch =
-        client.watch_services(v1::WatchServicesRequest {}).await.unwrap().into_inner();
+    let mut watch = client.watch_services(v1::WatchServicesRequest {}).await.unwrap().into_inner();
     let first = watch.message().await.unwrap().unwrap().services.remove(0);
     assert_eq!((first.ready, first.served_name.as_str()), (false, "chat"));
     let report = v1::RankReport {

@@ -14,7 +14,10 @@ async fn read(mut stream: tonic::Streaming<v1::LogChunk>) -> (String, Vec<u64>) 
     let (mut text, mut offsets) = (Vec::new(), Vec::new());
     let all = async {
         while let Some(chunk) = stream.message().await.unwrap() {
-            assert_eq!(chunk.offset as usize, offsets.first().map_or(chunk.offset as usize, |first| *first as usize + text.len()));
+            assert_eq!(
+                chunk.offset as usize,
+                offsets.first().map_or(chunk.offset as usize, |first| *first as usize + text.len())
+            );
             offsets.push(chunk.offset);
             text.extend(chunk.data);
         }

@@ -3,7 +3,7 @@
 use drumline_spec::{JobSpec, Work};
 use drumline_types::{JobPhase, Timestamp};
 
-use crate::state::State;
+use crate::state::{RankState, State};
 
 /// Wait before stopping is asked for again, in milliseconds; it doubles with each time.
 const STOP_AGAIN_MS: u64 = 15_000;
@@ -31,8 +31,9 @@ pub fn deadline(state: &State, spec: &JobSpec) -> Option<Timestamp> {
 
 /// Returns when a running gang counts as stalled.
 ///
-/// A training run must finish steps. A service may have nothing to do, but each of its ranks must
-/// report. A command tells nothing of itself, so nothing is asked of it.
+/// A training run must finish steps. A service may have nothing to do, but its leaders, which
+/// report from the loop that all ranks step in, must go on reporting. A command tells nothing of
+/// itself, so nothing is asked of it.
 fn stall(state: &State, spec: &JobSpec) -> Option<Timestamp> {
     let timeout = spec.settings.stall_timeout_ms;
     if timeout == 0 {
@@ -42,11 +43,19 @@ fn stall(state: &State, spec: &JobSpec) -> Option<Timestamp> {
     match spec.work {
         Work::TrainingJob(_) => Some(since.plus_ms(timeout)),
         Work::ModelService(_) => {
-            let live = state.ranks.iter().filter(|rank| !rank.phase.is_terminal());
-            let running = state.running?;
-            let oldest = live.map(|rank| rank.reported.unwrap_or(running).max(running)).min()?;
-            // After a restart of the control plane nothing was heard yet.
-            Some(oldest.max(state.progressed.unwrap_or(running)).plus_ms(timeout))
+            let leads = |rank: &&RankState| {
+                rank.join.as_ref().is_some_and(|join| !join.inference_url.is_empty())
+            };
+            let live = || state.ranks.iter().filter(|rank| !rank.phase.is_terminal());
+            let has_leader = live().any(|rank| leads(&rank));
+            let watched = live().filter(|rank| !has_leader || leads(rank));
+            let heard = watched.filter_map(|rank| rank.reported).min();
+            Some(match heard {
+                // After a restart of the control plane what was heard before counts no more.
+                Some(heard) => heard.max(since).plus_ms(timeout),
+                // Weights are still being loaded: that may take as long as a start.
+                None => since.plus_ms(timeout).plus_ms(spec.settings.start_timeout_ms),
+            })
         }
         Work::CommandJob(_) => None,
     }

@@ -285,6 +285,32 @@ fn a_service_whose_rank_no_longer_reports_is_taken_down() {
 }
 
 #[test]
+fn a_service_is_judged_by_its_leader_and_has_time_to_load() {
+    let mut job = Driver::new(service(3));
+    let plan = planned(&job.spec.clone(), 1);
+    job.feed(plan);
+    for rank in 0..2 {
+        let Event::Joined { attempt, rank: index, mut join } = joined(1, rank) else {
+            unreachable!()
+        };
+        if rank == 0 {
+            "http://127.0.0.1:1".clone_into(&mut join.inference_url);
+        }
+        job.feed(Event::Joined { attempt, rank: index, join });
+    }
+    // Loading: the minute of the watchdog and the minute of a start.
+    job.wait(119_999);
+    assert_eq!(job.state.phase, JobPhase::Running);
+    for _ in 0..40 {
+        job.now += 2_000;
+        job.feed(report(1, 0, 0, None)).wait(0);
+    }
+    assert_eq!(job.state.phase, JobPhase::Running, "rank 1 has nothing to report");
+    job.wait(60_000);
+    assert_eq!(job.state.why.reason, Reason::Stalled);
+}
+
+#[test]
 fn ranks_that_do_not_join_in_time_are_named() {
     let mut job = Driver::new(training(3));
     let plan = planned(&job.spec.clone(), 1);

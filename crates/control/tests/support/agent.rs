@@ -51,9 +51,10 @@ pub(crate) struct Ledger {
 impl Ledger {
     fn start(&mut self, key: &Key, node: &str) {
         *self.launches.entry(key.clone()).or_default() += 1;
-        let other = self.live.keys().find(|(job, attempt, rank)| {
-            *job == key.0 && (*attempt != key.1 || *rank == key.2)
-        });
+        let other = self
+            .live
+            .keys()
+            .find(|(job, attempt, rank)| *job == key.0 && (*attempt != key.1 || *rank == key.2));
         if let Some(other) = other {
             let holder = &self.live[other];
             self.violations.push(format!("{key:?} starts on {node} beside {other:?} on {holder}"));
@@ -223,8 +224,7 @@ fn end(
     tell(&state, Up::RankStatus(told));
     let forget = state.forget.clone();
     state.ranks.retain(|(job, attempt, _), rank| {
-        !(forget.contains(&(job.clone(), *attempt))
-            && matches!(rank.phase, "succeeded" | "failed"))
+        !(forget.contains(&(job.clone(), *attempt)) && matches!(rank.phase, "succeeded" | "failed"))
     });
 }
 
@@ -353,7 +353,11 @@ impl Runner {
                     attempt: key.1,
                     rank: key.2,
                     collective_address: format!("127.0.0.1:{}", 40_000 + key.2),
-                    inference_url: if key.2 == 0 { "http://127.0.0.1:9".into() } else { String::new() },
+                    inference_url: if key.2 == 0 {
+                        "http://127.0.0.1:9".into()
+                    } else {
+                        String::new()
+                    },
                     host: "host".to_owned(),
                 };
                 state.joins.insert(key, join.clone());
@@ -456,7 +460,8 @@ impl Runner {
                 if read.tail_bytes > 0 && offset == read.offset {
                     offset = offset.max((bytes.len() as u64).saturating_sub(read.tail_bytes));
                 }
-                let fresh = bytes.get(offset as usize..).unwrap_or_default().to_vec();
+                let mut fresh = bytes.get(offset as usize..).unwrap_or_default().to_vec();
+                fresh.truncate(64 << 10);
                 let end = fresh.is_empty() && (over || !read.follow);
                 if !fresh.is_empty() || end {
                     let data = v1::LogData {
@@ -471,7 +476,9 @@ impl Runner {
                         return;
                     }
                 }
-                tokio::time::sleep(Duration::from_millis(5)).await;
+                if fresh.is_empty() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
             }
         });
     }

@@ -29,9 +29,18 @@ pub(crate) fn token() -> Token {
     Token::new("test-token-0123456789").unwrap()
 }
 
-/// Opens the store of a folder.
+/// Opens the store of a folder. One that a control plane of this process has just left may still be
+/// open for a moment.
 pub(crate) fn store(folder: &Path) -> Arc<dyn Store> {
-    Arc::new(EmbeddedStore::open(&folder.join("state.redb"), &EmbeddedOptions::default()).unwrap())
+    let path = folder.join("state.redb");
+    let started = std::time::Instant::now();
+    loop {
+        match EmbeddedStore::open(&path, &EmbeddedOptions::default()) {
+            Ok(store) => return Arc::new(store),
+            Err(error) if started.elapsed() > PATIENCE => panic!("{error}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 /// A control plane in this process.
@@ -149,7 +158,10 @@ pub(crate) async fn until(
     });
     match found.await {
         Ok(Some(view)) => view,
-        _ => panic!("{id} stayed {}: {} {}; {:#?}", last.phase, last.reason, last.message, last.events),
+        _ => panic!(
+            "{id} stayed {}: {} {}; {:#?}",
+            last.phase, last.reason, last.message, last.events
+        ),
     }
 }
 

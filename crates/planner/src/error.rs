@@ -130,7 +130,7 @@ pub fn nearest_names<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -
             let covered =
                 lower.len().min(wanted.len()) as f64 / lower.len().max(wanted.len()) as f64;
             let contains = lower.contains(&wanted) || wanted.contains(&lower);
-            let bonus = if contains && !wanted.is_empty() { 0.5 * covered } else { 0.0 };
+            let bonus = if contains && !wanted.is_empty() { 0.3 * covered } else { 0.0 };
             let alike = strsim::jaro_winkler(&wanted, &lower)
                 + strsim::normalized_damerau_levenshtein(&wanted, &lower);
             let score = alike / 2.0 + bonus;

@@ -255,12 +255,12 @@ fn activations_and_their_gradients() {
         let mut d = gate_up.clone();
         cpu.swiglu_grad(width, &mut d, &dy);
         let mut want = vec![0.0; d.len()];
-        for i in 0..y.len() {
+        for (i, dy) in dy.iter().enumerate() {
             let (g, u) = pair(i);
             let slope = (plain::swiglu(g + h, u) - plain::swiglu(g - h, u)) / (2.0 * h);
             let at = i / width * 2 * width + i % width;
-            want[at] = (slope * f64::from(dy[i])) as f32;
-            want[at + width] = (plain::swiglu(g, 1.0) * f64::from(dy[i])) as f32;
+            want[at] = (slope * f64::from(*dy)) as f32;
+            want[at + width] = (plain::swiglu(g, 1.0) * f64::from(*dy)) as f32;
         }
         assert_close(&d, &want, 1e-5, what);
     });

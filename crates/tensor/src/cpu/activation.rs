@@ -6,7 +6,7 @@ use super::pool::{Pool, Rows};
 use super::simd::{Simd, dispatched, sigmoid};
 
 /// sqrt(2 / pi) * 2: GELU's tanh form is `x * sigmoid(2 u)` with `u = sqrt(2 / pi) (x + c x^3)`.
-const TWO_ROOT: f32 = 1.595_769_1;
+const TWO_ROOT: f32 = 1.595_769;
 /// The cubic coefficient of GELU's tanh form.
 const CUBIC: f32 = 0.044_715;
 

@@ -274,7 +274,7 @@ unsafe fn dot_rows<S: Simd, const O: usize>(
 
 #[inline(always)]
 fn dots_body<S: Simd>(s: S, rows: usize, length: usize, x: &[f32], w: &[f32], y: &mut [f32]) {
-    let outputs = if length == 0 { 0 } else { w.len() / length };
+    let outputs = w.len().checked_div(length).unwrap_or(0);
     assert!(x.len() == rows * length && outputs <= THIN_OUTPUTS, "thin product");
     assert!(rows <= THIN_ROWS && y.len() >= rows * THIN_OUTPUTS, "thin product");
     // SAFETY: blocks of outputs stay below `outputs`; the rest is asserted above.

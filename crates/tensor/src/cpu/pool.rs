@@ -90,7 +90,7 @@ unsafe impl Sync for Rows<'_> {}
 impl<'a> Rows<'a> {
     /// Sees `values` as rows of `width`.
     pub(crate) fn new(values: &'a mut [f32], width: usize) -> Self {
-        let rows = if width == 0 { 0 } else { values.len() / width };
+        let rows = values.len().checked_div(width).unwrap_or(0);
         Self { start: values.as_mut_ptr(), width, rows, lifetime: PhantomData }
     }
 

@@ -45,8 +45,9 @@ pub(crate) fn job(job: &Job, gateway_url: &str, with_spec: bool) -> v1::JobView 
     };
     convert::explain(&mut view, &state.why);
     if state.phase == JobPhase::Running {
-        // It waits for nothing.
+        // It waits for nothing; how it came to run is in its history.
         view.reason.clear();
+        view.message.clear();
         view.remedy.clear();
     }
     if with_spec {

@@ -137,7 +137,7 @@ async fn a_control_plane_that_is_killed_again_and_again_loses_nothing_and_repeat
             mixed = mixed.wrapping_mul(0x0000_0100_0000_01b3) ^ u64::from(byte);
         }
         let after = mixed % 60;
-        if attempt == 1 && (mixed >> 8) % 8 == 0 {
+        if attempt == 1 && (mixed >> 8).is_multiple_of(8) {
             Act::FailAfter(after, 3)
         } else {
             Act::SucceedAfter(after)

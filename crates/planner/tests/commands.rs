@@ -182,6 +182,19 @@ fn impossible_requests_say_what_is_short_and_what_works() {
             "days too long",
         ),
         (
+            TrainArgs {
+                gpus: Some(8),
+                deadline_days: Some(10.0),
+                tokens: Some("1T".into()),
+                ..train_args("llama3-8b", "h100")
+            },
+            "nearest that works: 144 GPUs",
+        ),
+        (
+            TrainArgs { gpus: Some(8), cheapest: true, ..train_args("gpt2", "h100") },
+            "leave one of them out",
+        ),
+        (
             TrainArgs { gpus: Some(8), tokens: Some("many".into()), ..train_args("gpt2", "h100") },
             "'many' is not a positive amount",
         ),
@@ -281,5 +294,61 @@ fn every_catalogued_gpu_plans_a_small_model() {
         let output = train(&args, &Inputs::default()).unwrap();
         let mfu = output.json["found"]["best"]["time"]["mfu"].as_f64().unwrap();
         assert!((0.005..0.9).contains(&mfu), "{}: {mfu}", gpu.name);
+    }
+}
+
+#[test]
+fn deepseek_v3_takes_about_the_reported_gpu_hours() {
+    // 2,664 K H800 hours for 14.8 T tokens in fp8 on 2,048 GPUs, batch 15,360 of 4,096 tokens
+    // (2412.19437, sections 4.2 and 1). The report's schedule hides more of the all-to-all.
+    let args = TrainArgs {
+        gpus: Some(2048),
+        tokens: Some("14.8T".into()),
+        sequence: Some(4096),
+        global_batch: Some(15_360),
+        dtype: Some("fp8".into()),
+        ..train_args("deepseek-v3", "h800")
+    };
+    let output = train(&args, &Inputs::default()).unwrap();
+    let hours = output.json["days"].as_f64().unwrap() * 24.0 * 2048.0;
+    let error = hours / 2.664e6 - 1.0;
+    println!("{hours:.3e} GPU-hours, {:+.1}%", error * 100.0);
+    assert!(error.abs() < 0.2, "{hours}");
+}
+
+#[test]
+fn activations_of_the_175b_run_match_korthikanti_with_and_without_sequence_parallelism() {
+    // Korthikanti et al. 2022, table 2 and section 4.3: per layer s b h (34/t) with sequence
+    // parallelism and selective recomputation, s b h (10 + 24/t) without, times 12 layers of the
+    // first stage and p (1 + (p-1)/(p v)) micro-batches; plus the embedding's dropout mask.
+    let (s, h, t, p, v) = (2048.0_f64, 12_288.0, 8.0, 8.0, 3.0);
+    for (sequence_parallel, per_layer) in [(true, 34.0 / t), (false, 10.0 + 24.0 / t)] {
+        let args = TrainArgs {
+            gpus: Some(64),
+            sequence: Some(2048),
+            global_batch: Some(64),
+            dtype: Some("fp16".into()),
+            stack: Some("fused".into()),
+            tensor: Some(8),
+            pipeline: Some(8),
+            virtual_stages: Some(3),
+            micro_batch: Some(1),
+            recompute: Some("selective".into()),
+            sequence_parallel: Some(sequence_parallel),
+            memory_fraction: 1.0,
+            // Without sequence parallelism it needs 95 GiB, more than the A100 of the paper has.
+            ..train_args("gpt3-175b", "h200")
+        };
+        let output = train(&args, &Inputs::default()).unwrap();
+        let got = output.json["stages"][0]["activations"].as_f64().unwrap();
+        let published = s * h * per_layer * 12.0 * p * (1.0 + (p - 1.0) / (p * v));
+        let error = got / published - 1.0;
+        println!(
+            "{:.2} GiB for {:.2}, {:+.1}%",
+            got / 1.0737e9,
+            published / 1.0737e9,
+            error * 100.0
+        );
+        assert!(error.abs() < 0.1, "{got} {published}");
     }
 }

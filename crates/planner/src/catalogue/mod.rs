@@ -338,6 +338,7 @@ impl Catalogue {
             "blackwell" if gpu.link_domain > 8 => "nvl72",
             "blackwell" => "xdr-8x800",
             "tpu" => "ici-v4",
+            "cdna2" => "slingshot-4x200",
             "cpu" => "host",
             "turing" | "ada" => "ethernet-100",
             _ if gpu.link_bandwidth < 100e9 => "ethernet-100",

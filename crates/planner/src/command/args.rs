@@ -83,6 +83,9 @@ pub struct TrainArgs {
     /// Fixes expert parallelism.
     #[cfg_attr(feature = "clap", arg(long, value_name = "N"))]
     pub expert: Option<u32>,
+    /// Fixes sequence parallelism; default: on wherever tensor is above 1.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "true|false"))]
+    pub sequence_parallel: Option<bool>,
     /// Fixes the ZeRO stage, 0 to 3.
     #[cfg_attr(feature = "clap", arg(long, value_name = "STAGE"))]
     pub zero: Option<u8>,

@@ -3,6 +3,7 @@
 use super::{Measured, Row};
 use crate::error::PlanError;
 use crate::memory;
+use crate::reliability::Reliability;
 use crate::split::{Batch, Recompute, Split};
 use crate::step::{StepTime, step_flops, step_time};
 
@@ -107,6 +108,19 @@ impl Row {
         Ok(Some(Tried { fits, rank, split: *split, time }))
     }
 
+    /// Adds what failures cost: days and GPU-hours of a whole run are published with them.
+    fn with_failures(&self, days: f64) -> f64 {
+        let nodes = f64::from(self.gpus) / f64::from(self.machines.network.gpus_per_node.max(1));
+        let nodes = nodes.ceil().max(1.0);
+        let usual = Reliability {
+            failures_per_node_day: 0.004,
+            checkpoint_s: Reliability::checkpoint_seconds(&self.model, nodes, 2.0),
+            restart_s: 600.0,
+            interval_s: None,
+        };
+        usual.effective(nodes, days).map_or(days, |e| days / e.ratio)
+    }
+
     /// Predicts the published figure, in its unit.
     ///
     /// # Errors
@@ -133,8 +147,8 @@ impl Row {
             Measured::SequencesPerSecond => f64::from(self.batch.global) / time.step,
             Measured::HfuPflops => hardware_flops / time.step / 1e15,
             Measured::ModelPflops => model_flops / time.step / 1e15,
-            Measured::Days => days,
-            Measured::GpuHours => days * 24.0 * gpus,
+            Measured::Days => self.with_failures(days),
+            Measured::GpuHours => self.with_failures(days) * 24.0 * gpus,
             Measured::MemoryGib => {
                 let m = time.micro_batches as u32;
                 memory::peak(&self.model, &split, &self.batch, m, self.machines.framework_bytes())

@@ -35,6 +35,8 @@ pub struct Pins {
     pub context: Option<u32>,
     /// Expert.
     pub expert: Option<u32>,
+    /// Sequence parallelism; otherwise on wherever tensor is above 1, as it costs nothing.
+    pub sequence_parallel: Option<bool>,
     /// `ZeRO` stage.
     pub zero: Option<u8>,
     /// Recomputation.
@@ -194,7 +196,7 @@ fn scan(request: &Request<'_>, gpus: u32) -> Result<Scan, PlanError> {
                             pipeline,
                             data: rest / pipeline,
                             context,
-                            sequence_parallel: tensor > 1,
+                            sequence_parallel: pins.sequence_parallel.unwrap_or(true) && tensor > 1,
                             recompute,
                             micro_batch,
                             ..Split::SINGLE
@@ -225,12 +227,11 @@ fn scan_stages(
     if pins.manifest_only && !model.layers.is_multiple_of(split.pipeline) {
         return;
     }
-    // Uneven stages help only where they are a small part of a stage.
+    // The fullest of uneven stages sets the pace: below three layers it is too far from the mean.
     let layers = model.total_layers();
     if pins.pipeline.is_none()
         && !layers.is_multiple_of(split.pipeline)
-        && !(layers + 2).is_multiple_of(split.pipeline)
-        && layers / split.pipeline < 8
+        && layers / split.pipeline < 3
     {
         return;
     }

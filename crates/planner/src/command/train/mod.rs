@@ -148,6 +148,7 @@ fn prepare<'a>(
         virtual_stages: args.virtual_stages,
         context: args.context,
         expert: args.expert,
+        sequence_parallel: args.sequence_parallel,
         zero: args.zero,
         recompute: args.recompute.as_deref().map(Recompute::parse).transpose()?,
         micro_batch: args.micro_batch,
@@ -229,8 +230,17 @@ fn choose(job: &Job<'_>, warnings: &mut Vec<String>) -> Result<(u32, Option<Foun
     let args = job.args;
     let request = job.request();
     if let Some(gpus) = args.gpus {
+        if args.cheapest {
+            return Err(PlanError::invalid(
+                "cheapest",
+                format!("searches the number of GPUs, and {gpus} are given; leave one of them out"),
+            ));
+        }
         let found = match best(&request, gpus) {
-            Ok(found) => Some(found),
+            Ok(found) => {
+                late(job, gpus, &found)?;
+                Some(found)
+            }
             // A given rate answers days and cost even where our own search finds no split.
             Err(error) if args.achieved_tflops.is_some() => {
                 warnings.push(format!("the search found no split: {error}"));
@@ -254,6 +264,29 @@ fn choose(job: &Job<'_>, warnings: &mut Vec<String>) -> Result<(u32, Option<Foun
         }
     };
     Ok((sized.gpus, Some(sized.found)))
+}
+
+/// Refuses a given number of GPUs that misses the deadline, with the fewest that meet it.
+fn late(job: &Job<'_>, gpus: u32, found: &Found) -> Result<(), PlanError> {
+    let took = days(&found.best, job.batch.sequence, job.tokens);
+    let Some(deadline) = job.args.deadline_days.filter(|d| took > *d) else { return Ok(()) };
+    if job.args.achieved_tflops.is_some() {
+        return Ok(());
+    }
+    let nearest = match fewest(&job.request(), job.tokens, deadline, job.args.max_gpus) {
+        Ok(sized) => format!("nearest that works: {} GPUs", sized.gpus),
+        Err(error) => error.to_string(),
+    };
+    Err(PlanError::Deadline {
+        model: job.model.name.clone(),
+        gpu: job.machines.gpu.name.clone(),
+        deadline_days: deadline,
+        max_gpus: gpus,
+        best_days: took,
+        best_gpus: gpus,
+        short_days: took - deadline,
+        nearest,
+    })
 }
 
 fn finish(

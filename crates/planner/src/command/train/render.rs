@@ -118,11 +118,10 @@ fn render_found(text: &mut String, job: &Job<'_>, report: &TrainReport, found: &
         .chain(items[1..].iter().map(|(name, bytes)| format!("{name} {:.1}", gib(*bytes))))
         .collect();
     text.push_str(&wrap("memory  ", &lines.join(", ")));
-    text.push_str(&format!(
-        "search  {} splits, {} fit; runner-up\n",
-        found.considered, found.fitting
-    ));
-    text.push_str(&wrap("        ", &found.why));
+    let lead = if found.runner_up.is_some() { "the runner-up " } else { "" };
+    let searched =
+        format!("{} splits, {} fit; {lead}{}", found.considered, found.fitting, found.why);
+    text.push_str(&wrap("search  ", &searched));
     if found.pareto.len() > 1 {
         text.push_str("pareto  ");
         let points: Vec<String> = found

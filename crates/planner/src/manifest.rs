@@ -88,7 +88,7 @@ pub fn emit(
         Family::Llama => "llama",
         _ => return Err(refuse("the family's biases and norms")),
     };
-    if model.head_dim * model.heads != model.hidden {
+    if u64::from(model.head_dim) * u64::from(model.heads) != u64::from(model.hidden) {
         return Err(refuse("heads whose widths do not sum to the hidden size"));
     }
     let split = &candidate.split;

@@ -95,6 +95,50 @@ proptest! {
     }
 
     #[test]
+    fn extreme_dimensions_are_planned_or_refused(
+        numbers in proptest::collection::vec(
+            prop_oneof![0u32..5, Just(u32::MAX), Just(1 << 30), Just(1 << 24), 8u32..4096], 16
+        )
+    ) {
+        let catalogue = Catalogue::builtin();
+        let n = |i: usize| numbers[i].to_string();
+        let header = "source,gpu,layers,hidden,ffn,heads,kv_heads,seq,vocab,gpus,tensor,pipeline,virtual_stages,data,context,global_batch_seqs,micro_batch,measured,value";
+        let row = ["x".to_owned(), "a100".to_owned()].into_iter()
+            .chain((0..15).map(n))
+            .chain(["mfu".to_owned(), "0.4".to_owned()])
+            .collect::<Vec<_>>()
+            .join(",");
+        if let Ok(table) = published::read("t", &format!("{header}\n{row}\n"), &catalogue) {
+            let _ = table.validate();
+        }
+        let config = format!(
+            r#"{{"model_type":"deepseek_v3","hidden_size":{},"num_hidden_layers":{},"num_attention_heads":{},
+            "intermediate_size":{},"max_position_embeddings":{},"vocab_size":{},"n_routed_experts":{},
+            "num_experts_per_tok":{},"moe_intermediate_size":{},"n_shared_experts":{},"kv_lora_rank":{},
+            "qk_rope_head_dim":{},"qk_nope_head_dim":{},"v_head_dim":{},"first_k_dense_replace":{}}}"#,
+            n(0), n(1), n(2), n(3), n(4), n(5), n(6), n(7), n(8), n(9), n(10), n(11), n(12), n(13), n(14)
+        );
+        if let Ok(model) = hf::read("t", &config) {
+            let machines = machines("b200");
+            let batch = Batch {
+                sequence: model.context.min(4096), global: 64, dtype: Dtype::Bf16,
+                stack: Stack::Overlapped,
+            };
+            let request = Request {
+                model: &model, machines: &machines, batch, pins: Pins::default(),
+                memory_fraction: 0.94,
+            };
+            let _ = search::best(&request, 16);
+        }
+        let t5 = format!(
+            r#"{{"model_type":"t5","d_model":{},"num_layers":{},"num_decoder_layers":{},"num_heads":{},
+            "d_kv":{},"d_ff":{},"vocab_size":{}}}"#,
+            n(0), n(1), n(2), n(3), n(4), n(5), n(6)
+        );
+        let _ = hf::read("t", &t5).map(|m| m.parameters());
+    }
+
+    #[test]
     fn any_text_is_refused_without_a_panic(text in "\\PC{0,200}") {
         let catalogue = Catalogue::builtin();
         let _ = published::read("t", &text, &catalogue);

@@ -468,6 +468,25 @@ pub(crate) fn check_model(model: &Model) -> Result<(), String> {
             return Err(format!("{field} {value} of '{}' must be from 1 to {most}", model.name));
         }
     }
+    if model.encoder_layers > 100_000 {
+        return Err(format!(
+            "{} encoder layers of '{}' are too many",
+            model.encoder_layers, model.name
+        ));
+    }
+    let mut widths = Vec::new();
+    if let Some(moe) = model.moe {
+        widths.extend([moe.experts, moe.top_k, moe.expert_ffn, moe.shared_experts]);
+    }
+    if let Some(mla) = model.mla {
+        widths.extend([mla.q_rank, mla.kv_rank, mla.rope_dim, mla.nope_dim, mla.value_dim]);
+    }
+    if let Some(wide) = widths.into_iter().find(|w| *w > 1 << 24) {
+        return Err(format!(
+            "{wide} in the mixture or attention of '{}' is above 2^24",
+            model.name
+        ));
+    }
     if !model.heads.is_multiple_of(model.kv_heads) {
         return Err(format!(
             "heads {} of '{}' is not divisible by kv_heads {}",

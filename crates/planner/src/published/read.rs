@@ -237,7 +237,7 @@ fn read_row(fields: &Fields<'_>, catalogue: &Catalogue) -> Result<Row, PlanError
         }
         _ => hidden / heads,
     };
-    let ffn = fields.number("ffn")?.filter(|f| *f > 0).unwrap_or(4 * hidden);
+    let ffn = fields.number("ffn")?.filter(|f| *f > 0).unwrap_or(hidden.saturating_mul(4));
     let kv_heads = fields.number("kv_heads")?.filter(|g| *g > 0).unwrap_or(heads);
     let vocab = fields.number("vocab")?.filter(|v| *v > 0).unwrap_or(51_200);
     let model = Model {
@@ -266,7 +266,8 @@ fn read_row(fields: &Fields<'_>, catalogue: &Catalogue) -> Result<Row, PlanError
     let [tensor, pipeline, context] =
         [fields.or_one("tensor")?, fields.or_one("pipeline")?, fields.or_one("context")?];
     let grid_given = !fields.text("tensor").is_empty() || !fields.text("pipeline").is_empty();
-    let known = u64::from(tensor) * u64::from(pipeline) * u64::from(context);
+    let known =
+        u64::from(tensor) * u64::from(pipeline).saturating_mul(u64::from(context)).min(1 << 31);
     let data = match fields.number("data")?.filter(|d| *d > 0) {
         Some(data) => data,
         None if u64::from(gpus).is_multiple_of(known) => (u64::from(gpus) / known) as u32,
@@ -277,12 +278,12 @@ fn read_row(fields: &Fields<'_>, catalogue: &Catalogue) -> Result<Row, PlanError
             ));
         }
     };
-    if known * u64::from(data) != u64::from(gpus) {
+    if known.saturating_mul(u64::from(data)) != u64::from(gpus) {
         return Err(fields.error(
             "gpus",
             format!(
                 "{gpus} is not tensor {tensor} x pipeline {pipeline} x data {data} x context {context} = {}",
-                known * u64::from(data)
+                known.saturating_mul(u64::from(data))
             ),
         ));
     }

@@ -422,6 +422,23 @@ mod tests {
     }
 
     #[test]
+    fn the_cheapest_costs_no_more_than_any_number_of_gpus() {
+        let model = Catalogue::builtin().model("llama3-8b").unwrap();
+        let machines = machines("h100-sxm");
+        let request = request(&model, &machines, 512);
+        let sized = cheapest(&request, 1e11, None, 256).unwrap();
+        let hours = |days: f64, gpus: u32| days * f64::from(gpus);
+        for gpus in [8, 16, 64, 256] {
+            let other = best(&request, gpus).unwrap();
+            let took = days(&other.best, 2048, 1e11);
+            assert!(hours(sized.days, sized.gpus) <= hours(took, gpus) * (1.0 + 1e-9), "{gpus}");
+        }
+        // With a deadline the cheapest that is fast enough.
+        let soon = cheapest(&request, 1e11, Some(sized.days / 3.0), 256).unwrap();
+        assert!(soon.days <= sized.days / 3.0 && soon.gpus > sized.gpus);
+    }
+
+    #[test]
     fn more_of_any_rate_is_never_slower() {
         let model = Catalogue::builtin().model("llama3-70b").unwrap();
         let machines = machines("h100-sxm");

@@ -109,7 +109,8 @@ fn two_gangs_that_could_each_hold_half_do_not() {
 #[test]
 fn every_wait_has_its_reason_and_its_numbers() {
     let full = ["a r1 ##..", "b r1 .#x.", "c r2 .... !"];
-    let cases: [(&[&str], (u32, u32), Reason, &str); 6] = [
+    type Case<'a> = (&'a [&'a str], (u32, u32), Reason, &'a str);
+    let cases: [Case<'_>; 6] = [
         (
             &full,
             (1, 5),

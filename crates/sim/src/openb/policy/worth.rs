@@ -1,0 +1,221 @@
+//! What a leftover will finally be wasted: a table by time, GPU model, cores at hand and remainder.
+
+use crate::openb::fleet::Node;
+use crate::openb::input::WHOLE;
+use crate::openb::policy::rest::Rest;
+use crate::openb::typical::Typical;
+
+/// Where the periods start, in GPU demand that has arrived over capacity. Finer where the fleet
+/// fills up and what remains of a device changes its prospects quickly.
+pub const PERIODS: [f64; 10] = [0.0, 0.4, 0.6, 0.7, 0.8, 0.86, 0.92, 0.97, 1.03, 1.15];
+/// Parts of a device that the table tells apart.
+const PARTS: usize = 100;
+/// Most idle devices on a node that the table tells apart.
+const IDLE_MAX: usize = 8;
+
+/// Returns the period that a moment is in.
+#[must_use]
+pub fn period(arrived: f64) -> usize {
+    PERIODS.partition_point(|&start| start <= arrived).max(1) - 1
+}
+
+/// The cells of the table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grid {
+    /// Thousandths of a core per device at which the next column starts.
+    cores: Vec<f64>,
+    models: usize,
+}
+
+/// Kinds of device within a cell of the grid: partly used by remainder, then idle by number.
+const KINDS: usize = PARTS + IDLE_MAX + 1;
+
+impl Grid {
+    /// Chooses columns where typical pods begin to fit, and fills gaps of more than a fifth.
+    #[must_use]
+    pub fn new(typical: &[Typical], models: usize) -> Self {
+        let mut steps: Vec<f64> = typical
+            .iter()
+            .filter(|t| t.shape.gpus > 0)
+            .map(|t| f64::from(t.shape.cpu_milli) / f64::from(t.shape.gpus))
+            .filter(|&cores| cores >= 500.0)
+            .collect();
+        steps.extend([1_000.0, 32_000.0]);
+        steps.sort_by(f64::total_cmp);
+        let mut cores: Vec<f64> = Vec::new();
+        for step in steps {
+            match cores.last().copied() {
+                Some(last) if step < last * 1.03 => {}
+                Some(mut last) => {
+                    while step > last * 1.2 {
+                        last *= 1.15;
+                        cores.push(last);
+                    }
+                    if step >= last * 1.03 {
+                        cores.push(step);
+                    }
+                }
+                None => cores.push(step),
+            }
+        }
+        Self { cores, models }
+    }
+
+    /// Returns the number of cells.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        PERIODS.len() * self.models * self.columns() * KINDS
+    }
+
+    /// Returns whether there is no cell.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn columns(&self) -> usize {
+        self.cores.len() + 1
+    }
+
+    fn column(&self, cores: f64) -> usize {
+        self.cores.partition_point(|&edge| edge <= cores)
+    }
+
+    /// Returns the least cores per device of a column.
+    fn floor(&self, column: usize) -> f64 {
+        if column == 0 { 0.0 } else { self.cores[column - 1] }
+    }
+
+    /// Calls `each` with (place, cell) for every device of a node that has something left.
+    pub fn visit(&self, node: &Node, period: usize, mut each: impl FnMut(usize, usize)) {
+        let idle = node.idle();
+        let cores = f64::from(node.cpu);
+        // An idle device shares the cores with its like; what is partly used gets what they leave.
+        let per_idle = self.column(cores / idle.max(1) as f64);
+        let per_part = self.column(if idle > 0 {
+            cores / (idle as f64 + 0.5)
+        } else {
+            let open = node.devices().iter().filter(|&&left| left >= OPEN_MILLI).count();
+            cores / (0.5 + 0.5 * open.max(1) as f64)
+        });
+        let model = node.model.trailing_zeros() as usize;
+        for (place, &left) in node.devices().iter().enumerate() {
+            if left == WHOLE {
+                each(place, self.cell(period, model, per_idle, PARTS + idle.min(IDLE_MAX)));
+            } else if left > 0 {
+                let part = usize::from(left) * PARTS / usize::from(WHOLE);
+                each(place, self.cell(period, model, per_part, part));
+            }
+        }
+    }
+
+    fn cell(&self, period: usize, model: usize, column: usize, kind: usize) -> usize {
+        ((period * self.models + model) * self.columns() + column) * KINDS + kind
+    }
+}
+
+/// A remainder below this is hardly ever used, and leaves its cores to others.
+const OPEN_MILLI: u16 = 160;
+
+/// Sums of what became of the devices that were seen in a cell.
+#[derive(Debug, Clone)]
+pub struct Sums {
+    grid: Grid,
+    /// (Weight, weighted sum of thousandths finally wasted) per cell.
+    cells: Vec<(f64, f64)>,
+}
+
+impl Sums {
+    /// Starts with nothing seen.
+    #[must_use]
+    pub fn new(grid: Grid) -> Self {
+        let cells = vec![(0.0, 0.0); grid.len()];
+        Self { grid, cells }
+    }
+
+    /// Returns the cells.
+    #[must_use]
+    pub fn grid(&self) -> &Grid {
+        &self.grid
+    }
+
+    /// Adds one device that was in `cell` and finally wasted so much.
+    pub fn add(&mut self, cell: usize, wasted_milli: f64) {
+        self.cells[cell].0 += 1.0;
+        self.cells[cell].1 += wasted_milli;
+    }
+
+    /// Lets everything seen so far count for `keep` times as much.
+    pub fn fade(&mut self, keep: f64) {
+        for cell in &mut self.cells {
+            cell.0 *= keep;
+            cell.1 *= keep;
+        }
+    }
+
+    /// Estimates each cell: its own mean, drawn towards the mean over all models, and that towards
+    /// a guess, each with the weight of `pull` devices.
+    #[must_use]
+    pub fn estimate(&self, typical: &[Typical], pull: f64, caution: f64) -> Worth {
+        let grid = self.grid.clone();
+        let mut wasted = vec![0.0; grid.len()];
+        for period in 0..PERIODS.len() {
+            for column in 0..grid.columns() {
+                for kind in 0..KINDS {
+                    let cells = (0..grid.models).map(|m| grid.cell(period, m, column, kind));
+                    let (mut weight, mut sum) = (0.0, 0.0);
+                    for cell in cells.clone() {
+                        weight += self.cells[cell].0;
+                        sum += self.cells[cell].1;
+                    }
+                    for (model, cell) in cells.enumerate() {
+                        let guess = caution * guess(typical, &grid, model, column, kind);
+                        let pooled = (sum + pull * guess) / (weight + pull);
+                        let (own, own_sum) = self.cells[cell];
+                        wasted[cell] = ((own_sum + pull * pooled) / (own + pull)) as f32;
+                    }
+                }
+            }
+        }
+        Worth { grid, wasted, rest: Rest::new(typical) }
+    }
+}
+
+/// Guesses what a device will waste: what the typical pods that it cannot hold could not use.
+fn guess(typical: &[Typical], grid: &Grid, model: usize, column: usize, kind: usize) -> f64 {
+    let left = if kind < PARTS { kind * usize::from(WHOLE) / PARTS } else { usize::from(WHOLE) };
+    let (mut all, mut barred) = (0.0, 0.0);
+    for Typical { shape, share } in typical.iter().filter(|t| t.shape.gpus > 0) {
+        all += share;
+        let cores = f64::from(shape.cpu_milli) / f64::from(shape.gpus);
+        let fits = usize::from(shape.gpu_milli) <= left
+            && shape.models & (1 << model) != 0
+            && grid.floor(column) >= 0.7 * cores;
+        barred += if fits { 0.0 } else { *share };
+    }
+    if all > 0.0 { left as f64 * barred / all } else { 0.0 }
+}
+
+/// What is kept for a workload: the thousandths of a GPU that a device is expected to waste.
+#[derive(Debug, Clone)]
+pub struct Worth {
+    grid: Grid,
+    wasted: Vec<f32>,
+    rest: Rest,
+}
+
+impl Worth {
+    /// Returns what the typical shapes would leave of a node, each by itself.
+    #[must_use]
+    pub fn rest(&self, node: &Node) -> f64 {
+        self.rest.left(node)
+    }
+
+    /// Returns the thousandths of a GPU that a node is expected to waste in the end.
+    #[must_use]
+    pub fn wasted(&self, node: &Node, period: usize) -> f64 {
+        let mut sum = 0.0;
+        self.grid.visit(node, period, |_, cell| sum += f64::from(self.wasted[cell]));
+        sum
+    }
+}

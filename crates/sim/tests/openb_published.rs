@@ -1,0 +1,69 @@
+//! The experiment on the production trace: the published figures are met, and ours is better.
+//!
+//! The trace is not part of this repository. `DRUMLINE_OPENB` names the folder with `nodes.csv`
+//! and `pods_WORKLOAD.csv`; without it the folder `../shared/data/openb` beside the repository is
+//! tried, and if that is absent too the tests say that they are skipped.
+
+use std::path::PathBuf;
+
+use drumline_sim::openb::{Options, PolicyName, Report, run};
+
+/// Means over ten seeds: Random, DotProd, GpuClustering, GpuPacking, BestFit, FGD. Source: Weng et
+/// al., USENIX ATC 2023, and the results kept with the paper's public simulator.
+const PUBLISHED: [(&str, [f64; 6]); 4] = [
+    ("default", [87.47, 90.85, 91.88, 92.00, 93.08, 95.39]),
+    ("gpushare40", [86.00, 89.56, 90.02, 90.03, 91.69, 94.15]),
+    ("gpuspec10", [87.43, 90.39, 92.18, 92.46, 93.31, 94.95]),
+    ("multigpu20", [88.69, 92.06, 93.56, 93.71, 93.93, 95.65]),
+];
+
+fn experiment(workload: &str, policies: &[PolicyName], seeds: &str) -> Option<Report> {
+    let beside = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/openb");
+    let folder = std::env::var_os("DRUMLINE_OPENB").map_or_else(|| beside.into(), PathBuf::from);
+    let read = |name: String| std::fs::read_to_string(folder.join(name));
+    let (Ok(nodes), Ok(pods)) = (read("nodes.csv".into()), read(format!("pods_{workload}.csv")))
+    else {
+        eprintln!("skipped: no trace in {} (set DRUMLINE_OPENB)", folder.display());
+        return None;
+    };
+    let options = Options {
+        workload: workload.to_owned(),
+        policies: policies.to_vec(),
+        seeds: seeds.parse().expect("a range"),
+        threads: 2,
+        ..Options::default()
+    };
+    Some(run(&nodes, &pods, &options).expect("the trace is well formed"))
+}
+
+#[test]
+fn the_published_policies_come_out_as_published() {
+    for (workload, published) in PUBLISHED {
+        let Some(report) = experiment(workload, &PolicyName::ALL[..6], "42..51") else { return };
+        for (policy, published) in report.policies.iter().zip(published) {
+            let mean = policy.mean;
+            assert!(
+                (mean - published).abs() <= 0.3,
+                "{workload} {}: {mean:.2}, published {published:.2}",
+                policy.name
+            );
+        }
+    }
+}
+
+#[test]
+fn ours_gains_on_fragmentation_gradient_descent_and_places_as_many_pods_without_gpus() {
+    for (workload, least_gain) in [("default", 0.4), ("gpuspec10", 0.4)] {
+        let policies = [PolicyName::Fgd, PolicyName::Drumline];
+        let Some(report) = experiment(workload, &policies, "42..44") else { return };
+        let [fgd, ours] = report.policies.as_slice() else { panic!("two policies") };
+        assert!(
+            ours.mean >= fgd.mean + least_gain,
+            "{workload}: {:.2} after {:.2}",
+            ours.mean,
+            fgd.mean
+        );
+        assert!(ours.cpu_only_pods_placed >= fgd.cpu_only_pods_placed);
+        assert!(ours.cpu_only_cores_placed >= fgd.cpu_only_cores_placed);
+    }
+}

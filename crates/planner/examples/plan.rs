@@ -16,6 +16,9 @@ fn main() {
         /// table or json.
         #[arg(long, global = true, default_value = "table")]
         output: String,
+        /// Catalogues that extend the built-in one.
+        #[arg(long, global = true, value_name = "FILE")]
+        catalogue: Vec<String>,
     }
 
     #[derive(Subcommand)]
@@ -30,19 +33,19 @@ fn main() {
         std::fs::read_to_string(name).ok().map(|text| TextFile { name: name.to_owned(), text })
     };
     let cli = Cli::parse();
+    let base = Inputs {
+        catalogues: cli.catalogue.iter().filter_map(|name| read(name)).collect(),
+        ..Inputs::default()
+    };
     let result = match &cli.command {
-        Command::Train(args) => {
-            command::train(args, &Inputs { model: read(&args.model), ..Inputs::default() })
-        }
-        Command::Serve(args) => {
-            command::serve(args, &Inputs { model: read(&args.model), ..Inputs::default() })
-        }
+        Command::Train(args) => command::train(args, &Inputs { model: read(&args.model), ..base }),
+        Command::Serve(args) => command::serve(args, &Inputs { model: read(&args.model), ..base }),
         Command::Budget(args) => {
             let runs = args.fit.as_deref().and_then(read);
-            command::budget(args, &Inputs { runs, ..Inputs::default() })
+            command::budget(args, &Inputs { runs, ..base })
         }
         Command::Validate(args) => {
-            command::validate(args, &Inputs { runs: read(&args.file), ..Inputs::default() })
+            command::validate(args, &Inputs { runs: read(&args.file), ..base })
         }
     };
     match result {

@@ -1,7 +1,7 @@
 //! `plan validate`: predictions against a table of published runs.
 
 use super::{Inputs, Output, ValidateArgs, catalogue, json};
-use crate::calibrate::{leave_one_out, leave_one_source_out};
+use crate::calibrate::{before_fitting, leave_one_out, leave_one_source_out};
 use crate::error::PlanError;
 use crate::published;
 
@@ -21,10 +21,8 @@ pub fn validate(args: &ValidateArgs, inputs: &Inputs) -> Result<Output, PlanErro
         "SOURCE", "GPUS", "MEASURED", "PUBLISHED", "PREDICTED", "ERROR"
     );
     let out = if args.leave_one_out {
-        Some((
-            leave_one_out(&table.rows, &catalogue)?,
-            leave_one_source_out(&table.rows, &catalogue)?,
-        ))
+        let blank = before_fitting(&catalogue);
+        Some((leave_one_out(&table.rows, &blank)?, leave_one_source_out(&table.rows, &blank)?))
     } else {
         None
     };

@@ -166,6 +166,7 @@ impl Client {
 #[derive(Debug)]
 pub struct Patience {
     span: Duration,
+    has_succeeded: bool,
     lost_since: Option<Instant>,
     delay: Duration,
 }
@@ -173,15 +174,18 @@ pub struct Patience {
 impl Patience {
     const FIRST: Duration = Duration::from_millis(100);
     const LONGEST: Duration = Duration::from_secs(2);
+    /// Who was never connected most likely asks for a cluster that is not there.
+    const NEVER_CONNECTED: Duration = Duration::from_secs(5);
 
     /// Gives up after `span` without a success.
     #[must_use]
     pub fn new(span: Duration) -> Self {
-        Self { span, lost_since: None, delay: Self::FIRST }
+        Self { span, has_succeeded: false, lost_since: None, delay: Self::FIRST }
     }
 
     /// Starts afresh after a success.
     pub fn succeeded(&mut self) {
+        self.has_succeeded = true;
         self.lost_since = None;
         self.delay = Self::FIRST;
     }
@@ -194,11 +198,16 @@ impl Patience {
         if !failure.is_transient() {
             return Err(failure);
         }
+        let span =
+            if self.has_succeeded { self.span } else { self.span.min(Self::NEVER_CONNECTED) };
+        if span.is_zero() {
+            return Err(failure);
+        }
         let since = *self.lost_since.get_or_insert_with(|| {
             crate::output::note(&format!("{failure}; trying again"));
             Instant::now()
         });
-        if since.elapsed() + self.delay > self.span {
+        if since.elapsed() + self.delay > span {
             return Err(failure);
         }
         tokio::time::sleep(self.delay).await;

@@ -37,7 +37,7 @@ pub fn main() -> ExitCode {
             Ok(code) => return code,
             Err(role) => {
                 log_to_stderr();
-                Command::Role(role)
+                Command::Role(*role)
             }
         },
         Some(Command::Up(args)) => {

@@ -124,7 +124,7 @@ impl Role {
     ///
     /// # Errors
     /// Gives the role back when it is not one of them.
-    pub fn run_plain(self) -> Result<ExitCode, Self> {
+    pub fn run_plain(self) -> Result<ExitCode, Box<Self>> {
         match self {
             Self::Supervise { argv } => {
                 Ok(drumline_agent::supervise::run(&argv).unwrap_or_else(|error| {
@@ -158,7 +158,7 @@ impl Role {
                     }
                 })
             }
-            other => Err(other),
+            other => Err(Box::new(other)),
         }
     }
 
@@ -179,9 +179,11 @@ impl Role {
                 let stop = stop_token(&args.attached)?;
                 let node: NodeName =
                     args.node.parse().map_err(|error| Failure::user(format!("{error}")))?;
+                let measured = tokio::task::spawn_blocking(core_flops).await;
                 let options = drumline_agent::Options {
                     cpu_devices: args.devices,
                     cores: args.cores,
+                    core_flops: measured.unwrap_or_default(),
                     listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
                     shared_dir: state.shared_dir(),
                     ..drumline_agent::Options::loopback(
@@ -219,6 +221,13 @@ impl Role {
             | Self::RankExec { .. } => Err(Failure::failed("this role has no runtime")),
         }
     }
+}
+
+/// Measures one core's f32 matmul rate, FLOP/s: what the runs on this node are held against. Takes
+/// about a tenth of a second; 0 when it cannot be measured.
+fn core_flops() -> f64 {
+    let start = std::time::Instant::now();
+    drumline_tensor::peak::matmul_f32(1, 4, || start.elapsed().as_secs_f64()).unwrap_or_default()
 }
 
 /// Where the control plane is: fixed, or what the state folder says at each try.

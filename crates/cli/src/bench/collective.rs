@@ -5,7 +5,7 @@ use std::process::Command;
 use clap::Args;
 use drumline_collective::bench::{self, Op, Options};
 
-use super::Figure;
+use super::{Figure, Measured};
 use crate::failure::Failure;
 
 /// Arguments of `bench collective`.
@@ -22,9 +22,7 @@ pub struct CollectiveArgs {
     pub op: Option<String>,
 }
 
-pub(super) async fn run(
-    args: &CollectiveArgs,
-) -> Result<(&'static str, String, Vec<Figure>), Failure> {
+pub(super) async fn run(args: &CollectiveArgs) -> Result<Measured, Failure> {
     let mut options = Options::default();
     if let Some(name) = &args.op {
         options.ops.retain(|op| op.name() == name);

@@ -7,7 +7,7 @@ use clap::Args;
 use drumline_data::{BuildOptions, Corpus};
 use serde_json::json;
 
-use super::{Figure, quantile};
+use super::{Figure, Measured, quantile};
 use crate::client::Access;
 use crate::cluster::{ClusterOptions, EmbeddedCluster};
 use crate::commands::submit::submit;
@@ -27,7 +27,7 @@ pub struct LaunchArgs {
 /// Longest time for one launch and its one step.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-pub(super) async fn run(args: &LaunchArgs) -> Result<(&'static str, String, Vec<Figure>), Failure> {
+pub(super) async fn run(args: &LaunchArgs) -> Result<Measured, Failure> {
     let folder = tempfile::Builder::new().prefix("drumline-bench-").tempdir()?;
     let state = StateDir::resolve(Some(folder.path()))?;
     let options = ClusterOptions::new(state.clone())?;

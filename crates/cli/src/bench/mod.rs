@@ -39,6 +39,8 @@ pub enum Bench {
     Store(StoreArgs),
     /// The time from a submission to the first step of its gang.
     Launch(LaunchArgs),
+    /// All of these, with their usual settings.
+    All,
 }
 
 /// One figure.
@@ -67,14 +69,59 @@ impl Figure {
 /// # Errors
 /// Failed, when a measurement did.
 pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
-    let (name, setting, figures) = match &args.what {
-        Bench::Train(args) => train::run(args).await?,
-        Bench::Serve(args) => serve::run(args).await?,
-        Bench::Collective(args) => collective::run(args).await?,
-        Bench::Store(args) => store::run(args).await?,
-        Bench::Launch(args) => launch::run(args).await?,
+    let results = match &args.what {
+        Bench::Train(args) => vec![train::run(args).await?],
+        Bench::Serve(args) => vec![serve::run(args).await?],
+        Bench::Collective(args) => vec![collective::run(args).await?],
+        Bench::Store(args) => vec![store::run(args).await?],
+        Bench::Launch(args) => vec![launch::run(args).await?],
+        Bench::All => all().await?,
     };
     let machine = machine();
+    let list: Vec<Value> = results.iter().map(|result| json(result, &machine)).collect();
+    let value = match list.as_slice() {
+        [one] => one.clone(),
+        _ => Value::Array(list),
+    };
+    output::value(format, &value, || results.iter().map(table).collect::<Vec<_>>().join("\n"))?;
+    if cfg!(debug_assertions) {
+        output::note("this is a debug build: its figures say little; build with --release");
+    }
+    Ok(())
+}
+
+/// A benchmark's name, its setting in words, and its figures.
+pub(crate) type Measured = (&'static str, String, Vec<Figure>);
+
+/// Runs every benchmark with its usual setting, one after the other.
+async fn all() -> Result<Vec<Measured>, Failure> {
+    /// The setting that a command without flags has.
+    #[derive(clap::Parser)]
+    struct Usual<T: Args> {
+        #[command(flatten)]
+        args: T,
+    }
+    fn usual<T: Args>(flags: &[&str]) -> Result<T, Failure> {
+        let words = std::iter::once("bench").chain(flags.iter().copied());
+        let parsed = <Usual<T> as clap::Parser>::try_parse_from(words);
+        parsed.map(|usual| usual.args).map_err(|error| Failure::failed(error.to_string()))
+    }
+    let next = |name: &str| output::note(&format!("measuring {name}"));
+    let mut results = Vec::new();
+    next("train");
+    results.push(train::run(&usual(&[])?).await?);
+    next("serve");
+    results.push(serve::run(&usual(&[])?).await?);
+    next("collective");
+    results.push(collective::run(&usual(&["--op", "all_reduce"])?).await?);
+    next("store");
+    results.push(store::run(&usual(&[])?).await?);
+    next("launch");
+    results.push(launch::run(&usual(&[])?).await?);
+    Ok(results)
+}
+
+fn json((name, setting, figures): &Measured, machine: &Value) -> Value {
     let list: Vec<Value> = figures
         .iter()
         .map(|figure| {
@@ -86,33 +133,30 @@ pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
             })
         })
         .collect();
-    let value = json!({
+    json!({
         "bench": name,
         "setting": setting,
         "version": env!("CARGO_PKG_VERSION"),
         "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
+        "at_ms": crate::told::now_ms(),
         "machine": machine,
         "figures": list,
-    });
-    output::value(format, &value, || {
-        let rows: Vec<_> = figures
-            .iter()
-            .map(|figure| {
-                vec![
-                    figure.name.clone(),
-                    format!("{:.3}", figure.value),
-                    figure.unit.to_owned(),
-                    figure.target.to_owned(),
-                ]
-            })
-            .collect();
-        let table = output::table(&["FIGURE", "VALUE", "UNIT", "TARGET"], &rows);
-        format!("{name}: {setting}\n{table}")
-    })?;
-    if cfg!(debug_assertions) {
-        output::note("this is a debug build: its figures say little; build with --release");
-    }
-    Ok(())
+    })
+}
+
+fn table((name, setting, figures): &Measured) -> String {
+    let rows: Vec<_> = figures
+        .iter()
+        .map(|figure| {
+            vec![
+                figure.name.clone(),
+                format!("{:.3}", figure.value),
+                figure.unit.to_owned(),
+                figure.target.to_owned(),
+            ]
+        })
+        .collect();
+    format!("{name}: {setting}\n{}", output::table(&["FIGURE", "VALUE", "UNIT", "TARGET"], &rows))
 }
 
 /// What the figures depend on.

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::launch::prepare;
-use super::{Figure, quantile};
+use super::{Figure, Measured, quantile};
 use crate::client::Access;
 use crate::cluster::{ClusterOptions, EmbeddedCluster};
 use crate::commands::submit::submit;
@@ -54,10 +54,11 @@ struct Sample {
     tokens: u64,
 }
 
-pub(super) async fn run(args: &ServeArgs) -> Result<(&'static str, String, Vec<Figure>), Failure> {
+pub(super) async fn run(args: &ServeArgs) -> Result<Measured, Failure> {
     let folder = tempfile::Builder::new().prefix("drumline-bench-").tempdir()?;
     let state = StateDir::resolve(Some(folder.path()))?;
-    let cluster = EmbeddedCluster::start(ClusterOptions::new(state.clone())?).map_err(crate::up::failure)?;
+    let cluster =
+        EmbeddedCluster::start(ClusterOptions::new(state.clone())?).map_err(crate::up::failure)?;
     let measured = measure(args, &cluster, &state).await;
     cluster.shutdown().await;
     let (samples, seconds) = measured?;
@@ -91,7 +92,8 @@ async fn measure(
     cluster: &EmbeddedCluster,
     state: &StateDir,
 ) -> Result<(Vec<Sample>, f64), Failure> {
-    let addresses = cluster.wait_ready(Duration::from_secs(30)).await.map_err(crate::up::failure)?;
+    let addresses =
+        cluster.wait_ready(Duration::from_secs(30)).await.map_err(crate::up::failure)?;
     let access = cluster.access();
     let model = match &args.model {
         Some(path) => Path::new(path)
@@ -127,7 +129,8 @@ async fn measure(
     for _ in 0..args.requests {
         let (gateway, places, tokens) = (gateway.clone(), places.clone(), args.max_tokens);
         asking.spawn(async move {
-            let _place = places.acquire().await.map_err(|error| Failure::failed(error.to_string()))?;
+            let _place =
+                places.acquire().await.map_err(|error| Failure::failed(error.to_string()))?;
             ask(&gateway, tokens).await
         });
     }

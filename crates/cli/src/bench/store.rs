@@ -6,7 +6,7 @@ use clap::Args;
 use drumline_store::OpenOptions;
 use drumline_store::bench::BenchOptions;
 
-use super::Figure;
+use super::{Figure, Measured};
 use crate::failure::Failure;
 
 /// Arguments of `bench store`.
@@ -26,7 +26,7 @@ pub struct StoreArgs {
     pub value_bytes: u32,
 }
 
-pub(super) async fn run(args: &StoreArgs) -> Result<(&'static str, String, Vec<Figure>), Failure> {
+pub(super) async fn run(args: &StoreArgs) -> Result<Measured, Failure> {
     // Beside the working folder, not in a memory file system, so that durable means durable.
     let folder = tempfile::Builder::new().prefix(".drumline-bench-").tempdir_in(".")?;
     let address = match &args.store {

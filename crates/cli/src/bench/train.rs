@@ -8,7 +8,7 @@ use drumline_engine::bench::{self, Preset, TrainingRate};
 use drumline_engine::probe::NoProbe;
 use drumline_spec::Parallelism;
 
-use super::Figure;
+use super::{Figure, Measured};
 use crate::failure::Failure;
 
 /// Arguments of `bench train`.
@@ -37,7 +37,7 @@ pub struct TrainArgs {
     pub micro: u32,
 }
 
-pub(super) async fn run(args: &TrainArgs) -> Result<(&'static str, String, Vec<Figure>), Failure> {
+pub(super) async fn run(args: &TrainArgs) -> Result<Measured, Failure> {
     let presets = bench::presets();
     let Some(preset) = presets.iter().find(|preset| preset.name == args.model).cloned() else {
         let names: Vec<_> = presets.iter().map(|preset| preset.name).collect();

@@ -23,7 +23,7 @@ const TOKENS: u32 = 64;
 ///
 /// # Errors
 /// Failed, when the service did not get ready or the completion is empty.
-pub async fn serve_and_ask(
+pub(super) async fn serve_and_ask(
     access: &Access,
     gateway: &Gateway,
     checkpoint: &Path,

@@ -17,7 +17,7 @@ const SAMPLE_BYTES: u64 = 2 << 20;
 ///
 /// # Errors
 /// The user's mistake, when there is no text; failed, when it cannot be written.
-pub async fn prepare(
+pub(super) async fn prepare(
     data: Option<PathBuf>,
     folder: PathBuf,
     vocab: u32,

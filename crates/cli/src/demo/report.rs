@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// The demo's findings.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
+pub(super) struct Report {
     /// The cluster that was started.
     pub cluster: ClusterReport,
     /// The training run.
@@ -23,7 +23,7 @@ pub struct Report {
 
 /// The cluster that was started.
 #[derive(Debug, Clone, Serialize)]
-pub struct ClusterReport {
+pub(super) struct ClusterReport {
     /// Node agents.
     pub nodes: u32,
     /// Their devices.
@@ -32,7 +32,7 @@ pub struct ClusterReport {
 
 /// The training run.
 #[derive(Debug, Clone, Serialize)]
-pub struct TrainingReport {
+pub(super) struct TrainingReport {
     /// The job's id.
     pub job: String,
     /// Rank processes.
@@ -63,7 +63,7 @@ pub struct TrainingReport {
 
 /// The last checkpoint.
 #[derive(Debug, Clone, Serialize)]
-pub struct CheckpointReport {
+pub(super) struct CheckpointReport {
     /// Its folder.
     pub path: String,
     /// Its step.
@@ -72,7 +72,7 @@ pub struct CheckpointReport {
 
 /// The served model.
 #[derive(Debug, Clone, Serialize)]
-pub struct ServingReport {
+pub(super) struct ServingReport {
     /// Base address for OpenAI clients.
     pub endpoint: String,
     /// The model's name in requests.
@@ -84,7 +84,7 @@ pub struct ServingReport {
 impl TrainingReport {
     /// Sums up a finished training job; `tokens_per_second` is measured over the whole run.
     #[must_use]
-    pub fn new(job: &v1::JobView, tokens_per_second: f64) -> Self {
+    pub(super) fn new(job: &v1::JobView, tokens_per_second: f64) -> Self {
         let training = job.training.clone().unwrap_or_default();
         Self {
             job: job.id.clone(),
@@ -110,7 +110,7 @@ impl Report {
     /// # Panics
     /// Never: the fields are plain numbers and texts.
     #[must_use]
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::to_value(self).expect("plain fields become JSON")
     }
 }

@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A finished run.
 #[derive(Debug)]
-pub struct Run {
+pub(super) struct Run {
     /// The job as it ended.
     pub job: v1::JobView,
     /// Tokens per second over the stretches in which it trained.
@@ -31,7 +31,7 @@ pub struct Run {
 ///
 /// # Errors
 /// Failed, when the job did; unreachable.
-pub async fn watch(access: &Access, id: &str, kill: bool) -> Result<Run, Failure> {
+pub(super) async fn watch(access: &Access, id: &str, kill: bool) -> Result<Run, Failure> {
     let mut patience = Patience::new(PATIENCE);
     let mut show = Show::new();
     let mut kill = Kill { wanted: kill, done: None };
@@ -213,7 +213,7 @@ impl Show {
 ///
 /// # Errors
 /// Failed, when a loss differs, or the run's record cannot be read.
-pub fn check_repeated_losses(record: &Path) -> Result<u64, Failure> {
+pub(super) fn check_repeated_losses(record: &Path) -> Result<u64, Failure> {
     let text = std::fs::read_to_string(record)
         .map_err(|error| Failure::failed(format!("{}: {error}", record.display())))?;
     let mut first: BTreeMap<u64, u64> = BTreeMap::new();

@@ -106,7 +106,10 @@ fn detail(screen: &Screen, columns: usize) -> Vec<String> {
         return vec!["no jobs yet; `drumline submit FILE` submits one".to_owned()];
     };
     let columns = columns.saturating_sub(34);
-    let mut lines = vec![format!("{}: {}", job.phase, told::reason(job))];
+    let reason = told::reason(job);
+    let first =
+        if reason.is_empty() { job.phase.clone() } else { format!("{}: {reason}", job.phase) };
+    let mut lines = vec![first];
     let last = |curve: &[f64]| curve.last().copied();
     if let Some(loss) = last(&screen.curves.loss) {
         lines.push(format!(
@@ -332,8 +335,8 @@ mod tests {
         for told in [
             "2 of 4 devices held, 46% in use; 1 running, 1 waiting",
             "train-1a2b:0 91%",
-            "step 12/60, loss 5.4321, 4.32k tokens/s",
-            "WaitingForDevices: 4 of 8 devices are free",
+            "step 12/60, loss 5.4321, 4.32k tokens",
+            "WaitingForDevices: 4 of 8 devices are",
             "▁",
             "q quits",
         ] {

@@ -16,31 +16,31 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
 /// The token that every fake asks for.
-pub const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
 /// What the fake answers, changed by the test while it runs.
 #[derive(Debug, Default)]
-pub struct Script {
+pub(crate) struct Script {
     /// The one job; `None` is an unknown id.
-    pub job: Option<v1::JobView>,
+    pub(crate) job: Option<v1::JobView>,
     /// The log of each rank.
-    pub logs: Vec<Vec<u8>>,
+    pub(crate) logs: Vec<Vec<u8>>,
     /// Break log streams off after so many bytes of each rank; then never again.
-    pub break_logs_after: Option<usize>,
+    pub(crate) break_logs_after: Option<usize>,
     /// Break the next watch off after its first message.
-    pub break_watch: bool,
+    pub(crate) break_watch: bool,
     /// What was submitted, with its idempotency key.
-    pub submitted: Vec<(String, String)>,
+    pub(crate) submitted: Vec<(String, String)>,
     /// Fail so many submissions after they were stored: the answer is lost.
-    pub lose_answers: usize,
+    pub(crate) lose_answers: usize,
     /// Calls of `Logs`: the offsets that were asked for.
-    pub offsets: Vec<u64>,
+    pub(crate) offsets: Vec<u64>,
 }
 
 /// A running fake.
-pub struct Fake {
+pub(crate) struct Fake {
     /// What it answers.
-    pub script: Arc<Mutex<Script>>,
+    pub(crate) script: Arc<Mutex<Script>>,
     server: JoinHandle<()>,
 }
 
@@ -51,7 +51,7 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Fake {
     /// Starts a fake and tells the state folder where it is.
-    pub async fn start(state: &Path, script: Script) -> Self {
+    pub(crate) async fn start(state: &Path, script: Script) -> Self {
         let script = Arc::new(Mutex::new(script));
         std::fs::write(state.join("token"), TOKEN).unwrap();
         let server = serve(state, script.clone()).await;
@@ -59,14 +59,14 @@ impl Fake {
     }
 
     /// Ends the server, and starts it again on another port after `pause`.
-    pub async fn restart(&mut self, state: &Path, pause: Duration) {
+    pub(crate) async fn restart(&mut self, state: &Path, pause: Duration) {
         self.server.abort();
         tokio::time::sleep(pause).await;
         self.server = serve(state, self.script.clone()).await;
     }
 
     /// Changes what it answers.
-    pub fn change(&self, change: impl FnOnce(&mut Script)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Script)) {
         change(&mut self.script.lock().unwrap());
     }
 }
@@ -88,21 +88,21 @@ async fn serve(state: &Path, script: Arc<Mutex<Script>>) -> JoinHandle<()> {
 }
 
 /// Runs the binary in a state folder, off the runtime's threads.
-pub async fn drumline(state: &Path, arguments: &[&str]) -> Output {
+pub(crate) async fn drumline(state: &Path, arguments: &[&str]) -> Output {
     let mut command = plain(state);
     command.args(arguments);
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
 /// The binary with a state folder and no other influence.
-pub fn plain(state: &Path) -> Command {
+pub(crate) fn plain(state: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_drumline"));
     command.env_clear().env("DRUMLINE_STATE_DIR", state).env("HOME", state);
     command
 }
 
 /// A job in a phase.
-pub fn job(phase: &str) -> v1::JobView {
+pub(crate) fn job(phase: &str) -> v1::JobView {
     v1::JobView {
         id: "t-1".to_owned(),
         name: "t".to_owned(),

@@ -47,7 +47,7 @@ pub fn render(fleet: &v1::FleetView, history: &[Vec<(f64, f64)>]) -> Markup {
             }
             section.panel {
                 h2 { "Devices over time" }
-                (lines("Share of devices", &curves(history), Axis::Ago, Axis::Share))
+                (lines("Share of devices", &curves(history, fleet.devices_total), Axis::Ago, Axis::Share))
                 p.legend {
                     span.key style="--c: var(--accent)" { "utilization" }
                     span.key style="--c: var(--second)" { "allocated" }
@@ -65,10 +65,15 @@ fn is_active(job: &v1::JobView) -> bool {
     !matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled")
 }
 
-fn curves(history: &[Vec<(f64, f64)>]) -> Vec<Curve> {
-    let names = ["utilization", "allocated"];
-    let named = names.into_iter().zip(history.iter().cloned());
-    named.map(|(name, points)| Curve { name: name.to_owned(), points, dots: false }).collect()
+/// The control plane tells utilization as a share and allocation as a number of devices.
+fn curves(history: &[Vec<(f64, f64)>], devices: u32) -> Vec<Curve> {
+    let parts = [("utilization", 1.0), ("allocated", f64::from(devices.max(1)))];
+    let curve = |((name, whole), points): ((&str, f64), &Vec<(f64, f64)>)| Curve {
+        name: name.to_owned(),
+        points: points.iter().map(|(x, y)| (*x, y / whole)).collect(),
+        dots: false,
+    };
+    parts.into_iter().zip(history).map(curve).collect()
 }
 
 fn node_card(node: &v1::NodeView) -> Markup {
@@ -77,7 +82,7 @@ fn node_card(node: &v1::NodeView) -> Markup {
             h3 { span { (node.name) } (tag(&node.phase)) }
             div.devices { @for device in &node.devices { (device_cell(device)) } }
             div.quiet {
-                (format!("{:.1} of {} cores", node.cpu_cores_used, node.cores)) " · "
+                (format!("offers {} cores · machine: {:.1} busy", node.cores, node.cpu_cores_used)) " · "
                 (format_bytes(node.memory_used_bytes)) " of " (format_bytes(node.memory_bytes))
             }
             @if !node.message.is_empty() { div.bad { (node.message) } }

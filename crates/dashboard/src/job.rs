@@ -28,10 +28,12 @@ pub fn render(
     html! {
         h1 { (job.id) " " (tag(&job.phase)) " " small { (job.kind) } }
         section.panel {
-            p style="margin-top:0" {
-                @if job.reason.is_empty() { (job.message) } @else { (reason(job)) }
-                @if !job.remedy.is_empty() && !matches!(job.phase.as_str(), "running" | "succeeded") {
-                    " " span.quiet { (job.remedy) }
+            @if !job.reason.is_empty() || !job.message.is_empty() {
+                p style="margin-top:0" {
+                    @if job.reason.is_empty() { (job.message) } @else { (reason(job)) }
+                    @if !job.remedy.is_empty() && !matches!(job.phase.as_str(), "running" | "succeeded") {
+                        " " span.quiet { (job.remedy) }
+                    }
                 }
             }
             @if let Some(failure) = &job.first_failure { (first_failure(failure)) }

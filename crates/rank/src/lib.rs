@@ -65,12 +65,22 @@ pub fn run() -> ExitCode {
         .worker_threads(1)
         .enable_all()
         .build();
-    let outcome = runtime.map_err(RankError::from).and_then(|runtime| work(&runtime));
+    // Nothing of it is looked at again after a panic.
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        runtime.map_err(RankError::from).and_then(|runtime| work(&runtime))
+    }));
+    // The last line of the log is what the agent tells of a rank that failed.
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("rank: {error}");
             ExitCode::FAILURE
+        }
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            eprintln!("rank: a bug: {}", text.unwrap_or("panicked without a message"));
+            ExitCode::from(101)
         }
     }
 }

@@ -175,8 +175,9 @@ impl Desk {
     /// send any more.
     fn take_commands(&mut self, runtime: &Handle) -> bool {
         if self.leader.is_idle() {
-            let wait = tokio::time::timeout(IDLE_INTERVAL, self.inbox.recv());
-            match runtime.block_on(async { wait.await }) {
+            // Made inside: a timer needs the runtime that it belongs to.
+            let wait = async { tokio::time::timeout(IDLE_INTERVAL, self.inbox.recv()).await };
+            match runtime.block_on(wait) {
                 Ok(Some(command)) => self.command(command),
                 Ok(None) => return false,
                 Err(_) => {}

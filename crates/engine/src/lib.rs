@@ -1,7 +1,7 @@
 //! Decoders and what ranks do with them: the parallel training step and the inference step.
 //!
 //! Generic over [`drumline_tensor::Backend`] and [`drumline_collective::Collective`]. It opens no
-//! socket or file, starts no thread and reads no clock: batches, weights, random numbers and
+//! socket or file and reads no clock, and only [`bench`] starts threads: batches, weights, seeds and
 //! plans come in as values, and the same values give the same results.
 //!
 //! Dimension letters: B batch, T sequence, N = B x T rows, L layers, D hidden, H query heads,

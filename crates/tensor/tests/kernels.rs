@@ -1,20 +1,39 @@
 //! Every kernel of the CPU backend against its plain reference, on random shapes. A failure prints
 //! the seed that makes it again.
 
+use std::sync::{Mutex, PoisonError};
+
+use drumline_tensor::cpu::simd::{self, Level};
 use drumline_tensor::reference::{self as plain, Random};
 use drumline_tensor::{
     AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, KV_BLOCK, Linear, Loss,
     NormKind, Normalise, Rotary, WeightLayout,
 };
 
-/// Runs `test` with one thread and with three, for each of `seeds` seeds.
+/// The limit on instructions is the process's: one test at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Runs `test` with one thread and with three, with every level of instructions that the processor
+/// has, for each of `seeds` seeds.
 fn for_seeds(seeds: u64, test: impl Fn(&Cpu, &mut Random, &str)) {
-    for threads in [1, 3] {
-        let cpu = Cpu::new(threads).unwrap();
-        for seed in 0..seeds {
-            test(&cpu, &mut Random::new(seed), &format!("seed {seed}, {threads} threads"));
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let has = simd::level();
+    for level in [Level::Plain, Level::Avx2, Level::Avx512] {
+        if level > has {
+            eprintln!("not tested: {level:?} is not on this processor");
+            continue;
+        }
+        simd::limit(level);
+        assert_eq!(simd::level(), level);
+        for threads in [1, 3] {
+            let cpu = Cpu::new(threads).unwrap();
+            for seed in 0..seeds {
+                let what = format!("{level:?}, {threads} threads, seed {seed}");
+                test(&cpu, &mut Random::new(seed), &what);
+            }
         }
     }
+    simd::limit(Level::Avx512);
 }
 
 /// Asserts that values agree within `tolerance`, relative to the greatest of the wanted ones: a
@@ -390,6 +409,7 @@ fn adamw_steps() {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (one, four) = (Cpu::new(1).unwrap(), Cpu::new(4).unwrap());
     let mut r = Random::new(5);
     let s = Attention { batch: 2, sequence: 70, heads: 4, kv_heads: 2, head_dim: 16 };

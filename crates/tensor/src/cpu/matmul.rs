@@ -232,12 +232,19 @@ unsafe fn dot_block<S: Simd, const R: usize, const O: usize>(
             i += S::LANES;
         }
         for (r, sums) in sums.into_iter().enumerate() {
-            for (o, sum) in sums.into_iter().enumerate() {
-                let mut sum = s.sum(sum);
-                for i in whole..length {
-                    sum += *x.add(r * length + i) * *w.add(o * length + i);
+            let mut totals = [0.0f32; O];
+            if let ([a, b, c, d], true) = (&sums[..], O == 4) {
+                totals.copy_from_slice(&s.sum4([*a, *b, *c, *d]));
+            } else {
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total = s.sum(sum);
                 }
-                *y.add(r * THIN_OUTPUTS + o) = sum;
+            }
+            for (o, mut total) in totals.into_iter().enumerate() {
+                for i in whole..length {
+                    total += *x.add(r * length + i) * *w.add(o * length + i);
+                }
+                *y.add(r * THIN_OUTPUTS + o) = total;
             }
         }
     }

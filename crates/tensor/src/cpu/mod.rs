@@ -14,7 +14,7 @@ mod norm;
 mod optimizer;
 mod pool;
 mod rotary;
-pub(crate) mod simd;
+pub mod simd;
 mod tile;
 
 use std::ops::Range;
@@ -79,9 +79,7 @@ impl Cpu {
     #[must_use]
     pub fn instructions() -> &'static str {
         match simd::level() {
-            #[cfg(target_arch = "x86_64")]
             simd::Level::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
             simd::Level::Avx2 => "avx2",
             simd::Level::Plain => "plain",
         }

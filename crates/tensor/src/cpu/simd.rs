@@ -7,6 +7,8 @@
     reason = "vector intrinsics; every kernel states why its accesses are in bounds"
 )]
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 /// Vectors of f32, and the operations that kernels need.
 pub(crate) trait Simd: Copy + Send + Sync {
     /// A vector.
@@ -34,6 +36,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// Returns the sum of the elements.
     fn sum(self, v: Self::V) -> f32;
+    /// Returns the sums of four vectors, cheaper than one by one.
+    #[inline(always)]
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
+        v.map(|v| self.sum(v))
+    }
 }
 
 /// Eight f32 in plain Rust.
@@ -85,9 +92,10 @@ pub(crate) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use core::arch::x86_64::{
-        __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehl_ps, _mm_shuffle_ps,
-        _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps, _mm256_fmadd_ps,
-        _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps,
+        __m128, __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_hadd_ps, _mm_movehl_ps,
+        _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_ps, _mm256_castps256_ps128,
+        _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
+        _mm512_add_ps, _mm512_castps512_ps256, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
         _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_storeu_ps,
     };
 
@@ -137,6 +145,37 @@ mod x86 {
         fn sum(self, v: __m512) -> f32 {
             unsafe { _mm512_reduce_add_ps(v) }
         }
+        #[inline(always)]
+        fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
+            let half = |v: __m512| unsafe {
+                let low = _mm512_castps512_ps256(v);
+                quarter(_mm256_add_ps(low, _mm512_extractf32x8_ps::<1>(v)))
+            };
+            unsafe { add_across(v.map(half)) }
+        }
+    }
+
+    /// Adds the halves of a vector.
+    ///
+    /// # Safety
+    /// The processor has AVX.
+    #[inline(always)]
+    unsafe fn quarter(v: __m256) -> __m128 {
+        unsafe { _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)) }
+    }
+
+    /// Returns each vector's sum.
+    ///
+    /// # Safety
+    /// The processor has AVX.
+    #[inline(always)]
+    unsafe fn add_across(v: [__m128; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        unsafe {
+            let pairs = _mm_hadd_ps(_mm_hadd_ps(v[0], v[1]), _mm_hadd_ps(v[2], v[3]));
+            _mm_storeu_ps(sums.as_mut_ptr(), pairs);
+        }
+        sums
     }
 
     /// Eight f32 in AVX2 with FMA.
@@ -186,35 +225,52 @@ mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
             }
         }
+        #[inline(always)]
+        fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
+            unsafe { add_across(v.map(|v| quarter(v))) }
+        }
     }
 }
 
-/// The best instructions that this processor has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Level {
-    /// AVX-512 F, VL, BW and DQ.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// AVX2 and FMA.
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
+/// Vector instructions, fewest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
     /// What every processor of the target has.
     Plain,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, VL, BW and DQ.
+    Avx512,
 }
 
-/// Asks the processor. The answer is cached by the standard library.
+/// The most that may be used, as a number of [`Level`].
+static LIMIT: AtomicU8 = AtomicU8::new(Level::Avx512 as u8);
+
+/// Forbids this process instructions beyond `level`, so that tests and measurements reach the
+/// paths of older processors. The `gemm` crate makes its own choice.
+pub fn limit(level: Level) {
+    LIMIT.store(level as u8, Ordering::Relaxed);
+}
+
+/// Returns the best that this processor has and [`limit`] allows. What the processor has is cached
+/// by the standard library.
 #[inline]
-pub(crate) fn level() -> Level {
+#[must_use]
+pub fn level() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
-        if std::arch::is_x86_feature_detected!("avx512f")
+        let limit = LIMIT.load(Ordering::Relaxed);
+        if limit >= Level::Avx512 as u8
+            && std::arch::is_x86_feature_detected!("avx512f")
             && std::arch::is_x86_feature_detected!("avx512vl")
             && std::arch::is_x86_feature_detected!("avx512bw")
             && std::arch::is_x86_feature_detected!("avx512dq")
         {
             return Level::Avx512;
         }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        if limit >= Level::Avx2 as u8
+            && std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
         {
             return Level::Avx2;
         }

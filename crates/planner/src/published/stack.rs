@@ -15,7 +15,10 @@ pub fn infer_stack(source: &str, gpu: &Gpu, dtype: Dtype, zero: u32) -> Stack {
     if recent_gpu || dtype == Dtype::Fp8 {
         return Stack::Overlapped;
     }
+    // A paper of today that names Megatron-LM means its baseline, which hides nothing.
+    let baseline = source.to_lowercase().contains("megatron-lm");
     match published_month(source) {
+        Some(month) if month >= 2301 && baseline => Stack::Fused,
         Some(month) if month >= 2301 => Stack::Overlapped,
         Some(month) if month >= 2205 => Stack::Fused,
         Some(_) => Stack::Eager,
@@ -60,6 +63,7 @@ mod tests {
         assert_eq!(stack("MT-NLG 530B (Smith et al. 2022)", &a100), Stack::Eager);
         assert_eq!(stack("Korthikanti et al. 2022 (2205.05198) table 5", &a100), Stack::Fused);
         assert_eq!(stack("MegaScale (2402.15627) 175B", &a100), Stack::Overlapped);
+        assert_eq!(stack("MegaScale (2402.15627) 175B, Megatron-LM", &a100), Stack::Fused);
         assert_eq!(stack("Megatron-Core README model table (H100)", &h100), Stack::Overlapped);
     }
 }

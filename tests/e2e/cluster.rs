@@ -14,7 +14,7 @@ pub(crate) const DRUMLINE: &str = env!("CARGO_BIN_EXE_drumline");
 pub(crate) struct Cluster {
     up: Child,
     folder: tempfile::TempDir,
-    /// What `up` said when it was ready.
+    /// What `up` said when it was ready: addresses of everything.
     pub(crate) ready: Value,
 }
 

@@ -1,5 +1,6 @@
 //! The real binary with real processes, from manifest to dashboard, broken in every way.
 
+mod browser;
 mod cluster;
 mod commands;
 mod recovery;

@@ -26,12 +26,17 @@ fn the_demo_trains_survives_serves_and_cleans_up() {
     assert_eq!(report["cluster"]["devices"], 4);
     let run = &report["training"];
     assert_eq!((&run["tensor"], &run["pipeline"], &run["data"]), (&2.into(), &2.into(), &1.into()));
-    assert_eq!((&run["ranks"], &run["steps"], &run["restarts"]), (&4.into(), &30.into(), &1.into()));
+    assert_eq!(
+        (&run["ranks"], &run["steps"], &run["restarts"]),
+        (&4.into(), &30.into(), &1.into())
+    );
     let number = |value: &Value| value.as_f64().expect("a number");
     assert!(number(&run["loss_last"]) < number(&run["loss_first"]) - 0.5, "{run:#}");
     assert!(number(&run["loss_validation"]) > 0.0 && number(&run["tokens_per_second"]) > 0.0);
     assert_eq!(report["checkpoint"]["step"], 30);
-    assert!(Path::new(report["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists());
+    assert!(
+        Path::new(report["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists()
+    );
     assert!(!report["serving"]["completion"].as_str().unwrap().is_empty());
     assert!(report["dashboard"].as_str().unwrap().starts_with("http://127.0.0.1:"));
     assert!(told.contains("bit for bit"), "{told}");
@@ -69,8 +74,14 @@ fn a_run_goes_on_under_another_split_and_is_exported_and_served() {
         let served = cluster.run(&["serve", model, "--name", name, "--tensor", tensor]);
         assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
         let asked = cluster.run(&[
-            "complete", "The control plane", "--model", name, "--max-tokens", "12",
-            "--temperature", "0",
+            "complete",
+            "The control plane",
+            "--model",
+            name,
+            "--max-tokens",
+            "12",
+            "--temperature",
+            "0",
         ]);
         assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
         said.push(String::from_utf8_lossy(&asked.stdout).into_owned());

@@ -207,7 +207,7 @@ impl Role {
                     allow_hosts: args.allow_host,
                     control: Arc::new(move || control.resolve()),
                     cluster_token: token.clone(),
-                    keys: vec![token],
+                    keys: vec![state.gateway_key_or_new()?, token],
                 };
                 let (ready, listening) = oneshot::channel();
                 tokio::spawn(tell_gateway(state, listening));

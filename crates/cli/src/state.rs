@@ -3,6 +3,7 @@
 //! ```text
 //! STATE-DIR/            mode 0700
 //!   token               the cluster's token, mode 0600
+//!   gateway-key         lets applications ask models, mode 0600
 //!   dashboard-key       opens the dashboard, to read and nothing more, mode 0600
 //!   lock                held by `drumline up`, with its process id
 //!   endpoint.json       where the control plane listens; written when it does
@@ -163,6 +164,15 @@ impl StateDir {
         secret_or_new(&self.dashboard_key_file())
     }
 
+    /// Reads the gateway's key, or makes one when there is none yet. It asks models and nothing else:
+    /// for applications.
+    ///
+    /// # Errors
+    /// As [`StateDir::token_or_new`].
+    pub fn gateway_key_or_new(&self) -> io::Result<Token> {
+        secret_or_new(&self.0.join("gateway-key"))
+    }
+
     /// Returns the dashboard's address with its key, so that it opens by itself.
     #[must_use]
     pub fn dashboard_link(&self, url: &str) -> String {
@@ -173,6 +183,7 @@ impl StateDir {
             _ => url.to_owned(),
         }
     }
+
     /// Reads where the control plane listens.
     ///
     /// # Errors

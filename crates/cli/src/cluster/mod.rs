@@ -146,6 +146,7 @@ impl EmbeddedCluster {
         let lock = Lock::take(state)?;
         state.token_or_new().map_err(ClusterError::State)?;
         state.dashboard_key_or_new().map_err(ClusterError::State)?;
+        state.gateway_key_or_new().map_err(ClusterError::State)?;
         // Left by a cluster that was killed: nobody must send the token to who has the port now.
         for stale in [state.endpoint_file(), state.gateway_file()] {
             match std::fs::remove_file(&stale) {

@@ -134,6 +134,8 @@ pub struct Dispatcher<'a> {
     /// Pods that need all GPUs of the largest nodes: how many came, and the most cores of each.
     whole_node: Vec<i32>,
     largest: u8,
+    /// Nine tenths of the most cores of such a node.
+    most_cores: i32,
     /// When the kept nodes are chosen again.
     review: f64,
 }
@@ -152,6 +154,8 @@ impl<'a> Dispatcher<'a> {
     ) -> Self {
         let capacity: i64 = nodes.iter().map(|n| i64::from(n.gpus) * i64::from(WHOLE)).sum();
         let largest = nodes.iter().map(|n| n.gpus).max().unwrap_or(0);
+        let most_cores = nodes.iter().filter(|n| n.gpus == largest).map(|n| n.cpu).max();
+        let most_cores = (f64::from(most_cores.unwrap_or(0)) * 0.9) as i32;
         let scorer = Drumline { worth, tuning, period: 0, known: StateMap::default() };
         let mut dispatcher = Self {
             placer: Placer::new(nodes, scorer, shapes.len()),
@@ -162,6 +166,7 @@ impl<'a> Dispatcher<'a> {
             pods: 0.0,
             whole_node: Vec::new(),
             largest,
+            most_cores,
             review: 0.0,
         };
         dispatcher.keep_nodes();
@@ -249,9 +254,13 @@ impl<'a> Dispatcher<'a> {
         let rate = (self.whole_node.len() as f64 + prior) / pods;
         let demand = (self.arrived_milli + PRIOR_DEMAND_MILLI * prior_pods) / pods;
         let count = (rate * left * self.capacity_milli / demand.max(1.0)).round() as usize;
-        let seen = self.whole_node.len();
-        let need = |i: usize| if seen == 0 { 0 } else { self.whole_node[i % seen] };
-        (0..count.min(self.placer.nodes.len())).map(need).collect()
+        // Those that came stand for those to come; with them one that needs the usual cores, and
+        // one that needs the largest node, so that it is not gone before the first such pod comes.
+        let largest = f64::from(self.largest);
+        let usual = (self.placer.scorer.worth.cores_per_gpu() * largest) as i32;
+        let mut like = vec![usual, self.most_cores];
+        like.extend(&self.whole_node);
+        (0..count.min(self.placer.nodes.len())).map(|i| like[i % like.len()]).collect()
     }
 }
 

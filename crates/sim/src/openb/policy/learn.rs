@@ -12,7 +12,7 @@ use crate::openb::input::{GPUS_MAX, Shape, WHOLE};
 use crate::openb::policy::drumline::{Dispatcher, Tuning};
 use crate::openb::policy::frag::candidates;
 use crate::openb::policy::placer::Placed;
-use crate::openb::policy::worth::{Grid, PERIODS, Sums, Worth};
+use crate::openb::policy::worth::{Grid, PERIODS, Sums, Worth, cores_per_gpu};
 use crate::openb::rng::Rng;
 use crate::openb::typical::Typical;
 
@@ -37,19 +37,36 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
     let models = nodes.iter().map(|n| n.model.trailing_zeros() as usize + 1).max().unwrap_or(1);
     let mut sums = Sums::new(Grid::new(typical, models));
     let mut draw = Draw::new(typical);
-    let mut rng = Rng::new(tuning.seed);
     let mut worth = sums.estimate(typical, tuning.pull, tuning.caution);
     let no_gpus = nodes.iter().all(|node| node.gpus == 0);
     if no_gpus || draw.shapes.iter().all(|shape| shape.gpus == 0) {
         return worth;
     }
-    for _ in 0..tuning.rounds {
+    let grid = sums.grid().clone();
+    for round in 0..tuning.rounds {
+        // Each filling has its own random numbers, and the results are added in their order: the
+        // outcome does not depend on the number of threads.
+        let fillings: Vec<Filling> = std::thread::scope(|scope| {
+            let (draw, worth, grid) = (&draw, &worth, &grid);
+            let started: Vec<_> = (0..tuning.fillings)
+                .map(|i| {
+                    let rng = Rng::stream(tuning.seed, (round * tuning.fillings + i) as u64);
+                    scope.spawn(move || fill(nodes.to_vec(), draw, worth, grid, tuning, rng))
+                })
+                .collect();
+            let joined = started.into_iter().map(|thread| thread.join());
+            joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
         sums.fade(tuning.keep);
         let mut late = vec![(0.0, 0.0); draw.shapes.len()];
-        for _ in 0..tuning.fillings {
-            let mut order = nodes.to_vec();
-            rng.shuffle(&mut order);
-            fill(order, &draw, &worth, tuning, &mut rng, &mut sums, &mut late);
+        for filling in fillings {
+            for (cell, wasted) in filling.seen {
+                sums.add(cell as usize, wasted);
+            }
+            for (sum, (tried, placed)) in late.iter_mut().zip(filling.late) {
+                sum.0 += tried;
+                sum.1 += placed;
+            }
         }
         for (id, (tried, placed)) in late.into_iter().enumerate() {
             let price = placed / (tried + 1.0) * draw.shapes[id].gpu_total() as f64;
@@ -60,17 +77,21 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
     worth
 }
 
+/// What one filling of the fleet showed.
+struct Filling {
+    /// (Cell, thousandths finally wasted, prices charged included) of every device seen.
+    seen: Vec<(u32, f32)>,
+    /// Per shape, the pods that came late and those of them that found a place.
+    late: Vec<(f64, f64)>,
+}
+
 impl Draw {
     fn new(typical: &[Typical]) -> Self {
         let mut entries: Vec<(Shape, f64)> = typical.iter().map(|t| (t.shape, t.share)).collect();
-        let (mut cores, mut gpus) = (0.0, 0.0);
-        for Typical { shape, share } in typical.iter().filter(|t| t.shape.gpus > 0) {
-            cores += share * f64::from(shape.cpu_milli);
-            gpus += share * shape.gpu_total() as f64 / f64::from(WHOLE);
-        }
-        if gpus > 0.0 {
+        let cores = cores_per_gpu(typical);
+        if cores > 0.0 {
             for (gpus_each, share) in RARE {
-                let cpu_milli = (cores / gpus * f64::from(gpus_each)) as i32;
+                let cpu_milli = (cores * f64::from(gpus_each)) as i32;
                 let gpu_milli = WHOLE;
                 let shape = Shape { cpu_milli, gpu_milli, gpus: gpus_each, models: u32::MAX };
                 entries.push((shape, share));
@@ -95,26 +116,28 @@ impl Draw {
     }
 }
 
-/// Fills the fleet once and adds what became of each device.
+/// Fills the fleet once.
 fn fill(
-    nodes: Vec<Node>,
+    mut nodes: Vec<Node>,
     draw: &Draw,
     worth: &Worth,
+    grid: &Grid,
     tuning: &Tuning,
-    rng: &mut Rng,
-    sums: &mut Sums,
-    late: &mut [(f64, f64)],
-) {
+    mut rng: Rng,
+) -> Filling {
+    rng.shuffle(&mut nodes);
+    let mut late = vec![(0.0, 0.0); draw.shapes.len()];
     let mut charged = vec![[0.0f32; GPUS_MAX]; nodes.len()];
-    let mut seen = Vec::with_capacity(PERIODS.len());
+    let mut looks = Vec::with_capacity(PERIODS.len());
     let mut dispatcher = Dispatcher::new(nodes, worth, tuning, &draw.shapes);
     while dispatcher.arrived() < FILL_TO {
-        while PERIODS.get(seen.len()).is_some_and(|&start| dispatcher.arrived() >= start) {
-            seen.push((dispatcher.nodes().to_vec(), charged.clone()));
+        while PERIODS.get(looks.len()).is_some_and(|&start| dispatcher.arrived() >= start) {
+            looks.push((dispatcher.nodes().to_vec(), charged.clone()));
         }
-        let id = draw.next(rng);
+        let id = draw.next(&mut rng);
         let astray = rng.unit() < tuning.explore;
-        let strayed = astray.then(|| stray(dispatcher.nodes(), &draw.shapes[id], rng)).flatten();
+        let strayed =
+            astray.then(|| stray(dispatcher.nodes(), &draw.shapes[id], &mut rng)).flatten();
         let placed = match strayed {
             Some((node, device)) => Some(dispatcher.put(id, node, device)),
             None => dispatcher.place(id, 0),
@@ -128,16 +151,17 @@ fn fill(
         }
     }
     let last = dispatcher.nodes();
-    let grid = sums.grid().clone();
-    for (period, (before, charged_before)) in seen.iter().enumerate() {
+    let mut seen = Vec::new();
+    for (period, (before, charged_before)) in looks.iter().enumerate() {
         for (at, node) in before.iter().enumerate() {
             grid.visit(node, period, |device, cell| {
                 let price = charged[at][device] - charged_before[at][device];
-                let wasted = f64::from(last[at].gpu[device]);
-                sums.add(cell, wasted + tuning.price_weight * f64::from(price));
+                let wasted = f32::from(last[at].gpu[device]);
+                seen.push((cell as u32, wasted + tuning.price_weight as f32 * price));
             });
         }
     }
+    Filling { seen, late }
 }
 
 /// Charges a pod's price to the devices that it took.

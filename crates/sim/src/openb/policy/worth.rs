@@ -140,9 +140,9 @@ impl Sums {
     }
 
     /// Adds one device that was in `cell` and finally wasted so much.
-    pub fn add(&mut self, cell: usize, wasted_milli: f64) {
+    pub fn add(&mut self, cell: usize, wasted_milli: f32) {
         self.cells[cell].0 += 1.0;
-        self.cells[cell].1 += wasted_milli;
+        self.cells[cell].1 += f64::from(wasted_milli);
     }
 
     /// Lets everything seen so far count for `keep` times as much.
@@ -177,8 +177,17 @@ impl Sums {
                 }
             }
         }
-        Worth { grid, wasted, rest: Rest::new(typical) }
+        Worth { grid, wasted, rest: Rest::new(typical), cores_per_gpu: cores_per_gpu(typical) }
     }
+}
+
+/// Returns the thousandths of a core that typical pods ask for with each GPU, 0 without any.
+#[must_use]
+pub fn cores_per_gpu(typical: &[Typical]) -> f64 {
+    let with_gpus = || typical.iter().filter(|t| t.shape.gpus > 0);
+    let cores: f64 = with_gpus().map(|t| t.share * f64::from(t.shape.cpu_milli)).sum();
+    let gpus: f64 = with_gpus().map(|t| t.share * t.shape.gpu_total() as f64).sum();
+    if gpus > 0.0 { cores * f64::from(WHOLE) / gpus } else { 0.0 }
 }
 
 /// Guesses what a device will waste: what the typical pods that it cannot hold could not use.
@@ -202,9 +211,16 @@ pub struct Worth {
     grid: Grid,
     wasted: Vec<f32>,
     rest: Rest,
+    cores_per_gpu: f64,
 }
 
 impl Worth {
+    /// Returns the thousandths of a core that typical pods ask for with each GPU.
+    #[must_use]
+    pub fn cores_per_gpu(&self) -> f64 {
+        self.cores_per_gpu
+    }
+
     /// Returns what the typical shapes would leave of a node, each by itself.
     #[must_use]
     pub fn rest(&self, node: &Node) -> f64 {

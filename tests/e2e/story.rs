@@ -12,7 +12,7 @@ fn the_demo_trains_survives_serves_and_cleans_up() {
     let folder = tempfile::tempdir().unwrap();
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
     let output = Command::new(DRUMLINE)
-        .args(["demo", "--kill-rank", "--steps", "30", "--output", "json", "--data"])
+        .args(["demo", "--kill-rank", "--steps", "44", "--output", "json", "--data"])
         .arg(text)
         .arg("--state-dir")
         .arg(folder.path())
@@ -28,12 +28,12 @@ fn the_demo_trains_survives_serves_and_cleans_up() {
     assert_eq!((&run["tensor"], &run["pipeline"], &run["data"]), (&2.into(), &2.into(), &1.into()));
     assert_eq!(
         (&run["ranks"], &run["steps"], &run["restarts"]),
-        (&4.into(), &30.into(), &1.into())
+        (&4.into(), &44.into(), &1.into())
     );
     let number = |value: &Value| value.as_f64().expect("a number");
     assert!(number(&run["loss_last"]) < number(&run["loss_first"]) - 0.5, "{run:#}");
     assert!(number(&run["loss_validation"]) > 0.0 && number(&run["tokens_per_second"]) > 0.0);
-    assert_eq!(report["checkpoint"]["step"], 30);
+    assert_eq!(report["checkpoint"]["step"], 44);
     assert!(
         Path::new(report["checkpoint"]["path"].as_str().unwrap()).join("manifest.json").exists()
     );

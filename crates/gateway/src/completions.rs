@@ -168,7 +168,6 @@ fn streamed(generations: Vec<Generation>, head: Head, include_usage: bool) -> Re
 }
 
 /// Returns one server-sent event.
-#[must_use]
 pub fn sse(value: &Value) -> Event {
     Event::default().data(value.to_string())
 }

@@ -34,10 +34,7 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     {
         Ok(())
     } else {
-        Err(NameError {
-            name: name.to_owned(),
-            max: NAME_MAX,
-        })
+        Err(NameError { name: name.to_owned(), max: NAME_MAX })
     }
 }
 

@@ -36,10 +36,7 @@ impl JobPhase {
     /// Returns whether the job may hold devices.
     #[must_use]
     pub fn holds_devices(self) -> bool {
-        matches!(
-            self,
-            Self::Starting | Self::Running | Self::Restarting | Self::Cancelling
-        )
+        matches!(self, Self::Starting | Self::Running | Self::Restarting | Self::Cancelling)
     }
 
     /// Returns the word used in every API, table and label.

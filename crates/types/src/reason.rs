@@ -105,10 +105,7 @@ pub struct Explanation {
 impl Explanation {
     /// Joins a reason and its evidence.
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self {
-            reason,
-            message: message.into(),
-        }
+        Self { reason, message: message.into() }
     }
 }
 

@@ -32,6 +32,9 @@ pub struct ChildSpec {
 
 /// A process that ends more often than this within [`WINDOW`] is not started again.
 const DEATHS_MAX: usize = 5;
+/// Who lived at least this long did its work: then it did not die of itself, and the count of deaths
+/// begins anew.
+const STEADY: Duration = Duration::from_secs(2);
 /// The time within which deaths count.
 const WINDOW: Duration = Duration::from_secs(60);
 /// Wait before the first start after a death; it doubles with each within the window.
@@ -51,6 +54,7 @@ pub async fn keep(
 ) {
     let mut deaths: VecDeque<Instant> = VecDeque::new();
     loop {
+        let began = Instant::now();
         let how = match start(&spec) {
             Ok(mut child) => {
                 let pid = child.id();
@@ -78,6 +82,9 @@ pub async fn keep(
             }
             Err(error) => format!("cannot start {}: {error}", spec.binary.display()),
         };
+        if began.elapsed() >= STEADY {
+            deaths.clear();
+        }
         deaths.push_back(Instant::now());
         while deaths.front().is_some_and(|death| death.elapsed() > WINDOW) {
             deaths.pop_front();

@@ -124,8 +124,9 @@ struct Kill {
 impl Kill {
     fn consider(&mut self, job: &v1::JobView, show: &Show) {
         let Some(training) = &job.training else { return };
-        let past_checkpoint =
-            training.checkpoint_step > 0 && training.step >= training.checkpoint_step + 3;
+        // Far enough from the last checkpoint that steps are lost, and from the next one too.
+        let since = training.step.saturating_sub(training.checkpoint_step);
+        let past_checkpoint = training.checkpoint_step > 0 && (3..=6).contains(&since);
         let half_way = training.step * 2 >= training.steps;
         if !self.wanted || self.done.is_some() || !past_checkpoint || !half_way {
             return;

@@ -18,6 +18,16 @@ const PUBLISHED: [(&str, [f64; 6]); 4] = [
 ];
 
 fn experiment(workload: &str, policies: &[PolicyName], seeds: &str) -> Option<Report> {
+    varied(workload, policies, seeds, |_| 1)
+}
+
+/// Runs the experiment with each pod as often as `copies` says, by its number of GPUs.
+fn varied(
+    workload: &str,
+    policies: &[PolicyName],
+    seeds: &str,
+    copies: fn(&str) -> usize,
+) -> Option<Report> {
     let beside = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/openb");
     let folder = std::env::var_os("DRUMLINE_OPENB").map_or_else(|| beside.into(), PathBuf::from);
     let read = |name: String| std::fs::read_to_string(folder.join(name));
@@ -26,6 +36,14 @@ fn experiment(workload: &str, policies: &[PolicyName], seeds: &str) -> Option<Re
         eprintln!("skipped: no trace in {} (set DRUMLINE_OPENB)", folder.display());
         return None;
     };
+    let mut lines = pods.lines();
+    let mut pods = lines.next().unwrap_or_default().to_owned();
+    for line in lines {
+        let gpus = line.split(',').nth(3).unwrap_or_default();
+        for copy in 0..copies(gpus) {
+            pods += &format!("\n{}{line}", if copy == 0 { "" } else { "copy-" });
+        }
+    }
     let options = Options {
         workload: workload.to_owned(),
         policies: policies.to_vec(),
@@ -66,4 +84,17 @@ fn ours_gains_on_fragmentation_gradient_descent_and_places_as_many_pods_without_
         assert!(ours.cpu_only_pods_placed >= fgd.cpu_only_pods_placed);
         assert!(ours.cpu_only_cores_placed >= fgd.cpu_only_cores_placed);
     }
+}
+
+#[test]
+fn where_cores_are_short_pods_without_gpus_fare_no_worse_than_before() {
+    let policies = [PolicyName::Fgd, PolicyName::Drumline];
+    let copies = |gpus: &str| if gpus == "0" { 2 } else { 1 };
+    let Some(report) = varied("default", &policies, "42..44", copies) else { return };
+    let [fgd, ours] = report.policies.as_slice() else { panic!("two policies") };
+    assert!(fgd.cpu_only_pods_placed < 90.0, "cores are short: {:.2}%", fgd.cpu_only_pods_placed);
+    let slack = 0.5;
+    assert!(ours.mean > fgd.mean, "{:.2} after {:.2}", ours.mean, fgd.mean);
+    assert!(ours.cpu_only_pods_placed >= fgd.cpu_only_pods_placed - slack, "{report:?}");
+    assert!(ours.cpu_only_cores_placed >= fgd.cpu_only_cores_placed - slack, "{report:?}");
 }

@@ -31,6 +31,13 @@ pub struct Tuning {
     pub caution: f64,
     /// How much of its price a pod charges the device that it lands on.
     pub price_weight: f64,
+    /// The worth of room for pods without GPUs in the first round; 1: a share of all cores is worth
+    /// the same share of all GPUs.
+    pub room_start: f64,
+    /// How fast the worth of room for pods without GPUs follows what they lack, per round.
+    pub room_step: f64,
+    /// By how much more of these pods are to be placed than under fragmentation gradient descent.
+    pub room_margin: f64,
     /// How much what single shapes would leave counts beside what was learned.
     pub rest_weight: f64,
     /// Changes of waste closer than this, in thousandths of a GPU, are equals.
@@ -55,6 +62,9 @@ impl Default for Tuning {
             pull: 10.0,
             caution: 0.5,
             price_weight: 0.7,
+            room_start: 0.12,
+            room_step: 1.5,
+            room_margin: 0.01,
             rest_weight: 0.15,
             grain_milli: 10.0,
             whole_node_prior: (2.0, 400.0),

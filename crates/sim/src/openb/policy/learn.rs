@@ -10,9 +10,9 @@
 use crate::openb::fleet::Node;
 use crate::openb::input::{GPUS_MAX, Shape, WHOLE};
 use crate::openb::policy::drumline::{Dispatcher, Tuning};
-use crate::openb::policy::frag::candidates;
-use crate::openb::policy::placer::Placed;
-use crate::openb::policy::worth::{Grid, PERIODS, Sums, Worth, cores_per_gpu};
+use crate::openb::policy::frag::{Fgd, candidates};
+use crate::openb::policy::placer::{Placed, Placer};
+use crate::openb::policy::worth::{CORES, Grid, PERIODS, Sums, Worth, cores_per_gpu};
 use crate::openb::rng::Rng;
 use crate::openb::typical::Typical;
 
@@ -28,7 +28,10 @@ const RARE: [(u8, f64); 3] = [(8, 0.005), (4, 0.002), (2, 0.002)];
 struct Draw {
     shapes: Vec<Shape>,
     cumulative: Vec<f64>,
+    /// What a pod of the shape charges the devices that it takes, in thousandths of a GPU.
     price: Vec<f64>,
+    /// What a pod of the shape without GPUs credits the node that it lands on.
+    credit: Vec<f64>,
 }
 
 /// Learns what leftovers on these nodes are worth under typical pods.
@@ -43,6 +46,7 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
         return worth;
     }
     let grid = sums.grid().clone();
+    let mut room = Room::new(nodes, typical, &draw, tuning);
     for round in 0..tuning.rounds {
         // Each filling has its own random numbers, and the results are added in their order: the
         // outcome does not depend on the number of threads.
@@ -58,6 +62,7 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
             joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
         sums.fade(tuning.keep);
+        room.adjust(fillings.iter().map(|f| f.no_gpu), tuning);
         let mut late = vec![(0.0, 0.0); draw.shapes.len()];
         for filling in fillings {
             for (cell, wasted) in filling.seen {
@@ -69,8 +74,14 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
             }
         }
         for (id, (tried, placed)) in late.into_iter().enumerate() {
-            let price = placed / (tried + 1.0) * draw.shapes[id].gpu_total() as f64;
-            draw.price[id] = 0.5 * (draw.price[id] + price);
+            let (shape, found) = (&draw.shapes[id], placed / (tried + 1.0));
+            draw.price[id] = 0.5 * (draw.price[id] + found * shape.gpu_total() as f64);
+            if shape.gpus == 0 && tried > 0.0 {
+                // Room is worth something only for pods that would not find other room.
+                let lost = 1.0 - placed / tried;
+                let credit = lost * room.worth_per_core * f64::from(shape.cpu_milli);
+                draw.credit[id] = 0.5 * (draw.credit[id] + credit);
+            }
         }
         worth = sums.estimate(typical, tuning.pull, tuning.caution);
     }
@@ -83,6 +94,92 @@ struct Filling {
     seen: Vec<(u32, f32)>,
     /// Per shape, the pods that came late and those of them that found a place.
     late: Vec<(f64, f64)>,
+    /// The pods without GPUs.
+    no_gpu: Tally,
+}
+
+/// Counts pods without GPUs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tally {
+    pods: f64,
+    pods_placed: f64,
+    cores: f64,
+    cores_placed: f64,
+}
+
+impl Tally {
+    fn count(&mut self, shape: &Shape, placed: bool) {
+        if shape.gpus == 0 {
+            let (cores, placed) = (f64::from(shape.cpu_milli), f64::from(u8::from(placed)));
+            self.pods += 1.0;
+            self.pods_placed += placed;
+            self.cores += cores;
+            self.cores_placed += cores * placed;
+        }
+    }
+
+    /// Returns the shares that were placed, of pods and of cores.
+    fn shares(&self) -> (f64, f64) {
+        let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 1.0 };
+        (share(self.pods_placed, self.pods), share(self.cores_placed, self.cores))
+    }
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            pods: self.pods + other.pods,
+            pods_placed: self.pods_placed + other.pods_placed,
+            cores: self.cores + other.cores,
+            cores_placed: self.cores_placed + other.cores_placed,
+        }
+    }
+}
+
+/// What room for pods without GPUs is worth.
+///
+/// GPUs could be filled at the expense of such pods. They shall not fare worse than under
+/// fragmentation gradient descent, so the worth rises from nothing until in the fillings they do
+/// not.
+struct Room {
+    /// Thousandths of a GPU for each thousandth of a core.
+    worth_per_core: f64,
+    /// The least shares of pods and of cores to place.
+    least: (f64, f64),
+    /// GPUs over cores of the fleet.
+    exchange: f64,
+}
+
+impl Room {
+    fn new(nodes: &[Node], typical: &[Typical], draw: &Draw, tuning: &Tuning) -> Self {
+        let mut tally = Tally::default();
+        for i in 0..tuning.fillings {
+            let mut rng = Rng::stream(!tuning.seed, i as u64);
+            let mut order = nodes.to_vec();
+            rng.shuffle(&mut order);
+            let capacity: f64 = order.iter().map(|n| n.gpu_left() as f64).sum();
+            let mut arrived = 0.0;
+            let fgd = Fgd::new(typical.to_vec());
+            let mut placer = Placer::new(order, fgd, draw.shapes.len());
+            while arrived < FILL_TO * capacity {
+                let id = draw.next(&mut rng);
+                arrived += draw.shapes[id].gpu_total() as f64;
+                let placed = placer.place(id, &draw.shapes[id], 0).is_some();
+                tally.count(&draw.shapes[id], placed);
+            }
+        }
+        let cores: f64 = nodes.iter().map(|n| f64::from(n.cpu)).sum();
+        let gpus: f64 = nodes.iter().map(|n| n.gpu_left() as f64).sum();
+        let exchange = if cores > 0.0 { gpus / cores } else { 0.0 };
+        Self { worth_per_core: tuning.room_start * exchange, least: tally.shares(), exchange }
+    }
+
+    fn adjust(&mut self, tallies: impl Iterator<Item = Tally>, tuning: &Tuning) {
+        let (pods, cores) = tallies.fold(Tally::default(), Tally::add).shares();
+        let short = (self.least.0 - pods).max(self.least.1 - cores) + tuning.room_margin;
+        // All of them placed cannot be bettered, whatever the margin asks for.
+        let short = if pods >= 1.0 { short.min(0.0) } else { short };
+        let step = tuning.room_step * short * self.exchange;
+        self.worth_per_core = (self.worth_per_core + step).max(0.0);
+    }
 }
 
 impl Draw {
@@ -105,8 +202,9 @@ impl Draw {
                 sum
             })
             .collect();
-        let price = vec![0.0; entries.len()];
-        Self { shapes: entries.into_iter().map(|(shape, _)| shape).collect(), cumulative, price }
+        let (price, credit) = (vec![0.0; entries.len()], vec![0.0; entries.len()]);
+        let shapes = entries.into_iter().map(|(shape, _)| shape).collect();
+        Self { shapes, cumulative, price, credit }
     }
 
     fn next(&self, rng: &mut Rng) -> usize {
@@ -127,7 +225,8 @@ fn fill(
 ) -> Filling {
     rng.shuffle(&mut nodes);
     let mut late = vec![(0.0, 0.0); draw.shapes.len()];
-    let mut charged = vec![[0.0f32; GPUS_MAX]; nodes.len()];
+    let mut no_gpu = Tally::default();
+    let mut charged = vec![[0.0f32; GPUS_MAX + 1]; nodes.len()];
     let mut looks = Vec::with_capacity(PERIODS.len());
     let mut dispatcher = Dispatcher::new(nodes, worth, tuning, &draw.shapes);
     while dispatcher.arrived() < FILL_TO {
@@ -142,12 +241,14 @@ fn fill(
             Some((node, device)) => Some(dispatcher.put(id, node, device)),
             None => dispatcher.place(id, 0),
         };
+        no_gpu.count(&draw.shapes[id], placed.is_some());
         if dispatcher.arrived() > LATE {
             late[id].0 += 1.0;
             late[id].1 += f64::from(u8::from(placed.is_some()));
         }
         if let Some(placed) = placed {
             charge(&mut charged, &dispatcher, placed, draw.price[id], draw.shapes[id].gpus);
+            charged[placed.node][CORES] -= draw.credit[id] as f32;
         }
     }
     let last = dispatcher.nodes();
@@ -155,18 +256,21 @@ fn fill(
     for (period, (before, charged_before)) in looks.iter().enumerate() {
         for (at, node) in before.iter().enumerate() {
             grid.visit(node, period, |device, cell| {
-                let price = charged[at][device] - charged_before[at][device];
-                let wasted = f32::from(last[at].gpu[device]);
-                seen.push((cell as u32, wasted + tuning.price_weight as f32 * price));
+                let charged = charged[at][device] - charged_before[at][device];
+                let cost = match last[at].gpu.get(device) {
+                    Some(&left) => f32::from(left) + tuning.price_weight as f32 * charged,
+                    None => charged,
+                };
+                seen.push((cell as u32, cost));
             });
         }
     }
-    Filling { seen, late }
+    Filling { seen, late, no_gpu }
 }
 
 /// Charges a pod's price to the devices that it took.
 fn charge(
-    charged: &mut [[f32; GPUS_MAX]],
+    charged: &mut [[f32; GPUS_MAX + 1]],
     dispatcher: &Dispatcher<'_>,
     placed: Placed,
     price: f64,

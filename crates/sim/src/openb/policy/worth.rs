@@ -1,7 +1,7 @@
 //! What a leftover will finally be wasted: a table by time, GPU model, cores at hand and remainder.
 
 use crate::openb::fleet::Node;
-use crate::openb::input::WHOLE;
+use crate::openb::input::{GPUS_MAX, WHOLE};
 use crate::openb::policy::rest::Rest;
 use crate::openb::typical::Typical;
 
@@ -29,6 +29,12 @@ pub struct Grid {
 
 /// Kinds of device within a cell of the grid: partly used by remainder, then idle by number.
 const KINDS: usize = PARTS + IDLE_MAX + 1;
+/// Levels of free cores that the table tells apart, of nodes with and without an idle device.
+const CORE_LEVELS: usize = 33;
+/// Thousandths of a core in one level.
+const CORE_STEP: i32 = 4_000;
+/// The place that [`Grid::visit`] gives to a node's free cores.
+pub const CORES: usize = GPUS_MAX;
 
 impl Grid {
     /// Chooses columns where typical pods begin to fit, and fills gaps of more than a fifth.
@@ -64,6 +70,11 @@ impl Grid {
     /// Returns the number of cells.
     #[must_use]
     pub fn len(&self) -> usize {
+        self.devices() + PERIODS.len() * self.models * CORE_LEVELS * 2
+    }
+
+    /// Returns the number of cells for devices; those for free cores follow.
+    fn devices(&self) -> usize {
         PERIODS.len() * self.models * self.columns() * KINDS
     }
 
@@ -86,7 +97,8 @@ impl Grid {
         if column == 0 { 0.0 } else { self.cores[column - 1] }
     }
 
-    /// Calls `each` with (place, cell) for every device of a node that has something left.
+    /// Calls `each` with (place, cell) for every device of a node that has something left, and
+    /// with [`CORES`] for its free cores.
     pub fn visit(&self, node: &Node, period: usize, mut each: impl FnMut(usize, usize)) {
         let idle = node.idle();
         let cores = f64::from(node.cpu);
@@ -99,6 +111,9 @@ impl Grid {
             cores / (0.5 + 0.5 * open.max(1) as f64)
         });
         let model = node.model.trailing_zeros() as usize;
+        let level = ((node.cpu.max(0) / CORE_STEP) as usize).min(CORE_LEVELS - 1);
+        let level = level + CORE_LEVELS * usize::from(idle > 0);
+        each(CORES, self.devices() + (period * self.models + model) * CORE_LEVELS * 2 + level);
         for (place, &left) in node.devices().iter().enumerate() {
             if left == WHOLE {
                 each(place, self.cell(period, model, per_idle, PARTS + idle.min(IDLE_MAX)));
@@ -176,6 +191,9 @@ impl Sums {
                     }
                 }
             }
+        }
+        for (cell, (weight, sum)) in self.cells.iter().enumerate().skip(grid.devices()) {
+            wasted[cell] = (sum / (weight + pull)) as f32;
         }
         Worth { grid, wasted, rest: Rest::new(typical), cores_per_gpu: cores_per_gpu(typical) }
     }

@@ -74,11 +74,15 @@ impl RankProcess {
             let mut lines = BufReader::new(output).lines();
             let mut ended = false;
             let mut open = true;
+            let mut group = None;
             loop {
                 tokio::select! {
                     line = lines.next_line() => match line {
                         Ok(Some(line)) => {
                             let Ok(notice) = serde_json::from_str::<Notice>(&line) else { continue };
+                            if let Notice::Started { pid } = &notice {
+                                group = rustix::process::Pid::from_raw(pid.cast_signed());
+                            }
                             ended |= matches!(notice, Notice::Ended { .. } | Notice::Refused { .. });
                             let _ = notices.send((key.clone(), notice)).await;
                         }
@@ -100,6 +104,11 @@ impl RankProcess {
             // The supervisor's own end is quick; a bound keeps a stuck one from holding this task.
             let _ = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
             if !ended {
+                // The supervisor was killed: the kernel ends the rank, and this what it started.
+                if let Some(group) = group {
+                    let _ =
+                        rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+                }
                 let lost = Notice::Ended { code: None, signal: Some(9) };
                 let _ = notices.send((key, lost)).await;
             }

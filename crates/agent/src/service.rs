@@ -191,6 +191,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         gangs: Gangs::default(),
         outbox: VecDeque::new(),
         up: None,
+        opening: None,
         leader_term: 0,
         heartbeat: Duration::from_secs(1),
         notices: notices_in,
@@ -231,6 +232,8 @@ struct Agent {
     gangs: Gangs,
     outbox: VecDeque<v1::AgentUp>,
     up: Option<mpsc::Sender<v1::AgentUp>>,
+    /// A stream that has not answered yet.
+    opening: Option<mpsc::Sender<v1::AgentUp>>,
     leader_term: u64,
     heartbeat: Duration,
     notices: mpsc::Sender<(RankKey, Notice)>,
@@ -302,7 +305,15 @@ impl Agent {
                 matches!(&up.kind, Some(Up::Report(r)) if r.checkpoint.is_none() && r.error.is_empty())
                     || matches!(up.kind, Some(Up::Heartbeat(_)))
             });
-            self.outbox.remove(report.unwrap_or(0));
+            match report {
+                Some(at) => drop(self.outbox.remove(at)),
+                // A new stream begins with a hello, which tells every status again.
+                None => {
+                    self.up = None;
+                    self.opening = None;
+                    self.outbox.retain(|up| matches!(up.kind, Some(Up::Report(_))));
+                }
+            }
         }
         self.outbox.push_back(v1::AgentUp { kind: Some(kind) });
     }
@@ -318,7 +329,13 @@ impl Agent {
             LinkEvent::Opened(up) => {
                 // The hello tells every status, so queued ones would only repeat it.
                 self.outbox.retain(|up| matches!(up.kind, Some(Up::Report(_))));
-                self.outbox.push_front(v1::AgentUp { kind: Some(Up::Hello(self.hello())) });
+                let hello = self.hello();
+                let ends = self.ends_after_reports(&hello.ranks);
+                let hello = self.without(hello, &ends);
+                let _ = up.try_send(v1::AgentUp { kind: Some(Up::Hello(hello)) });
+                for status in ends {
+                    self.outbox.push_back(v1::AgentUp { kind: Some(Up::RankStatus(status)) });
+                }
                 let joins: Vec<_> = self
                     .gangs
                     .iter()
@@ -329,32 +346,73 @@ impl Agent {
                 for join in joins {
                     self.send(Up::Join(join));
                 }
-                self.up = Some(up);
+                // Nothing more is handed over before something has come down: a control plane that
+                // does not lead yet would take it and lose it.
+                self.up = None;
+                self.opening = Some(up);
             }
             LinkEvent::Closed => {
                 self.up = None;
+                self.opening = None;
                 for read in self.log_reads.values() {
                     read.cancel();
                 }
             }
-            LinkEvent::Down(down) => match down.kind {
-                Some(Down::Welcome(welcome)) => {
-                    self.leader_term = self.leader_term.max(welcome.leader_term);
-                    let interval = welcome.heartbeat_interval_ms.clamp(50, 60_000);
-                    self.heartbeat = Duration::from_millis(interval);
+            LinkEvent::Down(down) => {
+                if let Some(up) = self.opening.take() {
+                    self.up = Some(up);
                 }
-                Some(Down::Launch(launch)) => self.launch(&launch),
-                Some(Down::Stop(stop)) => self.stop_gang(stop),
-                Some(Down::World(world)) => self.world(&world),
-                Some(Down::ReadLog(read)) => self.read_log(read),
-                Some(Down::StopReadLog(stop)) => {
-                    if let Some(read) = self.log_reads.get(&stop.request) {
-                        read.cancel();
-                    }
-                }
-                None => tracing::warn!("an empty message came down; a newer control plane?"),
-            },
+                self.down(down.kind);
+            }
         }
+    }
+
+    fn down(&mut self, kind: Option<Down>) {
+        match kind {
+            Some(Down::Welcome(welcome)) => {
+                self.leader_term = self.leader_term.max(welcome.leader_term);
+                let interval = welcome.heartbeat_interval_ms.clamp(50, 60_000);
+                self.heartbeat = Duration::from_millis(interval);
+            }
+            Some(Down::Launch(launch)) => self.launch(&launch),
+            Some(Down::Stop(stop)) => self.stop_gang(stop),
+            Some(Down::World(world)) => self.world(&world),
+            Some(Down::ReadLog(read)) => self.read_log(read),
+            Some(Down::StopReadLog(stop)) => {
+                if let Some(read) = self.log_reads.get(&stop.request) {
+                    read.cancel();
+                }
+            }
+            None => tracing::warn!("an empty message came down; a newer control plane?"),
+        }
+    }
+
+    /// Returns the ends of ranks whose reports still wait to be sent: told before them, the end
+    /// would make them late news of a rank that is over.
+    fn ends_after_reports(&self, statuses: &[v1::RankStatus]) -> Vec<v1::RankStatus> {
+        let reported = |status: &v1::RankStatus| {
+            self.outbox.iter().any(|up| {
+                matches!(&up.kind, Some(Up::Report(report))
+                    if report.job == status.job && report.attempt == status.attempt)
+            })
+        };
+        let ended = |status: &&v1::RankStatus| {
+            [RankPhase::Succeeded, RankPhase::Failed]
+                .iter()
+                .any(|phase| phase.as_str() == status.phase)
+        };
+        statuses.iter().filter(ended).filter(|status| reported(status)).cloned().collect()
+    }
+
+    /// Shows ranks whose end is told later as running still.
+    fn without(&self, mut hello: v1::Hello, ends: &[v1::RankStatus]) -> v1::Hello {
+        for status in hello.ranks.iter_mut().filter(|status| ends.contains(status)) {
+            RankPhase::Running.as_str().clone_into(&mut status.phase);
+            status.exit_code = None;
+            status.signal = None;
+            status.message.clear();
+        }
+        hello
     }
 
     fn hello(&self) -> v1::Hello {

@@ -151,16 +151,25 @@ fn sigkill_ends_what_ignores_sigterm(folder: &Path) {
 }
 
 fn a_killed_supervisor_takes_its_rank_along(folder: &Path) {
+    let note = folder.join("child");
     for _ in 0..REPETITIONS {
-        let mut rank = 0;
-        let last = last_notice(folder, &["sleep", "600"], |_, pid| {
+        let _ = std::fs::remove_file(&note);
+        let (mut rank, mut child) = (0, 0);
+        let script = "sleep 600 & echo $! > child; wait";
+        let last = last_notice(folder, &["sh", "-c", script], |_, pid| {
             rank = pid;
+            wait_until("the child is started", || {
+                let text = std::fs::read_to_string(&note).unwrap_or_default();
+                child = text.trim().parse().unwrap_or(0);
+                child > 0 && alive(child)
+            });
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
             let parent = stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap();
             kill(parent.parse().unwrap());
         });
         assert_eq!(last, Notice::Ended { code: None, signal: Some(9) });
         wait_until("the rank is gone", || !alive(rank));
+        wait_until("what it started is gone", || !alive(child));
     }
 }
 

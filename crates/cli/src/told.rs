@@ -76,7 +76,7 @@ pub fn reason(job: &v1::JobView) -> String {
     }
 }
 
-/// How a rank's process ended.
+/// How a rank's process ended; empty when it has not.
 #[must_use]
 pub fn exit(code: Option<i32>, signal: Option<i32>) -> String {
     match (code, signal) {
@@ -84,6 +84,16 @@ pub fn exit(code: Option<i32>, signal: Option<i32>) -> String {
         (Some(code), None) => format!("exit code {code}"),
         (None, None) => String::new(),
     }
+}
+
+/// How the first rank failed: one whose end nobody saw was lost with its node.
+#[must_use]
+pub fn failure(exit: &v1::RankExitView) -> String {
+    let how = match self::exit(exit.exit_code, exit.signal) {
+        how if how.is_empty() => "lost".to_owned(),
+        how => how,
+    };
+    if exit.message.is_empty() { how } else { format!("{how}: {}", exit.message) }
 }
 
 /// A time of day, UTC.

@@ -439,6 +439,12 @@ impl Handle {
         }
     }
 
+    /// Returns whether a job is over, or runs as a later attempt than `attempt`.
+    pub(crate) fn has_left(&self, id: &str, attempt: u32) -> Result<bool, ApiError> {
+        let job = self.find(id)?;
+        Ok(job.state().phase.is_terminal() || job.state().attempt.0 > attempt)
+    }
+
     /// Returns where a rank's log lies: the attempt that is meant by 0, and the node.
     pub(crate) fn log_place(
         &self,

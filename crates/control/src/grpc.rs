@@ -301,6 +301,12 @@ async fn read_log(
             tail_bytes: tail,
         };
         let Some(mut read) = handle.logs().open(&node, ask) else {
+            if request.follow && handle.has_left(&request.id, attempt)? {
+                // Nobody will add to this log, and its node is away: the follower moves on.
+                let end = v1::LogChunk { rank, attempt, offset, data: Vec::new(), end: true };
+                let _ = out.send(Ok(end)).await;
+                return Ok(());
+            }
             let since = *away_since.get_or_insert_with(Instant::now);
             if !request.follow || since.elapsed() >= AGENT_PATIENCE {
                 return Err(Status::not_found(format!(

@@ -51,6 +51,11 @@ impl LogHub {
     ) {
         let mut links = self.0.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.insert(node.clone(), (session, down));
+        drop(links);
+        // What was read over the stream before this one has ended with it: readers ask again, from
+        // where they are.
+        let mut reads = self.0.reads.lock().unwrap_or_else(PoisonError::into_inner);
+        reads.retain(|_, read| read.node != *node);
     }
 
     /// An agent's stream has ended: so have its logs, for now.

@@ -35,6 +35,12 @@ pub async fn create(State(gateway): State<Gateway>, bytes: Bytes) -> Result<Resp
     body.only("suffix", &[json!("")])?;
     body.finish()?;
 
+    if let Some(places) = gateway.routes.places(&sampling.model)
+        && prompts.len() > places
+    {
+        let message = format!("{} prompts at once; this model takes {places}", prompts.len());
+        return Err(ApiError::invalid("prompt", message));
+    }
     let head = Head { id: gateway.id("cmpl"), model: sampling.model, created: gateway.seconds() };
     let mut generations = Vec::new();
     for (index, prompt) in prompts.into_iter().enumerate() {

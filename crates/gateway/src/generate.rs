@@ -35,10 +35,14 @@ impl Generation {
         request: v1::GenerateRequest,
     ) -> Result<Self, ApiError> {
         let (mut client, place) = routes.admit(model).inspect_err(|error| {
-            let busy = error.retry_after.is_some();
+            let ending = match error.status.as_u16() {
+                429 => Ending::Busy,
+                503 => Ending::Failed,
+                _ => Ending::Invalid,
+            };
             // A name that nobody serves must not become a label: anyone can send any.
             let label = if routes.names().iter().any(|name| name == model) { model } else { "" };
-            meter.refused(label, if busy { Ending::Busy } else { Ending::Invalid });
+            meter.refused(label, ending);
         })?;
         let mut measure = meter.begin(model);
         let opened = tokio::time::timeout(SILENCE_MAX, client.generate(request)).await;

@@ -50,6 +50,14 @@ impl Routes {
         self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// Returns how many requests of a model may be running or waiting; none for one that is not
+    /// served.
+    #[must_use]
+    pub fn places(&self, model: &str) -> Option<usize> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.get(model).map(|route| places(&route.view))
+    }
+
     /// Lets a request in: returns the model's client and a place that is held until it is dropped.
     ///
     /// # Errors
@@ -79,7 +87,12 @@ impl Routes {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let mut next = BTreeMap::new();
         for view in services {
-            let old = table.remove(&view.served_name);
+            // Two services of one name: the one that is ready serves.
+            let taken: Option<&Route> = next.get(&view.served_name);
+            if !view.ready && taken.is_some_and(|route| route.client.is_some()) {
+                continue;
+            }
+            let old = table.get(&view.served_name).cloned();
             let same = old.filter(|old| {
                 old.view.endpoint == view.endpoint
                     && old.view.secret == view.secret

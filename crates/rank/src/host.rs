@@ -18,7 +18,7 @@ const REPORTS_MAX: usize = 256;
 /// How long one report may take.
 const REPORT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the world may take to come together; the control plane's deadline is shorter.
-const JOIN_DEADLINE: Duration = Duration::from_secs(660);
+const JOIN_DEADLINE: Duration = Duration::from_secs(26 * 3600);
 
 /// Why the agent cannot be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +107,7 @@ impl Host {
         let mut client = self.client.clone();
         let world = tokio::time::timeout(JOIN_DEADLINE, client.join(join))
             .await
-            .map_err(|_| HostError::Join("no answer within 11 minutes".to_owned()))?
+            .map_err(|_| HostError::Join("no answer from the agent".to_owned()))?
             .map_err(|status| HostError::Join(status.message().to_owned()))?
             .into_inner();
         if !world.error.is_empty() {

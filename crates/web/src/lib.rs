@@ -126,7 +126,8 @@ impl Keys {
 /// Why a listener may not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "refusing to listen on {address} without TLS: use a loopback address, or give --tls-cert and --tls-key"
+    "refusing to listen on {address}: there is no TLS yet, so only loopback addresses are served; \
+     forward the port over SSH instead"
 )]
 pub struct PlainTextRefused {
     /// The address asked for.

@@ -105,13 +105,10 @@ fn text(job: &v1::JobView) -> String {
         line("KV cache", format!("{} in use", told::percent(service.kv_usage)));
     }
     if let Some(exit) = &job.first_failure {
-        let how = told::exit(exit.exit_code, exit.signal);
+        let how = told::failure(exit);
         line(
             "failure",
-            format!(
-                "rank {} on {} in attempt {}: {how}: {}",
-                exit.rank, exit.node, exit.attempt, exit.message
-            ),
+            format!("rank {} on {} in attempt {}: {how}", exit.rank, exit.node, exit.attempt),
         );
     }
     if !job.ranks.is_empty() {

@@ -45,7 +45,7 @@ pub async fn run(args: &LogsArgs, access: &Access) -> Result<(), Failure> {
     let mut reader = Reader::new(args.rank.is_none());
     let mut attempt = args.attempt;
     loop {
-        let result = one_attempt(args, access, attempt, &mut reader, &mut patience).await;
+        let result = one_attempt(args, access, &mut attempt, &mut reader, &mut patience).await;
         let failure = match result {
             Ok(Ended::Job(job)) => {
                 reader.flush()?;
@@ -81,16 +81,17 @@ enum Ended {
 async fn one_attempt(
     args: &LogsArgs,
     access: &Access,
-    attempt: u32,
+    attempt: &mut u32,
     reader: &mut Reader,
     patience: &mut Patience,
 ) -> Result<Ended, Failure> {
     let client = access.connect().await?;
-    let mut attempt = attempt;
-    if args.follow && attempt == 0 {
-        // The attempt is fixed, so that offsets keep their meaning over a lost connection.
-        attempt = wait_for_start(&client, &args.id).await?;
+    if args.follow && *attempt == 0 {
+        // The attempt is fixed, so that offsets keep their meaning over a lost connection, and the
+        // end of an attempt that was over meanwhile is still shown.
+        *attempt = wait_for_start(&client, &args.id).await?;
     }
+    let attempt = *attempt;
     let request = v1::LogsRequest {
         id: args.id.clone(),
         rank: args.rank,

@@ -61,10 +61,10 @@ pub fn outcome(job: &v1::JobView) -> Result<(), Failure> {
         "failed" => {
             let mut cause = format!("{} failed: {}", job.id, told::reason(job));
             if let Some(exit) = &job.first_failure {
-                let how = told::exit(exit.exit_code, exit.signal);
+                let how = told::failure(exit);
                 cause.push_str(&format!(
-                    "\n  first failure: rank {} on {}: {how}: {}",
-                    exit.rank, exit.node, exit.message
+                    "\n  first failure: rank {} on {}: {how}",
+                    exit.rank, exit.node
                 ));
             }
             Err(Failure::failed(cause).hint(job.remedy.clone()))

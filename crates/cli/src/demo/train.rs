@@ -181,8 +181,8 @@ impl Show {
         if job.restarts > self.restarts {
             self.restarts = job.restarts;
             if let Some(failure) = &job.first_failure {
-                let how = told::exit(failure.exit_code, failure.signal);
-                self.say(&format!("the gang restarts: rank {} {how}", failure.rank));
+                let how = told::failure(failure);
+                self.say(&format!("the gang restarts: rank {}: {how}", failure.rank));
             }
         }
         let Some(training) = job.training.as_ref().filter(|training| training.step > 0) else {

@@ -59,12 +59,16 @@ pub async fn serve(
 }
 
 impl Service {
-    fn tokens(&self, prompt: Option<Prompt>) -> Result<Vec<u32>, Status> {
+    async fn tokens(&self, prompt: Option<Prompt>) -> Result<Vec<u32>, Status> {
         match prompt {
-            Some(Prompt::Text(text)) => self
-                .tokenizer
-                .encode(&text)
-                .map_err(|error| Status::invalid_argument(error.to_string())),
+            Some(Prompt::Text(text)) => {
+                // A long text takes a while: other requests, and health, go on meanwhile.
+                let tokenizer = Arc::clone(&self.tokenizer);
+                tokio::task::spawn_blocking(move || tokenizer.encode(&text))
+                    .await
+                    .map_err(|error| Status::internal(error.to_string()))?
+                    .map_err(|error| Status::invalid_argument(error.to_string()))
+            }
             Some(Prompt::Tokens(tokens)) => Ok(tokens.ids),
             None => Err(Status::invalid_argument("the prompt is missing")),
         }
@@ -121,7 +125,7 @@ impl Inference for Service {
         request: tonic::Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let mut asked = request.into_inner();
-        let prompt = self.tokens(asked.prompt.take())?;
+        let prompt = self.tokens(asked.prompt.take()).await?;
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         let request = self.request(&asked, prompt)?;
         let echo = if asked.echo {
@@ -155,7 +159,7 @@ impl Inference for Service {
         &self,
         request: tonic::Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        let ids = self.tokens(Some(Prompt::Text(request.into_inner().text)))?;
+        let ids = self.tokens(Some(Prompt::Text(request.into_inner().text))).await?;
         Ok(Response::new(v1::TokenizeResponse { ids }))
     }
 

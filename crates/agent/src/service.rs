@@ -5,16 +5,16 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use drumline_spec::{JobSpec, Work};
 use drumline_telemetry::http as telemetry;
 use drumline_types::{JobId, NodeName, RankPhase};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
-use drumline_wire::v1;
 use drumline_wire::v1::agent_down::Kind as Down;
 use drumline_wire::v1::agent_up::Kind as Up;
+use drumline_wire::{now_ms, v1};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -329,9 +329,15 @@ impl Agent {
             LinkEvent::Opened(up) => {
                 // The hello tells every status, so queued ones would only repeat it.
                 self.outbox.retain(|up| matches!(up.kind, Some(Up::Report(_))));
-                let hello = self.hello();
+                let mut hello = self.hello();
                 let ends = self.ends_after_reports(&hello.ranks);
-                let hello = self.without(hello, &ends);
+                // Those whose end is told later are shown as running still.
+                for status in hello.ranks.iter_mut().filter(|status| ends.contains(status)) {
+                    RankPhase::Running.as_str().clone_into(&mut status.phase);
+                    status.exit_code = None;
+                    status.signal = None;
+                    status.message.clear();
+                }
                 let _ = up.try_send(v1::AgentUp { kind: Some(Up::Hello(hello)) });
                 for status in ends {
                     self.outbox.push_back(v1::AgentUp { kind: Some(Up::RankStatus(status)) });
@@ -402,17 +408,6 @@ impl Agent {
                 .any(|phase| phase.as_str() == status.phase)
         };
         statuses.iter().filter(ended).filter(|status| reported(status)).cloned().collect()
-    }
-
-    /// Shows ranks whose end is told later as running still.
-    fn without(&self, mut hello: v1::Hello, ends: &[v1::RankStatus]) -> v1::Hello {
-        for status in hello.ranks.iter_mut().filter(|status| ends.contains(status)) {
-            RankPhase::Running.as_str().clone_into(&mut status.phase);
-            status.exit_code = None;
-            status.signal = None;
-            status.message.clear();
-        }
-        hello
     }
 
     fn hello(&self) -> v1::Hello {
@@ -763,11 +758,4 @@ fn host_name() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     format!("{name}/{}", boot.trim())
-}
-
-/// Returns milliseconds since the Unix epoch.
-#[must_use]
-pub fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,16 +1,7 @@
 //! How amounts and moments are told to people, the same in every table and in `top`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
 use drumline_types::format_duration_ms;
 use drumline_wire::v1;
-
-/// Returns milliseconds since the epoch.
-#[must_use]
-pub fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
 
 /// How long ago a moment was; empty when it has not come.
 #[must_use]

@@ -17,6 +17,7 @@ use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::{get, post};
 use drumline_web::{Guard, Keys, PlainTextRefused};
 use drumline_wire::auth::Token;
+use drumline_wire::now_ms;
 use maud::Markup;
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -293,9 +294,4 @@ async fn live(State(dashboard): State<Dashboard>, Query(query): Query<Live>) -> 
         }
     });
     Sse::new(stream).keep_alive(KeepAlive::default()).into_response()
-}
-
-fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }

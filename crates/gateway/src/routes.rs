@@ -5,9 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use drumline_wire::auth::{AddToken, Token};
-use drumline_wire::v1;
 use drumline_wire::v1::control_client::ControlClient;
 use drumline_wire::v1::inference_client::InferenceClient;
+use drumline_wire::{now_ms, v1};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
@@ -187,10 +187,4 @@ fn connect(view: &v1::ServiceView) -> Option<Inference> {
         .connect_lazy();
     let client = InferenceClient::with_interceptor(channel, AddToken::new(&token));
     Some(client.max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES))
-}
-
-/// Returns milliseconds since the Unix epoch.
-pub(crate) fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }

@@ -13,8 +13,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use drumline_web::{Guard, Keys, PlainTextRefused};
 use drumline_wire::auth::{AddToken, Token};
-use drumline_wire::v1;
 use drumline_wire::v1::control_client::ControlClient;
+use drumline_wire::{now_ms, v1};
 use prometheus::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -23,7 +23,7 @@ use tonic::transport::Endpoint;
 
 use crate::error::ApiError;
 use crate::meter::Meter;
-use crate::routes::{Control, Route, Routes, now_ms};
+use crate::routes::{Control, Route, Routes};
 use crate::{chat, completions};
 
 /// The largest request body, in bytes.

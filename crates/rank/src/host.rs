@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use drumline_wire::auth::AddToken;
-use drumline_wire::v1;
 use drumline_wire::v1::rank_host_client::RankHostClient;
+use drumline_wire::{now_ms, v1};
 use tokio::sync::mpsc;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -152,11 +152,4 @@ impl Host {
         fill(&mut report);
         report
     }
-}
-
-/// Returns milliseconds since the Unix epoch.
-#[must_use]
-pub fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }

@@ -11,5 +11,12 @@ pub mod v1 {
     tonic::include_proto!("drumline.v1alpha1");
 }
 
+/// Returns milliseconds since the Unix epoch, as every `at_ms` of the messages has it.
+#[must_use]
+pub fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}
+
 /// The longest message that any of our servers or clients takes, in bytes.
 pub const MESSAGE_MAX_BYTES: usize = 8 << 20;

@@ -14,7 +14,6 @@ use crate::commands::submit::submit;
 use crate::commands::wait::{Progress, Until, outcome, until_done};
 use crate::failure::Failure;
 use crate::state::StateDir;
-use crate::told;
 
 /// Arguments of `bench launch`.
 #[derive(Debug, Args)]
@@ -91,7 +90,7 @@ async fn one(access: &Access) -> Result<f64, Failure> {
             "eval": { "sequences": 1 },
         },
     });
-    let begin_ms = told::now_ms();
+    let begin_ms = drumline_wire::now_ms();
     let jobs = submit(access, manifest.to_string(), "bench", false).await?;
     let Some(job) = jobs.first() else {
         return Err(Failure::failed("the cluster accepted the job and named no id"));

@@ -138,7 +138,7 @@ fn json((name, setting, figures): &Measured, machine: &Value) -> Value {
         "setting": setting,
         "version": env!("CARGO_PKG_VERSION"),
         "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
-        "at_ms": crate::told::now_ms(),
+        "at_ms": drumline_wire::now_ms(),
         "machine": machine,
         "figures": list,
     })

@@ -49,7 +49,7 @@ pub async fn get(client: &Client, id: &str) -> Result<v1::JobView, Failure> {
 }
 
 fn text(job: &v1::JobView) -> String {
-    let now = told::now_ms();
+    let now = drumline_wire::now_ms();
     let mut text = format!("{} {}\n", job.kind, job.id);
     let mut line = |name: &str, value: String| {
         if !value.is_empty() {

@@ -73,7 +73,7 @@ pub async fn list(args: &JobsArgs, access: &Access, format: Format) -> Result<()
 }
 
 fn table(jobs: &[v1::JobView]) -> String {
-    let now = told::now_ms();
+    let now = drumline_wire::now_ms();
     let rows: Vec<_> = jobs
         .iter()
         .map(|job| {

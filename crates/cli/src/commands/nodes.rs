@@ -37,7 +37,7 @@ pub async fn run(args: &NodesArgs, access: &Access, format: Format) -> Result<()
 }
 
 fn table(nodes: &[v1::NodeView]) -> String {
-    let now = told::now_ms();
+    let now = drumline_wire::now_ms();
     let rows: Vec<_> = nodes
         .iter()
         .map(|node| {

@@ -10,13 +10,13 @@ use drumline_engine::infer::{
     Admission, Event, Follower, Leader, Limits, Load, Model, Request, RequestId,
 };
 use drumline_tensor::Cpu;
-use drumline_wire::v1;
+use drumline_wire::{now_ms, v1};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::RankError;
-use crate::host::{Host, now_ms};
+use crate::host::Host;
 
 /// Commands on their way to the loop.
 pub const COMMANDS_MAX: usize = 1024;

@@ -6,16 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use drumline_data::Tokenizer;
 use drumline_engine::infer::{Admission, FinishReason, Request, RequestId, Sampling};
 use drumline_wire::auth::{RequireToken, Token};
-use drumline_wire::v1;
 use drumline_wire::v1::generate_request::Prompt;
 use drumline_wire::v1::inference_server::{Inference, InferenceServer};
+use drumline_wire::{now_ms, v1};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Response, Status};
 
-use crate::host::now_ms;
 use crate::serve::leader::{Command, Shared, Timed};
 use crate::serve::text::Text;
 

@@ -59,7 +59,7 @@ fn admitted(jobs: &[(u32, u32)]) -> Vec<Admitted> {
         .map(|(i, &(tensor, groups))| Waiting {
             job: format!("job-{i}").parse().unwrap(),
             attempt: Attempt(1),
-            gang: Gang { ranks: tensor * groups, node_group: tensor, device: DeviceKind::Gpu },
+            gang: Gang { ranks: tensor * groups, node_group: tensor, device: DeviceKind::Gpu, ..Gang::default() },
             split: Parallelism { tensor, pipeline: groups, data: 1 },
             settings: GangSettings {
                 queue: "default".parse().unwrap(),
@@ -67,6 +67,7 @@ fn admitted(jobs: &[(u32, u32)]) -> Vec<Admitted> {
                 restarts: RestartPolicy { limit: 0, backoff_ms: 0 },
                 stall_timeout_ms: 0,
                 start_timeout_ms: 1000,
+            ..GangSettings::default()
             },
             submitted: Timestamp(i as u64),
             held: false,

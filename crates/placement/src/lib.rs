@@ -4,7 +4,9 @@
 //! for others: `audit` judges every plan with logic of its own.
 
 pub mod choose;
+pub mod cycle;
 pub mod explain;
 pub mod plan;
 
+pub use cycle::{Cycle, Eviction, EvictionCause};
 pub use plan::{Assignment, JobPlan, Plan, Seed, plan};

@@ -11,7 +11,7 @@ fn job(name: &str, queue: &str, ranks: u32, priority: i32, submitted: u64) -> Wa
     Waiting {
         job: name.parse().unwrap(),
         attempt: Attempt(1),
-        gang: Gang { ranks, node_group: 1, device: DeviceKind::Gpu },
+        gang: Gang { ranks, node_group: 1, device: DeviceKind::Gpu, ..Gang::default() },
         split: Parallelism { tensor: 1, pipeline: 1, data: ranks },
         settings: GangSettings {
             queue: queue.parse().unwrap(),
@@ -19,6 +19,7 @@ fn job(name: &str, queue: &str, ranks: u32, priority: i32, submitted: u64) -> Wa
             restarts: RestartPolicy { limit: 0, backoff_ms: 0 },
             stall_timeout_ms: 0,
             start_timeout_ms: 1000,
+            ..GangSettings::default()
         },
         submitted: Timestamp(submitted),
         held: false,

@@ -54,6 +54,41 @@ pub enum Work {
     CommandJob(CommandJob),
 }
 
+/// Who chose the split of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub enum SplitChoice {
+    /// The manifest, or its defaults.
+    #[default]
+    Given,
+    /// Nobody yet: `parallelism: auto`. Until the split is chosen at submit it is that of one rank,
+    /// and the job must not be placed.
+    Auto {
+        /// Whether the manifest gives `batch.micro`, which is then kept.
+        #[serde(rename = "microIsGiven")]
+        micro_is_given: bool,
+    },
+    /// The planner, at submit.
+    Chosen {
+        /// For what, and why this one.
+        why: String,
+    },
+}
+
+impl SplitChoice {
+    /// Returns whether the manifest chose.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        *self == Self::Given
+    }
+
+    /// Returns whether the split is still to be chosen.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(self, Self::Auto { .. })
+    }
+}
+
 /// One validated manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
@@ -67,6 +102,9 @@ pub struct JobSpec {
     pub device: DeviceKind,
     /// Queue, priority, restarts and deadlines.
     pub settings: GangSettings,
+    /// Who chose the split.
+    #[serde(default, skip_serializing_if = "SplitChoice::is_given")]
+    pub split: SplitChoice,
     /// What the gang does.
     pub work: Work,
 }
@@ -92,6 +130,6 @@ impl JobSpec {
             }
             Work::CommandJob(command) => (command.ranks, 1),
         };
-        Gang { ranks, node_group, device: self.device }
+        Gang { ranks, node_group, device: self.device, ..Gang::default() }
     }
 }

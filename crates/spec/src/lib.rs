@@ -11,6 +11,7 @@ pub mod job;
 pub mod manifest;
 pub mod mistake;
 pub mod model;
+pub mod queue;
 pub mod reference;
 pub mod schema;
 pub mod service;
@@ -20,10 +21,14 @@ mod walk;
 
 pub use command::CommandJob;
 pub use explain::explain;
-pub use gang::{DeviceKind, Gang, GangSettings, Parallelism, RestartPolicy};
-pub use job::{JobKind, JobSpec, Work};
+pub use gang::{
+    DeviceKind, DisruptionBudget, Elastic, Gang, GangSettings, Parallelism, RestartPolicy,
+    Toleration, TopologyRule, WHOLE_DEVICE,
+};
+pub use job::{JobKind, JobSpec, SplitChoice, Work};
 pub use mistake::{Mistake, Place};
 pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
+pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use schema::schema;
 pub use service::ModelService;
 pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, TrainingJob};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::command::CommandJob;
 use crate::document::{self, Node, Value};
 use crate::gang::{DeviceKind, GangSettings, Parallelism, RestartPolicy};
-use crate::job::{JobSpec, Work};
+use crate::job::{JobSpec, SplitChoice, Work};
 use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError};
 use crate::service::ModelService;
@@ -189,6 +189,10 @@ fn wrap(walk: &Walk<'_>, work: Work) -> Option<JobSpec> {
         name: walk.text("metadata.name")?,
         labels: walk.texts_by_name("metadata.labels"),
         device,
+        split: match walk.text("spec.parallelism") {
+            Some(_) => SplitChoice::Auto { micro_is_given: walk.is_given("spec.batch.micro") },
+            None => SplitChoice::Given,
+        },
         settings: GangSettings {
             queue: walk.text("spec.queue")?.parse().ok()?,
             priority: i32::try_from(walk.int("spec.priority")?).ok()?,
@@ -198,6 +202,7 @@ fn wrap(walk: &Walk<'_>, work: Work) -> Option<JobSpec> {
             },
             stall_timeout_ms: walk.duration_ms("spec.watchdog.stall").unwrap_or(0),
             start_timeout_ms: walk.duration_ms("spec.watchdog.start")?,
+            ..GangSettings::default()
         },
         work,
     })
@@ -224,6 +229,7 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
     let model = model(walk, split);
     let sequence = sequence(walk, model.context);
     batch(walk, split);
+    let virtual_stages = virtual_stages(walk, split, model.layers);
     let rate = learning_rate(walk);
     if !walk.mistakes.is_empty() {
         return None;
@@ -232,6 +238,11 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
         model,
         data: DataSource { path: walk.text("spec.data.path")? },
         parallelism: split,
+        virtual_stages,
+        precision: match walk.text("spec.precision")?.as_str() {
+            "bf16" => Precision::Bf16,
+            _ => Precision::F32,
+        },
         steps: walk.u64("spec.steps")?,
         global_batch: walk.u32("spec.batch.global")?,
         micro_batch: walk.u32("spec.batch.micro")?,
@@ -351,6 +362,48 @@ fn batch(walk: &mut Walk<'_>, split: Parallelism) {
         split.data
     );
     walk.wrong_field("spec.batch.global", message);
+}
+
+/// Reads how many parts of the layers each stage holds, and checks that they can be interleaved.
+fn virtual_stages(walk: &mut Walk<'_>, split: Parallelism, layers: u32) -> u32 {
+    const PATH: &str = "spec.parallelism.virtualStages";
+    let parts = walk.u32(PATH).unwrap_or(1);
+    let stages = split.pipeline;
+    if parts <= 1 || stages == 0 {
+        return parts;
+    }
+    if stages == 1 {
+        let message = format!(
+            "{parts} virtual stages need a pipeline of at least 2 stages; without one, leave it out"
+        );
+        walk.wrong_field(PATH, message);
+        return parts;
+    }
+    let all = u64::from(parts) * u64::from(stages);
+    if layers > 0 && layers.is_multiple_of(stages) && !u64::from(layers).is_multiple_of(all) {
+        let near = nearest_divisor(layers / stages, parts);
+        let message = format!(
+            "layers {layers} is not divisible by pipeline {stages} x virtualStages {parts} = {all}; \
+             nearest that works: virtualStages {near}"
+        );
+        walk.wrong_field(PATH, message);
+    }
+    if let (Some(global), Some(micro)) =
+        (walk.u32("spec.batch.global"), walk.u32("spec.batch.micro"))
+    {
+        let part = u64::from(micro) * u64::from(split.data);
+        let micros = u64::from(global).checked_div(part).unwrap_or(0);
+        if micros > 0 && !micros.is_multiple_of(u64::from(stages)) {
+            let message = format!(
+                "virtualStages {parts} goes round the stages in whole turns: the {micros} \
+                 micro-batches of a copy (global {global} / (micro {micro} x data {})) must be a \
+                 multiple of pipeline {stages}",
+                split.data
+            );
+            walk.wrong_field(PATH, message);
+        }
+    }
+    parts
 }
 
 fn learning_rate(walk: &mut Walk<'_>) -> Option<LearningRate> {

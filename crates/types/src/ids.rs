@@ -96,6 +96,14 @@ name_type! {
     QueueName
 }
 
+impl QueueName {
+    /// Returns the queue of jobs that name none.
+    #[must_use]
+    pub fn default_queue() -> Self {
+        Self("default".to_owned())
+    }
+}
+
 /// One device of one node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DeviceId {

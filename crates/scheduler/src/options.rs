@@ -1,0 +1,72 @@
+//! How the scheduler decides. The defaults are Drumline's policy; the others are there to compare.
+
+use drumline_placement::Seed;
+use serde::{Deserialize, Serialize};
+
+/// In which order the jobs of one queue are considered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub enum Order {
+    /// Priority, then arrival, with ageing.
+    #[default]
+    Priority,
+    /// Arrival alone; the first that does not fit blocks those behind it.
+    Fifo,
+    /// The shortest expected run first.
+    ShortestFirst,
+}
+
+/// How a place is chosen among those that fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub enum Scoring {
+    /// Smallest domain, fewest nodes, least fragmentation.
+    #[default]
+    Drumline,
+    /// Any node that fits, drawn with the seed.
+    Random,
+    /// The first node, by name.
+    FirstFit,
+    /// The node with the least left over.
+    BestFit,
+}
+
+/// What may be chosen about the decisions. A saved state carries it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Options {
+    /// Decides among equals.
+    pub seed: Seed,
+    /// The order inside a queue.
+    pub order: Order,
+    /// The choice among places.
+    pub scoring: Scoring,
+    /// Whether smaller jobs may start around the reservation of a bigger one.
+    pub backfill: bool,
+    /// Whether jobs may be ended for others (preemption and reclaim).
+    pub preemption: bool,
+    /// Whether jobs may be moved so that another fits.
+    pub consolidation: bool,
+    /// Half-life of past use in the fair share, in milliseconds; 0: only present use counts.
+    pub half_life_ms: u64,
+    /// A waiting job gains one step of priority in each of these, in milliseconds; 0: never.
+    pub ageing_ms: u64,
+    /// After a reclaim or preemption, the same job is left alone for this long, in milliseconds.
+    pub cooldown_ms: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            seed: Seed::default(),
+            order: Order::default(),
+            scoring: Scoring::default(),
+            backfill: true,
+            preemption: true,
+            consolidation: true,
+            half_life_ms: 24 * 3_600_000,
+            ageing_ms: 3_600_000,
+            cooldown_ms: 60_000,
+        }
+    }
+}

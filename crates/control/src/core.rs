@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use drumline_cluster::Snapshot;
+use drumline_cluster::{Change, Request};
 use drumline_lifecycle::{Action, Event, State, deadline, step};
 use drumline_ports::store::Revision;
 use drumline_spec::JobSpec;
@@ -16,6 +16,7 @@ use drumline_wire::v1::agent_up::Kind as Up;
 use crate::api::ApiError;
 use crate::board::Board;
 use crate::convert;
+use crate::desk::Desk;
 use crate::fleet::{Fleet, Holders};
 use crate::identity;
 use crate::job::Job;
@@ -52,6 +53,7 @@ pub(crate) struct Was {
     pub(crate) attempt: Attempt,
     pub(crate) restarts: u32,
     pub(crate) ran: bool,
+    pub(crate) checkpoint: Option<u64>,
 }
 
 impl Was {
@@ -61,6 +63,7 @@ impl Was {
             attempt: state.attempt,
             restarts: state.restarts,
             ran: state.running.is_some(),
+            checkpoint: state.checkpoint.as_ref().map(|at| at.step),
         }
     }
 }
@@ -71,14 +74,10 @@ pub(crate) struct Core {
     /// Jobs that have not ended.
     pub(crate) active: BTreeSet<JobId>,
     pub(crate) submissions: BTreeMap<String, Submission>,
-    pub(crate) snapshot: Snapshot,
+    pub(crate) desk: Desk,
     pub(crate) fleet: Fleet,
     pub(crate) metrics: Metrics,
     pub(crate) term: u64,
-    /// The queue of waiting jobs must be looked at again.
-    pub(crate) replan: bool,
-    /// When it was last looked at.
-    pub(crate) planned: Timestamp,
     /// No deadline of a gang is held against it before this moment: agents are still coming back.
     pub(crate) patience_until: Timestamp,
     /// Jobs whose stored part has changed.
@@ -88,6 +87,8 @@ pub(crate) struct Core {
     pub(crate) new: Vec<NewJobs>,
     pub(crate) sends: Vec<Send>,
     pub(crate) events: Vec<v1::EventView>,
+    /// The state that a plan was made from which failed its audit, to be saved.
+    pub(crate) incident: Option<Box<drumline_scheduler::Saved>>,
     pub(crate) ended_jobs_max: usize,
 }
 
@@ -105,18 +106,17 @@ impl Core {
             jobs: BTreeMap::new(),
             active: BTreeSet::new(),
             submissions: loaded.submissions,
-            snapshot: Snapshot::new(),
+            desk: Desk::new(term),
             patience_until: now.plus_ms(fleet.grace_ms),
             fleet,
             metrics,
             term,
-            replan: true,
-            planned: Timestamp(0),
             dirty: BTreeSet::new(),
             stale: BTreeSet::new(),
             new: Vec::new(),
             sends: Vec::new(),
             events: Vec::new(),
+            incident: None,
             ended_jobs_max,
         };
         for (id, job) in loaded.jobs {
@@ -130,11 +130,9 @@ impl Core {
                 for node in state.nodes() {
                     core.fleet.expect(&node, now);
                 }
-                let devices = state.ranks.iter().map(|rank| rank.device.clone()).collect();
-                if let Err(error) = core.snapshot.commit(&id, state.attempt, devices) {
-                    // Two gangs on one device: the store never lets it come to that.
-                    tracing::error!(job = %id, %error, "stored gangs contradict each other");
-                }
+                core.desk.apply(adopted(&id, &job), now);
+            } else if !state.phase.is_terminal() {
+                core.desk.apply(submitted(&id, &job), now);
             }
             core.jobs.insert(id, job);
         }
@@ -157,7 +155,7 @@ impl Core {
         for action in actions {
             self.act(id, action);
         }
-        self.follow(id, &before);
+        self.follow(id, &before, now);
     }
 
     fn act(&mut self, id: &JobId, action: Action) {
@@ -204,20 +202,27 @@ impl Core {
     }
 
     /// Draws the conclusions of a job's new state for everything around it.
-    fn follow(&mut self, id: &JobId, before: &Was) {
+    fn follow(&mut self, id: &JobId, before: &Was, now: Timestamp) {
         let Some(job) = self.jobs.get(id) else { return };
         let phase = job.state().phase;
         self.stale.insert(id.clone());
         self.metrics.moved(before, job);
-        if !phase.holds_devices() && self.snapshot.release(id).is_some() {
-            self.replan = true;
-            self.fleet.changed = true;
-        }
-        if phase == JobPhase::Pending && before.phase != JobPhase::Pending {
-            self.replan = true;
-        }
-        if phase.is_terminal() {
-            self.active.remove(id);
+        let job_id = id.clone();
+        let change = if phase.is_terminal() {
+            self.active.remove(id).then_some(Change::Ended { job: job_id })
+        } else if phase == JobPhase::Pending && before.phase != JobPhase::Pending {
+            let (attempt, not_before) = (job.state().attempt.next(), job.state().not_before);
+            Some(Change::Requeued { job: job_id, attempt, not_before })
+        } else if job.state().running.is_some() && !before.ran {
+            Some(Change::Running { job: job_id })
+        } else if job.state().checkpoint.as_ref().map(|at| at.step) > before.checkpoint {
+            Some(Change::Checkpointed { job: job_id })
+        } else {
+            None
+        };
+        if let Some(change) = change {
+            self.fleet.changed |= before.phase.holds_devices() && !phase.holds_devices();
+            self.desk.apply(change, now);
         }
     }
 
@@ -263,6 +268,7 @@ impl Core {
             };
             self.events.push(view::event(id.as_str(), &note));
             job.note(note);
+            self.desk.apply(submitted(&id, &job), now);
             self.jobs.insert(id.clone(), job);
             self.active.insert(id.clone());
             self.stale.insert(id.clone());
@@ -273,7 +279,6 @@ impl Core {
             self.submissions.insert(key.to_owned(), submission);
         }
         self.new.push(NewJobs { ids: ids.clone(), key: key.to_owned() });
-        self.replan = true;
         Ok(ids)
     }
 
@@ -290,7 +295,7 @@ impl Core {
 
     /// Takes what an agent tells.
     pub(crate) fn told(&mut self, node: &NodeName, message: Up, now: Timestamp) {
-        self.fleet.heard(node, &mut self.snapshot, now);
+        self.fleet.heard(node, &mut self.desk, now);
         match message {
             Up::RankStatus(status) => self.rank_status(node, &status, now),
             Up::Join(join) => self.joined(node, &join, now),
@@ -424,15 +429,12 @@ impl Core {
                 self.stale.insert(id);
             }
         }
-        let before = self.snapshot.revision();
-        self.fleet.beat(node, beat, &mut self.snapshot, now);
-        self.replan |= self.snapshot.revision() != before;
+        self.fleet.beat(node, beat, &mut self.desk, now);
     }
 
     /// Moves on everything whose time has come.
     pub(crate) fn tick(&mut self, now: Timestamp) {
-        let before = self.snapshot.revision();
-        for (node, message) in self.fleet.tick(&mut self.snapshot, now) {
+        for (node, message) in self.fleet.tick(&mut self.desk, now) {
             self.events.push(v1::EventView {
                 at_ms: now.0,
                 severity: "warning".to_owned(),
@@ -452,7 +454,6 @@ impl Core {
                 self.apply(&id, event, now);
             }
         }
-        self.replan |= self.snapshot.revision() != before;
         let due: Vec<JobId> = self
             .active
             .iter()
@@ -460,28 +461,21 @@ impl Core {
             .cloned()
             .collect();
         for id in due {
-            if self.jobs[&id].state().phase == JobPhase::Pending {
-                self.replan = true;
-            } else {
-                self.apply(&id, Event::Tick, now);
-            }
+            self.apply(&id, Event::Tick, now);
         }
     }
 
     fn job_deadline(&self, id: &JobId) -> Option<Timestamp> {
         let job = self.jobs.get(id)?;
         let at = deadline(job.state(), &job.spec)?;
-        match job.state().phase {
-            // A delay that was over when the queue was last looked at is no news.
-            JobPhase::Pending => (at > self.planned).then_some(at),
-            _ => Some(at.max(self.patience_until)),
-        }
+        // When a waiting job may start is the scheduler's business.
+        (job.state().phase != JobPhase::Pending).then(|| at.max(self.patience_until))
     }
 
     /// Returns the next moment at which [`Self::tick`] may change something.
     pub(crate) fn deadline(&self) -> Option<Timestamp> {
         let jobs = self.active.iter().filter_map(|id| self.job_deadline(id));
-        jobs.chain(self.fleet.deadline()).min()
+        jobs.chain(self.fleet.deadline()).chain(self.desk.wake()).min()
     }
 
     /// Lets figures grow old: a service that was not heard of late is not ready.
@@ -571,7 +565,34 @@ impl Core {
                 holders.insert((rank.device.node.clone(), rank.device.index), rank.rank.0);
             }
         }
-        self.fleet.views(&self.snapshot, &holders, now)
+        self.fleet.views(self.desk.fleet(), &holders, now)
+    }
+}
+
+/// Returns a job as the scheduler sees it.
+pub(crate) fn request(id: &JobId, spec: &JobSpec, submitted: Timestamp) -> Request {
+    Request {
+        job: id.clone(),
+        gang: spec.gang(),
+        split: spec.parallelism(),
+        settings: spec.settings.clone(),
+        submitted,
+    }
+}
+
+fn submitted(id: &JobId, job: &Job) -> Change {
+    let state = job.state();
+    let request = Box::new(request(id, &job.spec, state.created));
+    Change::Submitted { request, attempt: state.attempt.next(), not_before: state.not_before }
+}
+
+fn adopted(id: &JobId, job: &Job) -> Change {
+    let state = job.state();
+    Change::Adopted {
+        request: Box::new(request(id, &job.spec, state.created)),
+        attempt: state.attempt,
+        devices: state.ranks.iter().map(|rank| rank.device.clone()).collect(),
+        started: state.launched.unwrap_or(state.created),
     }
 }
 
@@ -639,7 +660,7 @@ pub(crate) fn launch(
         attempt: state.attempt.0,
         leader_term: term,
         ranks,
-        spec_json: job.spec_json.to_string(),
+        spec_json: job.launch_spec(),
         world_size: state.ranks.len() as u32,
         secret: state.rendezvous.secret.clone(),
         master_addr: state.rendezvous.master_addr.clone(),

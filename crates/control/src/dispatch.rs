@@ -137,9 +137,8 @@ impl Dispatcher {
                 }
                 Input::Disconnected { node, session } => {
                     if self.core.fleet.is_current(&node, session) {
-                        let (fleet, snapshot) = (&mut self.core.fleet, &mut self.core.snapshot);
-                        fleet.disconnected(&node, "its stream ended", snapshot, now);
-                        self.core.replan = true;
+                        let (fleet, desk) = (&mut self.core.fleet, &mut self.core.desk);
+                        fleet.disconnected(&node, "its stream ended", desk, now);
                     }
                 }
             }
@@ -165,8 +164,8 @@ impl Dispatcher {
         }
         self.board.publish_events(std::mem::take(&mut self.core.events));
         for send in std::mem::take(&mut self.core.sends) {
-            let (fleet, snapshot) = (&mut self.core.fleet, &mut self.core.snapshot);
-            fleet.send(&send.node, send.kind, snapshot, now);
+            let (fleet, desk) = (&mut self.core.fleet, &mut self.core.desk);
+            fleet.send(&send.node, send.kind, desk, now);
         }
         for answer in answers {
             match answer {

@@ -8,6 +8,7 @@ use drumline_wire::v1;
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::convert;
+use crate::desk::Desk;
 use crate::message::Session;
 
 /// A device that does less than this share of its work does nothing.
@@ -87,11 +88,11 @@ impl Fleet {
         name: &NodeName,
         mut hello: v1::Hello,
         session: Session,
-        snapshot: &mut Snapshot,
+        desk: &mut Desk,
         now: Timestamp,
     ) {
         hello.ranks.clear();
-        snapshot.upsert_node(convert::node(name, &hello, None, true));
+        desk.upsert_node(convert::node(name, &hello, None, true), now);
         let record = NodeRecord {
             phase: NodePhase::Ready,
             busy: vec![now; hello.devices.len()],
@@ -112,14 +113,14 @@ impl Fleet {
     }
 
     /// Notes that a node was heard.
-    pub(crate) fn heard(&mut self, name: &NodeName, snapshot: &mut Snapshot, now: Timestamp) {
+    pub(crate) fn heard(&mut self, name: &NodeName, desk: &mut Desk, now: Timestamp) {
         let Some(record) = self.nodes.get_mut(name) else { return };
         record.last_seen = now;
         if record.phase != NodePhase::Ready && record.session.is_some() {
             record.phase = NodePhase::Ready;
             record.message.clear();
             self.changed = true;
-            self.update(name, snapshot);
+            self.update(name, desk, now);
         }
     }
 
@@ -128,7 +129,7 @@ impl Fleet {
         &mut self,
         name: &NodeName,
         beat: v1::Heartbeat,
-        snapshot: &mut Snapshot,
+        desk: &mut Desk,
         now: Timestamp,
     ) {
         let Some(record) = self.nodes.get_mut(name) else { return };
@@ -141,14 +142,14 @@ impl Fleet {
         }
         record.heartbeat = Some(beat);
         self.changed = true;
-        self.update(name, snapshot);
+        self.update(name, desk, now);
     }
 
-    fn update(&self, name: &NodeName, snapshot: &mut Snapshot) {
+    fn update(&self, name: &NodeName, desk: &mut Desk, now: Timestamp) {
         let Some(record) = self.nodes.get(name) else { return };
         let Some(hello) = &record.hello else { return };
         let ready = record.phase == NodePhase::Ready;
-        snapshot.upsert_node(convert::node(name, hello, record.heartbeat.as_ref(), ready));
+        desk.upsert_node(convert::node(name, hello, record.heartbeat.as_ref(), ready), now);
     }
 
     /// Takes the end of a stream: the node may come back within its grace.
@@ -156,7 +157,7 @@ impl Fleet {
         &mut self,
         name: &NodeName,
         why: &str,
-        snapshot: &mut Snapshot,
+        desk: &mut Desk,
         now: Timestamp,
     ) {
         let Some(record) = self.nodes.get_mut(name) else { return };
@@ -166,7 +167,7 @@ impl Fleet {
             why.clone_into(&mut record.message);
         }
         self.changed = true;
-        self.update(name, snapshot);
+        self.update(name, desk, now);
     }
 
     /// Sends a message down. A node that cannot take it is cut off: it will say hello again, and
@@ -175,7 +176,7 @@ impl Fleet {
         &mut self,
         name: &NodeName,
         kind: v1::agent_down::Kind,
-        snapshot: &mut Snapshot,
+        desk: &mut Desk,
         now: Timestamp,
     ) {
         let session = self.nodes.get(name).and_then(|record| record.session.as_ref());
@@ -185,15 +186,11 @@ impl Fleet {
             Err(TrySendError::Full(_)) => "it does not read what it is told",
             Err(TrySendError::Closed(_)) => "its stream broke",
         };
-        self.disconnected(name, why, snapshot, now);
+        self.disconnected(name, why, desk, now);
     }
 
     /// Moves nodes on whose time is over. Returns those that are given up now, with what was seen.
-    pub(crate) fn tick(
-        &mut self,
-        snapshot: &mut Snapshot,
-        now: Timestamp,
-    ) -> Vec<(NodeName, String)> {
+    pub(crate) fn tick(&mut self, desk: &mut Desk, now: Timestamp) -> Vec<(NodeName, String)> {
         let mut given_up = Vec::new();
         let mut update = Vec::new();
         for (name, record) in &mut self.nodes {
@@ -216,20 +213,23 @@ impl Fleet {
         }
         self.changed |= !given_up.is_empty() || !update.is_empty();
         for name in update {
-            self.update(&name, snapshot);
+            self.update(&name, desk, now);
         }
         let forgotten: Vec<NodeName> = self
             .nodes
             .iter()
             .filter(|(name, record)| {
                 matches!(record.phase, NodePhase::Gone(since) if now.since_ms(since) >= FORGET_MS)
-                    && !snapshot.commitments().any(|c| c.devices.iter().any(|d| d.node == **name))
+                    && !desk
+                        .fleet()
+                        .commitments()
+                        .any(|c| c.devices.iter().any(|d| d.node == **name))
             })
             .map(|(name, _)| name.clone())
             .collect();
         for name in forgotten {
             self.nodes.remove(&name);
-            snapshot.remove_node(&name);
+            desk.remove_node(&name, now);
             self.changed = true;
         }
         given_up
@@ -257,6 +257,12 @@ impl Fleet {
     pub(crate) fn threads(&self, name: &NodeName) -> u32 {
         let hello = self.nodes.get(name).and_then(|record| record.hello.as_ref());
         hello.map_or(1, |hello| (hello.cores / (hello.devices.len() as u32).max(1)).max(1))
+    }
+
+    /// Returns a node's cores; 0: not known.
+    pub(crate) fn cores(&self, name: &NodeName) -> u32 {
+        let hello = self.nodes.get(name).and_then(|record| record.hello.as_ref());
+        hello.map_or(0, |hello| hello.cores)
     }
 
     /// Returns the measured matmul rate of a device in FLOP/s; 0: not known.

@@ -42,8 +42,7 @@ impl Core {
             node: node.to_string(),
             ..v1::EventView::default()
         });
-        self.fleet.connected(node, hello, session, &mut self.snapshot, now);
-        self.replan = true;
+        self.fleet.connected(node, hello, session, &mut self.desk, now);
         let welcome = v1::Welcome { leader_term: self.term, heartbeat_interval_ms: heartbeat_ms };
         self.sends.push(Send { node: node.clone(), kind: Down::Welcome(welcome) });
         for status in &ranks {

@@ -134,18 +134,22 @@ impl Job {
         }
     }
 
+    /// Returns the spec for the ranks of the newest attempt, as JSON: an elastic gang may run at
+    /// another size than the one it was submitted with.
+    pub(crate) fn launch_spec(&self) -> String {
+        let Some(split) = self.state().split else { return self.spec_json.to_string() };
+        let mut spec = (*self.spec).clone();
+        match &mut spec.work {
+            Work::TrainingJob(training) => training.parallelism = split,
+            Work::ModelService(service) => service.parallelism = split,
+            Work::CommandJob(command) => command.ranks = split.world_size(),
+        }
+        serde_json::to_string(&spec).unwrap_or_else(|_| self.spec_json.to_string())
+    }
+
     /// Returns how the ranks divide the work.
     pub(crate) fn split(&self) -> Parallelism {
-        split(&self.spec)
-    }
-}
-
-/// Returns how the ranks of a job divide its work: a command's ranks are copies of each other.
-pub(crate) fn split(spec: &JobSpec) -> Parallelism {
-    match &spec.work {
-        Work::TrainingJob(job) => job.parallelism,
-        Work::ModelService(service) => service.parallelism,
-        Work::CommandJob(command) => Parallelism { data: command.ranks, ..Parallelism::SINGLE },
+        self.state().split.unwrap_or_else(|| self.spec.parallelism())
     }
 }
 

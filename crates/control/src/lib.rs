@@ -14,6 +14,7 @@ mod board;
 pub mod clock;
 mod convert;
 mod core;
+mod desk;
 mod dispatch;
 mod fleet;
 mod grpc;

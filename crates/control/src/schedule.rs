@@ -1,104 +1,49 @@
-//! Who may start now: `queue`, `placement`, `audit`, and what they say to those who wait.
+//! Who starts, who leaves, and what is said to those who wait.
 
 use std::time::Instant;
 
-use drumline_audit::check;
 use drumline_lifecycle::{Event, Rendezvous};
-use drumline_placement::{Plan, Seed, plan};
-use drumline_queue::{QueueLimits, Queues, Usage, Waiting, admit};
+use drumline_placement::{Eviction, EvictionCause};
 use drumline_spec::JobSpec;
-use drumline_types::{Attempt, Explanation, JobId, JobPhase, Reason, Timestamp};
+use drumline_types::{Explanation, JobId, Reason, Timestamp};
 use drumline_wire::v1;
 
 use crate::api::ApiError;
-use crate::core::{Core, check_size};
+use crate::core::{Core, check_size, request};
 use crate::identity;
-use crate::job::split;
-
-/// The one queue of this version: without limits.
-fn queues() -> Queues {
-    let default = "default".parse().map(|name| (name, QueueLimits::default()));
-    Queues::named(default)
-}
 
 impl Core {
-    /// Looks at every waiting job once, if anything has changed since the last time.
+    /// Lets the scheduler look at the fleet, if anything has changed since the last time.
     pub(crate) fn schedule(&mut self, now: Timestamp) {
-        if !std::mem::take(&mut self.replan) {
-            return;
-        }
-        self.planned = now;
-        let waiting: Vec<Waiting> = self
-            .active
-            .iter()
-            .filter(|id| self.jobs[*id].state().phase == JobPhase::Pending)
-            .map(|id| {
-                let job = &self.jobs[id];
-                let state = job.state();
-                waiting(id, &job.spec, state.attempt.next(), state.created, state.not_before)
-            })
-            .collect();
-        if waiting.is_empty() {
+        if !self.desk.due(now) {
             return;
         }
         let started = Instant::now();
-        let admission = admit(&queues(), &self.usage(), &waiting, now);
-        let plan = plan(&self.snapshot, &admission.admitted, Seed(self.term));
-        self.metrics.placement(started.elapsed());
-        let started = Instant::now();
-        let checked = check(&self.snapshot, &plan);
-        let violations = checked.as_ref().err().map_or(0, Vec::len);
-        self.metrics.audit(started.elapsed(), violations);
-        for (id, why) in admission.refused.into_iter().chain(plan.waiting.clone()) {
+        let decided = self.desk.decide(now);
+        self.metrics.placement(started.elapsed().saturating_sub(decided.audit));
+        self.metrics.audit(decided.audit, decided.violations.len());
+        for (id, why) in decided.cycle.told {
             self.apply(&id, Event::Waits(why), now);
         }
-        let checked = match checked {
-            Ok(checked) => checked,
-            Err(violations) => {
-                self.distrust(&plan, &violations, now);
-                return;
-            }
+        let Some(checked) = decided.checked else {
+            // A plan that breaks a rule is a bug: nothing of it is carried out.
+            let first = decided.violations.first().cloned().unwrap_or_default();
+            tracing::error!(violations = decided.violations.len(), %first, "a plan failed its audit");
+            self.incident = decided.incident;
+            return;
         };
+        for eviction in decided.cycle.evictions {
+            let why = eviction_reason(&eviction);
+            let event = Event::Evicted { attempt: eviction.attempt, why };
+            self.apply(&eviction.job, event, now);
+        }
         for job in checked.jobs() {
+            let Some(first) = job.plan().assignments.first() else { continue };
+            let rendezvous = self.rendezvous(&first.device.node);
             let id = job.plan().job.clone();
-            let (attempt, devices) = (
-                job.plan().attempt,
-                job.plan().assignments.iter().map(|a| a.device.clone()).collect::<Vec<_>>(),
-            );
-            let rendezvous = self.rendezvous(&devices[0].node);
             self.apply(&id, Event::Planned { plan: job, rendezvous }, now);
-            if self.jobs[&id].state().attempt != attempt {
-                continue;
-            }
-            if let Err(error) = self.snapshot.commit(&id, attempt, devices) {
-                // The plan was checked against this very snapshot.
-                tracing::error!(job = %id, %error, "a checked plan cannot be committed");
-            }
             self.fleet.changed = true;
         }
-    }
-
-    /// A plan that breaks a rule is a bug: nothing of it is carried out, and its jobs say so.
-    fn distrust(&mut self, plan: &Plan, violations: &[drumline_audit::Violation], now: Timestamp) {
-        let first = violations.first().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(violations = violations.len(), %first, "a plan failed its audit");
-        for job in &plan.jobs {
-            let message = format!("the plan for it failed its audit: {first}");
-            let why = Explanation::new(Reason::NotYetConsidered, message);
-            self.apply(&job.job, Event::Waits(why), now);
-        }
-    }
-
-    fn usage(&self) -> Usage {
-        let mut usage = Usage::default();
-        for id in &self.active {
-            let job = &self.jobs[id];
-            if job.state().phase.holds_devices() {
-                let gang = job.spec.gang();
-                usage.add(&job.spec.settings.queue, gang.device, gang.ranks);
-            }
-        }
-        usage
     }
 
     fn rendezvous(&self, first: &drumline_types::NodeName) -> Rendezvous {
@@ -127,15 +72,9 @@ impl Core {
         };
         let mut asked = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
-            asked.push(waiting(&id(index)?, spec, Attempt(1), now, Timestamp(0)));
+            asked.push(request(&id(index)?, spec, now));
         }
-        let admission = admit(&queues(), &self.usage(), &asked, now);
-        let plan = plan(&self.snapshot, &admission.admitted, Seed(self.term));
-        if let Err(violations) = check(&self.snapshot, &plan) {
-            let first = violations.first().map(ToString::to_string).unwrap_or_default();
-            return Err(ApiError::Internal(format!("the plan failed its audit: {first}")));
-        }
-        let refusals: Vec<_> = admission.refused.iter().chain(&plan.waiting).collect();
+        let cycle = self.desk.preview(&asked, now);
         let mut answers = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let id = id(index)?;
@@ -145,9 +84,9 @@ impl Core {
                 ranks: spec.gang().ranks,
                 ..v1::SubmittedJob::default()
             };
-            if let Some(job) = plan.jobs.iter().find(|job| job.job == id) {
+            if let Some(job) = cycle.plan.jobs.iter().find(|job| job.job == id) {
                 answer.placement = job.assignments.iter().map(placed).collect();
-            } else if let Some((_, why)) = refusals.iter().find(|(refused, _)| *refused == id) {
+            } else if let Some((_, why)) = cycle.told.iter().find(|(told, _)| *told == id) {
                 why.reason.token().clone_into(&mut answer.reason);
                 answer.message.clone_from(&why.message);
             }
@@ -169,21 +108,13 @@ fn placed(assignment: &drumline_placement::Assignment) -> v1::RankView {
     }
 }
 
-fn waiting(
-    id: &JobId,
-    spec: &JobSpec,
-    attempt: Attempt,
-    submitted: Timestamp,
-    not_before: Timestamp,
-) -> Waiting {
-    Waiting {
-        job: id.clone(),
-        attempt,
-        gang: spec.gang(),
-        split: split(spec),
-        settings: spec.settings.clone(),
-        submitted,
-        held: false,
-        not_before,
-    }
+fn eviction_reason(eviction: &Eviction) -> Explanation {
+    let reason = match eviction.cause {
+        EvictionCause::Preempted => Reason::Preempted,
+        EvictionCause::Reclaimed => Reason::Reclaimed,
+        EvictionCause::Consolidated | EvictionCause::Resized | EvictionCause::Drained => {
+            Reason::Moved
+        }
+    };
+    Explanation::new(reason, eviction.message.clone())
 }

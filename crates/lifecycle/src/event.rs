@@ -87,6 +87,13 @@ pub enum Event {
         /// What was seen.
         message: String,
     },
+    /// The scheduler asks the attempt to leave its devices.
+    Evicted {
+        /// The attempt.
+        attempt: Attempt,
+        /// Why.
+        why: Explanation,
+    },
     /// A user asked to end it.
     Cancel {
         /// Who.

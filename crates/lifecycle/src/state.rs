@@ -1,6 +1,7 @@
 //! Everything that is known of a job's gang, as it is stored.
 
 use drumline_mesh::Coords;
+use drumline_spec::Parallelism;
 use drumline_types::{
     Attempt, DeviceId, Explanation, JobId, JobPhase, NodeName, Outcome, RankExit, RankIndex,
     RankPhase, Reason, Timestamp,
@@ -100,10 +101,20 @@ pub struct Ending {
     pub why: Explanation,
     /// A user asked for it.
     pub cancelled: bool,
+    /// The scheduler asked for it: nothing failed, and no restart is counted.
+    #[serde(default)]
+    pub evicted: bool,
     /// When stopping was last asked for.
     pub asked: Timestamp,
     /// How often it was asked for.
     pub asks: u32,
+}
+
+impl Ending {
+    pub(crate) fn asked_at(asked: Timestamp) -> Self {
+        let why = Explanation::new(Reason::Moved, "");
+        Self { why, cancelled: false, evicted: false, asked, asks: 1 }
+    }
 }
 
 /// What is known of a job's gang.
@@ -138,6 +149,13 @@ pub struct State {
     pub fruitless: u32,
     /// The ranks of the newest attempt, in order; empty while it waits.
     pub ranks: Vec<RankState>,
+    /// How the ranks of the newest attempt divide the work, where that is not what the spec says:
+    /// an elastic gang at another size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<Parallelism>,
+    /// How often the scheduler ended an attempt for another job's sake, or to move it.
+    #[serde(default)]
+    pub evictions: u32,
     /// How they meet.
     pub rendezvous: Rendezvous,
     /// Set while an attempt is being taken down.
@@ -171,6 +189,8 @@ impl State {
             restarts: 0,
             fruitless: 0,
             ranks: Vec::new(),
+            split: None,
+            evictions: 0,
             rendezvous: Rendezvous::default(),
             ending: None,
             checkpoint: None,

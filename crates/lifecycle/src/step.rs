@@ -27,6 +27,7 @@ pub fn step(state: State, spec: &JobSpec, event: Event, now: Timestamp) -> (Stat
         Event::Reported { attempt, rank, report } => step.reported(attempt, rank, report),
         Event::NodeLost { node, message } => step.node_lost(&node, &message),
         Event::RankLost { attempt, rank, message } => step.rank_lost(attempt, rank, &message),
+        Event::Evicted { attempt, why } => step.evicted(attempt, why),
         Event::Cancel { user } => step.cancel(&user),
         Event::Tick => step.tick(),
         Event::Recovered => step.recovered(),
@@ -65,7 +66,7 @@ impl Step<'_> {
     }
 
     fn planned(&mut self, plan: &CheckedJob, rendezvous: Rendezvous) {
-        let plan = plan.plan();
+        let (plan, wanted) = (plan.plan(), self.spec.parallelism());
         let expected = self.state.attempt.next();
         if self.state.phase != JobPhase::Pending
             || plan.job != self.state.job
@@ -82,6 +83,7 @@ impl Step<'_> {
         state.progressed = None;
         state.checkpoint_at_launch = state.checkpoint.as_ref().map(|checkpoint| checkpoint.step);
         state.rendezvous = rendezvous;
+        state.split = Some(plan.split).filter(|split| *split != wanted);
         state.ranks = plan
             .assignments
             .iter()
@@ -300,7 +302,7 @@ impl Step<'_> {
         }
     }
 
-    fn succeed(&mut self) {
+    pub(crate) fn succeed(&mut self) {
         let ranks = self.state.ranks.len();
         let message = format!("all {ranks} ranks exited with code 0");
         self.state.phase = JobPhase::Succeeded;

@@ -1,7 +1,9 @@
 //! The end of an attempt: stop what runs, wait until it has ended, find the cause, decide what is
 //! next.
 
-use drumline_types::{Explanation, JobPhase, Outcome, RankPhase, Reason, format_duration_ms};
+use drumline_types::{
+    Attempt, Explanation, JobPhase, Outcome, RankPhase, Reason, format_duration_ms,
+};
 
 use crate::cause;
 use crate::event::{Action, Severity};
@@ -23,10 +25,41 @@ impl Step<'_> {
         self.note(Severity::Warning, why.reason.token(), why.message.clone());
         self.state.why = why.clone();
         self.state.phase = JobPhase::Restarting;
-        self.state.ending = Some(Ending { why, cancelled: false, asked: self.now, asks: 1 });
+        self.state.ending = Some(Ending { why, ..Ending::asked_at(self.now) });
         self.persist();
         self.stop(FAILED_GRACE_MS);
         self.settle();
+    }
+
+    /// Ends the present attempt because the scheduler needs its devices. Nothing has failed: the
+    /// job waits again, and no restart is counted against it.
+    pub(crate) fn evicted(&mut self, attempt: Attempt, why: Explanation) {
+        let live = matches!(self.state.phase, JobPhase::Starting | JobPhase::Running);
+        if attempt != self.state.attempt || !live || self.state.ending.is_some() {
+            return;
+        }
+        // A gang whose first ranks have finished is about to leave by itself, with its work done.
+        if self.state.ranks.iter().any(|rank| rank.phase == RankPhase::Succeeded) {
+            return;
+        }
+        self.note(Severity::Warning, why.reason.token(), why.message.clone());
+        self.state.why = why.clone();
+        self.state.phase = JobPhase::Restarting;
+        self.state.evictions = self.state.evictions.saturating_add(1);
+        self.state.ending = Some(Ending { why, evicted: true, ..Ending::asked_at(self.now) });
+        self.persist();
+        self.stop(CANCEL_GRACE_MS);
+        self.settle();
+    }
+
+    fn wait_again(&mut self, why: Explanation, wait_ms: u64) {
+        self.state.phase = JobPhase::Pending;
+        self.state.not_before = self.now.plus_ms(wait_ms);
+        self.state.ranks.clear();
+        self.state.running = None;
+        self.state.progressed = None;
+        self.state.why = why;
+        self.persist();
     }
 
     pub(crate) fn take_down_late_start(&mut self) {
@@ -76,7 +109,7 @@ impl Step<'_> {
         self.persist();
         if self.state.phase.holds_devices() {
             self.state.phase = JobPhase::Cancelling;
-            self.state.ending = Some(Ending { why, cancelled: true, asked: self.now, asks: 1 });
+            self.state.ending = Some(Ending { why, cancelled: true, ..Ending::asked_at(self.now) });
             self.stop(CANCEL_GRACE_MS);
             self.settle();
         } else {
@@ -117,6 +150,17 @@ impl Step<'_> {
             self.finish(JobPhase::Cancelled, ending.why, None);
             return;
         }
+        if ending.evicted {
+            if self.state.ranks.iter().all(|rank| rank.phase == RankPhase::Succeeded) {
+                self.state.ending = None;
+                self.succeed();
+                return;
+            }
+            self.forget();
+            self.state.ending = None;
+            self.wait_again(ending.why, 0);
+            return;
+        }
         // What was seen first need not be what happened first.
         let first = cause::first(&self.state).cloned();
         let why = match (&first, ending.why.reason) {
@@ -153,15 +197,10 @@ impl Step<'_> {
                 let next = self.state.attempt.next();
                 let wait = format_duration_ms(wait_ms);
                 let message = format!("attempt {next} starts in {wait}: {}", why.message);
-                self.state.phase = JobPhase::Pending;
                 self.state.restarts += 1;
                 self.state.fruitless = fruitless;
-                self.state.not_before = self.now.plus_ms(wait_ms);
-                self.state.ranks.clear();
-                self.state.running = None;
-                self.state.progressed = None;
-                self.state.why = Explanation::new(Reason::BackingOff, message.clone());
-                self.persist();
+                let why = Explanation::new(Reason::BackingOff, message.clone());
+                self.wait_again(why, wait_ms);
                 self.note(Severity::Info, "Restarting", message);
             }
         }

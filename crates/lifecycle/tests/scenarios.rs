@@ -335,6 +335,49 @@ fn a_join_that_is_repeated_gets_the_world_again_on_its_node_only() {
     assert_eq!(job.actions, vec![]);
 }
 
+fn evicted(attempt: u32) -> Event {
+    let why = Explanation::new(Reason::Preempted, "for train-big, priority 200");
+    Event::Evicted { attempt: drumline_types::Attempt(attempt), why }
+}
+
+#[test]
+fn an_evicted_gang_waits_again_with_nothing_counted_against_it() {
+    let mut job = Driver::new(command(3));
+    job.run();
+    job.feed(evicted(1));
+    assert_eq!(job.state.phase, JobPhase::Restarting);
+    assert!(job.has(|a| matches!(a, Action::Stop { nodes, .. } if nodes.len() == 2)));
+    for rank in 0..4 {
+        job.feed(killed(1, rank, 15, 20));
+    }
+    assert_eq!(job.state.phase, JobPhase::Pending);
+    assert_eq!(job.state.why.reason, Reason::Preempted);
+    assert_eq!((job.state.restarts, job.state.fruitless, job.state.evictions), (0, 0, 1));
+    assert!(job.state.first_failure.is_none(), "nothing failed");
+    job.run();
+    assert_eq!(job.state.attempt.0, 2);
+}
+
+#[test]
+fn a_gang_that_is_finishing_is_not_evicted() {
+    let mut job = Driver::new(command(3));
+    job.run();
+    job.feed(status(1, 0, RankPhase::Succeeded));
+    job.feed(evicted(1));
+    assert_eq!(job.state.phase, JobPhase::Running);
+}
+
+#[test]
+fn a_gang_whose_ranks_all_finished_when_it_was_evicted_has_succeeded() {
+    let mut job = Driver::new(command(3));
+    job.run();
+    job.feed(evicted(1));
+    for rank in 0..4 {
+        job.feed(status(1, rank, RankPhase::Succeeded));
+    }
+    assert_eq!(job.state.phase, JobPhase::Succeeded);
+}
+
 #[test]
 fn cancelling_waits_for_the_ranks_to_end() {
     let cancel = || Event::Cancel { user: "ada".to_owned() };

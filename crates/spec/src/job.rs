@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::command::CommandJob;
-use crate::gang::{DeviceKind, Gang, GangSettings};
+use crate::gang::{DeviceKind, Gang, GangSettings, Parallelism};
 use crate::service::ModelService;
 use crate::training::TrainingJob;
 
@@ -117,6 +117,16 @@ impl JobSpec {
             Work::TrainingJob(_) => JobKind::TrainingJob,
             Work::ModelService(_) => JobKind::ModelService,
             Work::CommandJob(_) => JobKind::CommandJob,
+        }
+    }
+
+    /// Returns how the ranks divide the work: a command's ranks are copies of each other.
+    #[must_use]
+    pub fn parallelism(&self) -> Parallelism {
+        match &self.work {
+            Work::TrainingJob(job) => job.parallelism,
+            Work::ModelService(service) => service.parallelism,
+            Work::CommandJob(command) => Parallelism { data: command.ranks, ..Parallelism::SINGLE },
         }
     }
 

@@ -63,6 +63,12 @@ reasons! {
     WaitingForDevices = "WaitingForDevices", "Wait for running jobs to end, or add nodes.";
     /// Devices are being freed for it.
     WaitingForPreempted = "WaitingForPreempted", "Wait until the preempted jobs have left.";
+    /// It was ended for a job of higher priority.
+    Preempted = "Preempted", "Wait until devices are free again, or raise its priority; it goes on from its last checkpoint.";
+    /// Its queue had borrowed the devices, and their owner took them back.
+    Reclaimed = "Reclaimed", "Wait until devices are idle again, or raise the queue's quota; it goes on from its last checkpoint.";
+    /// It was ended to start again elsewhere, at another size, or off a node that is being emptied.
+    Moved = "Moved", "Nothing to do: it goes on from its last checkpoint.";
     /// A restart waits out its delay.
     BackingOff = "BackingOff", "Wait for the delay to pass; the last failure is in the job's events.";
     /// The gang is being started.

@@ -7,7 +7,7 @@ use drumline_collective::local;
 use drumline_mesh::Mesh;
 use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, ModelConfig, Optimizer, Parallelism,
-    TrainingJob,
+    Precision, TrainingJob,
 };
 use drumline_tensor::Cpu;
 use drumline_tensor::reference::Random;
@@ -89,6 +89,8 @@ pub fn job(preset: &Preset, parallelism: Parallelism, micro_batch: u32, steps: u
         model: preset.model.clone(),
         data: DataSource { path: String::new() },
         parallelism,
+        virtual_stages: 1,
+        precision: Precision::F32,
         steps,
         global_batch: preset.batch,
         micro_batch,

@@ -31,4 +31,4 @@ pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use schema::schema;
 pub use service::ModelService;
-pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, TrainingJob};
+pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};

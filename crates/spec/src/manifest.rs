@@ -7,10 +7,10 @@ use crate::document::{self, Node, Value};
 use crate::gang::{DeviceKind, GangSettings, Parallelism, RestartPolicy};
 use crate::job::{JobSpec, SplitChoice, Work};
 use crate::mistake::{Mistake, Place, nearest};
-use crate::model::{Family, ModelConfig, ModelError};
+use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
 use crate::service::ModelService;
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
-use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, TrainingJob};
+use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
 use crate::walk::{Checked, Walk};
 
 /// The most mistakes that are told of one file.

@@ -123,6 +123,16 @@ const TRAINING: &[Field] = &[
             default("tensor", int(1, 1024), "1", "ranks", TENSOR_DOC),
             default("pipeline", int(1, 1024), "1", "stages", PIPELINE_DOC),
             default(
+                "virtualStages",
+                int(1, 64),
+                "1",
+                "",
+                "Parts of the layers that each pipeline stage holds. More than 1 interleaves the \
+                 schedule: the bubble shrinks by this factor, and activations are sent so many \
+                 times as often. pipeline x virtualStages divides layers, and pipeline divides the \
+                 micro-batches.",
+            ),
+            default(
                 "data",
                 int(1, RANKS_MAX),
                 "1",
@@ -161,6 +171,17 @@ const TRAINING: &[Field] = &[
         ]),
         "",
         "How many sequences make one step.",
+    ),
+    default(
+        "precision",
+        Kind::Choice(&[
+            ("f32", "f32 throughout."),
+            ("bf16", "Inputs rounded to bf16, products added up in f32."),
+        ]),
+        "f32",
+        "",
+        "The numbers that matrix products are computed with. Weights, gradients, activations and \
+         the optimizer are f32 either way.",
     ),
     required("steps", int(1, STEPS_MAX), "steps", "Optimizer steps of the whole run."),
     default(

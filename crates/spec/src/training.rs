@@ -51,6 +51,29 @@ pub struct Checkpointing {
     pub resume_from: Option<String>,
 }
 
+/// The numbers that matrix products are computed with. Weights, gradients, activations and the
+/// optimizer are f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Inputs rounded to bf16, products added up in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Returns the word used in manifests and reports.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
 /// A training run, checked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingJob {
@@ -60,6 +83,13 @@ pub struct TrainingJob {
     pub data: DataSource,
     /// How the model is split.
     pub parallelism: Parallelism,
+    /// Parts of the layers that each pipeline stage holds, at least 1; more than 1 interleaves the
+    /// schedule.
+    #[serde(default = "one")]
+    pub virtual_stages: u32,
+    /// What matrix products are computed with.
+    #[serde(default)]
+    pub precision: Precision,
     /// Number of optimizer steps.
     pub steps: u64,
     /// Sequences in one optimizer step, over all ranks.
@@ -80,6 +110,11 @@ pub struct TrainingJob {
     pub eval_interval_steps: u64,
     /// Held-out sequences in one such measurement.
     pub eval_sequences: u32,
+}
+
+/// What a spec that was stored before the field existed means.
+fn one() -> u32 {
+    1
 }
 
 impl TrainingJob {

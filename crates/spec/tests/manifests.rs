@@ -115,6 +115,21 @@ fn impossible_splits_name_the_numbers_and_the_nearest_that_works() {
             "job.yaml:8:17: spec.parallelism.pipeline: layers 4 is not divisible by pipeline 3; nearest that works: pipeline 2",
         ),
         (
+            "steps:",
+            "parallelism: {virtualStages: 2}\n  steps:",
+            "job.yaml:8:17: spec.parallelism.virtualStages: 2 virtual stages need a pipeline of at least 2 stages; without one, leave it out",
+        ),
+        (
+            "steps:",
+            "parallelism: {pipeline: 2, virtualStages: 3}\n  steps:",
+            "job.yaml:8:30: spec.parallelism.virtualStages: layers 4 is not divisible by pipeline 2 x virtualStages 3 = 6; nearest that works: virtualStages 2",
+        ),
+        (
+            "{global: 8}",
+            "{global: 6, micro: 2}\n  parallelism: {pipeline: 2, virtualStages: 2}",
+            "job.yaml:8:30: spec.parallelism.virtualStages: virtualStages 2 goes round the stages in whole turns: the 3 micro-batches of a copy (global 6 / (micro 2 x data 1)) must be a multiple of pipeline 2",
+        ),
+        (
             "{global: 8}",
             "{global: 8, micro: 3}",
             "job.yaml:7:11: spec.batch.global: global 8 is not divisible by data 1 x micro 3 = 3; nearest that works: global 9",
@@ -138,6 +153,21 @@ fn impossible_splits_name_the_numbers_and_the_nearest_that_works() {
         let told = with(old, new);
         assert!(told.iter().any(|line| line == expected), "wanted {expected}\ngot {told:#?}");
     }
+}
+
+#[test]
+fn interleaving_and_bf16_are_read_and_specs_from_before_them_still_are() {
+    let text = TRAIN.replace(
+        "steps:",
+        "parallelism: {pipeline: 2, virtualStages: 2}\n  precision: bf16\n  steps:",
+    );
+    let spec = parse(&text, "x").unwrap().remove(0);
+    let Work::TrainingJob(job) = &spec.work else { panic!("{spec:?}") };
+    assert_eq!((job.virtual_stages, job.precision), (2, drumline_spec::Precision::Bf16));
+    let mut json = serde_json::to_value(job).unwrap();
+    json.as_object_mut().unwrap().retain(|key, _| key != "virtual_stages" && key != "precision");
+    let old: drumline_spec::TrainingJob = serde_json::from_value(json).unwrap();
+    assert_eq!((old.virtual_stages, old.precision), (1, drumline_spec::Precision::F32));
 }
 
 #[test]

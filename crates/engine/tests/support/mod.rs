@@ -8,7 +8,7 @@ use drumline_engine::{Snapshot, StepReport, Trainer};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, ModelConfig, Optimizer, Parallelism,
-    TrainingJob,
+    Precision, TrainingJob,
 };
 use drumline_tensor::Cpu;
 
@@ -35,6 +35,8 @@ pub(crate) fn job(model: ModelConfig, parallelism: Parallelism) -> TrainingJob {
         model,
         data: DataSource { path: String::new() },
         parallelism,
+        virtual_stages: 1,
+        precision: Precision::F32,
         steps: 20,
         global_batch: 8,
         micro_batch: 2,

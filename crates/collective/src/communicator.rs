@@ -8,6 +8,7 @@ use crate::exchange::{Buffers, Call, Exchange, Step};
 use crate::group::{Cause, Group};
 use crate::host::World;
 use crate::lane::Lane;
+use crate::pending::{Pending, Turns};
 use crate::plan::{self, Plan};
 use crate::{Collective, CollectiveError, ReduceOp};
 
@@ -30,6 +31,8 @@ struct State {
     lanes: Vec<Option<Lane>>,
     /// Calls so far.
     sequence: u64,
+    /// Of started calls.
+    turns: Turns,
 }
 
 /// A group of ranks in processes of their own, seen from one of them.
@@ -59,7 +62,7 @@ impl HostCollective {
     ) -> Self {
         Self {
             group,
-            state: Mutex::new(State { lanes, sequence: 0 }),
+            state: Mutex::new(State { lanes, sequence: 0, turns: Turns::default() }),
             deadline,
             spin,
             crowded: AtomicU32::new(0),
@@ -203,18 +206,20 @@ impl HostCollective {
         &self,
         call: Call,
         plan: impl FnOnce(usize, usize) -> Plan,
-        buffers: Buffers<'_>,
+        mut buffers: Buffers<'_>,
     ) -> Result<(), CollectiveError> {
         let mut state = self.lock();
         let state = &mut *state;
+        state.turns.check_none(call.op)?;
         let call = Call { sequence: state.sequence, ..call };
         state.sequence += 1;
         if self.size() == 1 {
             return Ok(());
         }
         let plan = plan(self.size(), self.rank());
-        let mut exchange = Exchange::new(call, plan, self.rank(), buffers);
-        let result = self.drive(call.op, &mut state.lanes, |lanes| exchange.advance(lanes));
+        let mut exchange = Exchange::new(call, plan, self.rank());
+        let step = |lanes: &mut [_]| exchange.advance(lanes, &mut buffers);
+        let result = self.drive(call.op, &mut state.lanes, step);
         self.settle(result)
     }
 
@@ -260,6 +265,22 @@ impl Collective for HostCollective {
         let call = Call { reduce: op, ..self.call("all_reduce", len) };
         let plan = |size, me| plan::all_reduce(size, me, len);
         self.run(call, plan, Buffers::Whole(data))
+    }
+
+    fn start_all_reduce(
+        &self,
+        elements: usize,
+        op: ReduceOp,
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
+        const OP: &str = "all_reduce";
+        self.enter(OP)?;
+        let mut state = self.lock();
+        let ticket = state.turns.start(OP)?;
+        let call = Call { reduce: op, sequence: state.sequence, ..self.call(OP, elements) };
+        state.sequence += 1;
+        let plan = plan::all_reduce_started(self.size(), self.rank(), elements);
+        let exchange = Exchange::new(call, plan, self.rank());
+        Ok(Box::new(Started { owner: self, exchange, ticket, elements, over: false }))
     }
 
     fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
@@ -405,6 +426,90 @@ impl Collective for HostCollective {
 
     fn abort(&self) {
         self.world.abort_group(&self.group, Cause::Asked);
+    }
+}
+
+/// An all-reduce that goes on whenever its rank looks at it.
+#[derive(Debug)]
+struct Started<'a> {
+    owner: &'a HostCollective,
+    exchange: Exchange,
+    ticket: u64,
+    elements: usize,
+    /// Done or failed.
+    over: bool,
+}
+
+impl Started<'_> {
+    /// Takes note of the end, and aborts the group after an error.
+    fn end(
+        &mut self,
+        state: &mut State,
+        result: Result<(), CollectiveError>,
+    ) -> Result<(), CollectiveError> {
+        self.over = true;
+        state.turns.finish();
+        self.owner.settle(result)
+    }
+}
+
+impl Pending for Started<'_> {
+    fn poll(&mut self, data: &mut [f32]) -> Result<bool, CollectiveError> {
+        const OP: &str = "all_reduce";
+        crate::check_length(OP, self.elements, data.len())?;
+        if self.over {
+            return self.owner.enter(OP).map(|()| true);
+        }
+        let owner = self.owner;
+        let mut state = owner.lock();
+        if !state.turns.is_turn(self.ticket) {
+            return Ok(false);
+        }
+        let mut buffers = Buffers::Whole(data);
+        let mut last_look = false;
+        loop {
+            match self.exchange.advance(&mut state.lanes, &mut buffers) {
+                Ok(Step::Done) => return self.end(&mut state, Ok(())).map(|()| true),
+                Ok(Step::Moved) => {}
+                Ok(Step::Waits(peer)) => {
+                    let gone = state.lanes[peer].as_ref().is_some_and(Lane::is_gone);
+                    let error = owner
+                        .aborted(OP)
+                        .or_else(|| gone.then_some(CollectiveError::PeerGone { peer, op: OP }));
+                    match error {
+                        None => return Ok(false),
+                        // What a peer wrote before it went counts, so look once more.
+                        Some(_) if !last_look => last_look = true,
+                        Some(error) => return self.end(&mut state, Err(error)).map(|()| false),
+                    }
+                }
+                Err(error) => return self.end(&mut state, Err(error)).map(|()| false),
+            }
+        }
+    }
+
+    fn wait(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
+        const OP: &str = "all_reduce";
+        crate::check_length(OP, self.elements, data.len())?;
+        if self.over {
+            return self.owner.enter(OP);
+        }
+        let owner = self.owner;
+        let mut state = owner.lock();
+        state.turns.check_turn(OP, self.ticket)?;
+        let mut buffers = Buffers::Whole(data);
+        let exchange = &mut self.exchange;
+        let step = |lanes: &mut [_]| exchange.advance(lanes, &mut buffers);
+        let result = owner.drive(OP, &mut state.lanes, step);
+        self.end(&mut state, result)
+    }
+}
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.owner.abort();
+        }
     }
 }
 

@@ -62,6 +62,42 @@ pub fn rank(c: &dyn Collective) {
     }
     control_messages(c);
     neighbours(c);
+    started_calls(c);
+}
+
+/// Several reductions under way at once, as gradients are reduced in buckets: looked at now and
+/// then by ranks that do it unequally often, with messages in between, then waited for.
+fn started_calls(c: &dyn Collective) {
+    let (me, size) = (c.rank(), c.size());
+    for op in [ReduceOp::Sum, ReduceOp::Max] {
+        for lengths in [&[1usize, 0, 17][..], &[70_001, 300_007, 3], &[1_100_003 / size]] {
+            let mut buckets: Vec<_> = lengths
+                .iter()
+                .enumerate()
+                .map(|(salt, len)| (c.start_all_reduce(*len, op).unwrap(), values(me, *len, salt)))
+                .collect();
+            for look in 0..=me {
+                for (pending, data) in &mut buckets {
+                    pending.poll(data).unwrap();
+                }
+                let message = [look as f32];
+                if me == 0 && size > 1 {
+                    c.send(&message, 1).unwrap();
+                } else if me == 1 && look == 0 {
+                    let mut got = [-1.0];
+                    c.recv(&mut got, 0).unwrap();
+                    assert_eq!(got, [0.0], "messages pass reductions");
+                }
+            }
+            for (salt, (pending, data)) in buckets.iter_mut().enumerate() {
+                pending.wait(data).unwrap();
+                let what = format!("started all_reduce {op:?} of {}", data.len());
+                assert_bits(data, &reduced(size, data.len(), salt, op), &what);
+                assert_eq!(pending.poll(data), Ok(true), "it stays complete");
+            }
+        }
+    }
+    c.barrier().unwrap();
 }
 
 fn operations(c: &dyn Collective, len: usize, salt: usize) {
@@ -212,19 +248,88 @@ pub fn wrong_arguments_are_refused_without_harm(fresh: impl Fn(usize) -> Vec<Sha
     });
 }
 
+/// Checks that started calls are bounded, that none is waited for before an earlier one, that no
+/// other collective comes between them, and that after each refusal the group still works.
+///
+/// # Panics
+/// When one is not refused, or a refusal does harm.
+pub fn started_calls_keep_their_order_and_bound(fresh: impl Fn(usize) -> Vec<Shared>) {
+    on_threads(fresh(2), |c| {
+        let is_mismatch = |result| matches!(result, Err(CollectiveError::Mismatch { .. }));
+        let mut all: Vec<_> = (0..crate::STARTED_MAX)
+            .map(|_| c.start_all_reduce(2, ReduceOp::Sum).unwrap())
+            .collect();
+        assert!(is_mismatch(c.start_all_reduce(2, ReduceOp::Sum).map(drop)));
+        assert!(is_mismatch(all[1].wait(&mut [1.0; 2])));
+        assert_eq!(all[1].poll(&mut [1.0; 2]), Ok(false));
+        assert!(is_mismatch(all[0].wait(&mut [1.0; 3])));
+        assert!(is_mismatch(c.barrier()));
+        assert!(is_mismatch(c.all_reduce(&mut [1.0; 2], ReduceOp::Sum)));
+        for (index, pending) in all.iter_mut().enumerate() {
+            let mut data = [index as f32; 2];
+            pending.wait(&mut data).unwrap();
+            assert_eq!(data, [2.0 * index as f32; 2]);
+        }
+        drop(all);
+        c.barrier().unwrap();
+    });
+}
+
+/// Checks that a started call that is dropped before its end is cancelled on every rank, and that
+/// one whose peer leaves or differs fails when it is looked at.
+///
+/// # Panics
+/// When a call hangs or succeeds.
+pub fn started_calls_end_with_their_group(fresh: impl Fn(usize) -> Vec<Shared>) {
+    type Ending = fn(&dyn Collective);
+    let endings: [Ending; 3] = [
+        |c| drop(c.start_all_reduce(100_000, ReduceOp::Sum)),
+        |_| (),
+        |c| {
+            let mut other = c.start_all_reduce(100_001, ReduceOp::Sum).unwrap();
+            other.wait(&mut vec![0.0; 100_001]).unwrap_err();
+        },
+    ];
+    for (number, ending) in endings.into_iter().enumerate() {
+        on_threads(fresh(2), |c| {
+            if c.rank() == 1 {
+                ending(&*c);
+                return;
+            }
+            let start = Instant::now();
+            let until_error = || -> Result<(), CollectiveError> {
+                let mut data = vec![0.0; 100_000];
+                let mut pending = c.start_all_reduce(data.len(), ReduceOp::Sum)?;
+                while !pending.poll(&mut data)? {
+                    let late = start.elapsed() >= Duration::from_secs(5);
+                    assert!(!late, "ending {number} goes unseen");
+                    std::thread::yield_now();
+                }
+                Ok(())
+            };
+            let error = until_error().unwrap_err();
+            assert!(!matches!(error, CollectiveError::TimedOut { .. }), "{number}: {error}");
+            assert!(c.barrier().is_err(), "ending {number}");
+        });
+    }
+}
+
 /// Checks that a rank that never comes is named after the deadline, which `fresh` must set to
 /// `deadline`.
 ///
 /// # Panics
 /// When the others hang, succeed or blame someone else.
 pub fn a_silent_rank_is_named(fresh: impl Fn(usize) -> Vec<Shared>, deadline: Duration) {
-    for op in ["all_reduce", "recv"] {
+    for op in ["all_reduce", "recv", "started"] {
         let done = std::sync::Barrier::new(3);
         let errors = on_threads(fresh(3), |c| {
             let start = Instant::now();
             let result = match (c.rank(), op) {
                 (2, _) => Ok(()),
                 (_, "recv") => c.recv(&mut [0.0], 2),
+                (_, "started") => c
+                    .start_all_reduce(100, ReduceOp::Sum)
+                    .and_then(|mut pending| pending.wait(&mut [0.0; 100])),
                 _ => c.all_reduce(&mut [0.0; 100], ReduceOp::Sum),
             };
             done.wait();
@@ -327,6 +432,8 @@ pub fn all(fresh: impl Fn(usize) -> Vec<Shared>, deadline: Duration) {
     }
     differing_calls_are_a_mismatch(&fresh);
     wrong_arguments_are_refused_without_harm(&fresh);
+    started_calls_keep_their_order_and_bound(&fresh);
+    started_calls_end_with_their_group(&fresh);
     a_silent_rank_is_named(&fresh, deadline);
     a_rank_that_leaves_fails_the_others(&fresh);
     words_of_a_rank_that_left_still_arrive(&fresh);

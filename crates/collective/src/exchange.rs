@@ -94,22 +94,23 @@ struct Cursor {
 }
 
 /// A collective under way.
+///
+/// It holds no buffers: the caller hands the same ones to every step.
 #[derive(Debug)]
-pub(crate) struct Exchange<'a> {
+pub(crate) struct Exchange {
     call: Call,
     header: [u8; HEADER_BYTES],
     plan: Plan,
     me: usize,
     cursors: Vec<Cursor>,
-    buffers: Buffers<'a>,
     /// Peers whose values are reduced.
     reducers: Vec<usize>,
     reduced: usize,
     copied: usize,
 }
 
-impl<'a> Exchange<'a> {
-    pub(crate) fn new(call: Call, plan: Plan, me: usize, buffers: Buffers<'a>) -> Self {
+impl Exchange {
+    pub(crate) fn new(call: Call, plan: Plan, me: usize) -> Self {
         let reducers = (0..plan.peers.len())
             .filter(|peer| plan.peers[*peer].ins.iter().any(|i| i.reduce))
             .collect();
@@ -119,7 +120,6 @@ impl<'a> Exchange<'a> {
             call,
             plan,
             me,
-            buffers,
             reducers,
             reduced: 0,
             copied: 0,
@@ -127,18 +127,22 @@ impl<'a> Exchange<'a> {
     }
 
     /// Moves what can be moved now.
-    pub(crate) fn advance(&mut self, lanes: &mut [Option<Lane>]) -> Result<Step, CollectiveError> {
+    pub(crate) fn advance(
+        &mut self,
+        lanes: &mut [Option<Lane>],
+        buffers: &mut Buffers<'_>,
+    ) -> Result<Step, CollectiveError> {
         let mut moved = false;
         for (peer, lane) in lanes.iter_mut().enumerate() {
             let Some(lane) = lane else { continue };
             let op = self.call.op;
-            let sent = self.send_to(peer, lane);
+            let sent = self.send_to(peer, lane, buffers.outgoing());
             moved |= sent.map_err(|error| lane.failed(op, error))?;
             moved |= self.read_header(peer, lane)?;
-            let copied = self.copy_from(peer, lane);
+            let copied = self.copy_from(peer, lane, buffers.incoming());
             moved |= copied.map_err(|error| lane.failed(op, error))?;
         }
-        moved |= self.reduce(lanes)?;
+        moved |= self.reduce(lanes, buffers.incoming())?;
         if moved {
             return Ok(Step::Moved);
         }
@@ -157,7 +161,12 @@ impl<'a> Exchange<'a> {
     }
 
     /// One write: the rest of the header and what is next.
-    fn send_to(&mut self, peer: usize, lane: &mut Lane) -> Result<bool, SendError> {
+    fn send_to(
+        &mut self,
+        peer: usize,
+        lane: &mut Lane,
+        outgoing: &[f32],
+    ) -> Result<bool, SendError> {
         let plan = &self.plan.peers[peer];
         let mut cursor = self.cursors[peer];
         if !plan.announce {
@@ -169,7 +178,7 @@ impl<'a> Exchange<'a> {
         let header = &self.header[cursor.header_sent..];
         let values = match plan.outs.get(cursor.out) {
             Some(out) if self.is_open(out.gate) => {
-                &self.buffers.outgoing()[out.range.start + cursor.out_done / 4..out.range.end]
+                &outgoing[out.range.start + cursor.out_done / 4..out.range.end]
             }
             _ => &[],
         };
@@ -216,7 +225,12 @@ impl<'a> Exchange<'a> {
     }
 
     /// Copies what has come, up to the next range that is to be reduced.
-    fn copy_from(&mut self, peer: usize, lane: &mut Lane) -> Result<bool, SendError> {
+    fn copy_from(
+        &mut self,
+        peer: usize,
+        lane: &mut Lane,
+        incoming: &mut [f32],
+    ) -> Result<bool, SendError> {
         let mut cursor = self.cursors[peer];
         if !cursor.header_read {
             return Ok(false);
@@ -230,7 +244,7 @@ impl<'a> Exchange<'a> {
             let got = lane.readable();
             let len = (got.len() / 4 * 4).min(left);
             if len > 0 {
-                let target: &mut [u8] = bytemuck::cast_slice_mut(self.buffers.incoming());
+                let target: &mut [u8] = bytemuck::cast_slice_mut(incoming);
                 target[start..start + len].copy_from_slice(&got[..len]);
                 lane.consume(len)?;
                 cursor.into_done += len;
@@ -249,7 +263,11 @@ impl<'a> Exchange<'a> {
     }
 
     /// Reduces what all peers have brought of the range that is next.
-    fn reduce(&mut self, lanes: &mut [Option<Lane>]) -> Result<bool, CollectiveError> {
+    fn reduce(
+        &mut self,
+        lanes: &mut [Option<Lane>],
+        incoming: &mut [f32],
+    ) -> Result<bool, CollectiveError> {
         let Some(&first) = self.reducers.first() else {
             return Ok(false);
         };
@@ -282,7 +300,7 @@ impl<'a> Exchange<'a> {
                 *input = &input[..len];
             }
             let start = item.range.start + done;
-            let own = &mut self.buffers.incoming()[start..start + len];
+            let own = &mut incoming[start..start + len];
             let before = self.reducers.iter().filter(|peer| **peer < self.me).count();
             reduce_in_order(self.call.reduce, own, &inputs, before);
             let finished = done + len == item.range.len();

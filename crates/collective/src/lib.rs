@@ -16,6 +16,7 @@ mod lane;
 pub mod local;
 mod mailbox;
 mod peer;
+mod pending;
 mod plan;
 mod reader;
 mod reduce;
@@ -23,6 +24,8 @@ mod region;
 mod ring;
 
 use std::time::Duration;
+
+pub use pending::{Pending, STARTED_MAX};
 
 /// What an all-reduce or reduce-scatter computes from the ranks' values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +96,22 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// [`CollectiveError`] when a peer is gone, silent or out of step.
     fn all_reduce(&self, data: &mut [f32], op: ReduceOp) -> Result<(), CollectiveError>;
+
+    /// Starts [`Collective::all_reduce`] of `elements` values and returns at once: the reduction
+    /// goes on whenever this rank looks at it, and its peers meanwhile take and bring what they
+    /// can. The same bits as the call that waits.
+    ///
+    /// At most [`STARTED_MAX`] may be under way. They end in the order in which they were started;
+    /// until then other collectives of this group are refused, messages are not.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`], and [`CollectiveError::Mismatch`] when too many are under
+    /// way.
+    fn start_all_reduce(
+        &self,
+        elements: usize,
+        op: ReduceOp,
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError>;
 
     /// Gathers `send` of every rank, in rank order, into `recv`, of `size() * send.len()`.
     ///

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::pending::{Pending, Turns};
 use crate::{Collective, CollectiveError, DEADLINE_DEFAULT, MESSAGE_MAX, ReduceOp};
 
 /// Messages that may wait between two ranks before a send waits.
@@ -56,6 +57,8 @@ pub struct LocalCollective {
     rank: usize,
     size: usize,
     shared: Arc<Shared>,
+    /// Of this rank's started calls.
+    turns: Mutex<Turns>,
 }
 
 /// Creates a group of `n` ranks in this process, in rank order.
@@ -79,7 +82,13 @@ pub fn group_with_deadline(n: usize, deadline: Duration) -> Vec<LocalCollective>
         changed: Condvar::new(),
         deadline,
     });
-    (0..n).map(|rank| LocalCollective { rank, size: n, shared: Arc::clone(&shared) }).collect()
+    let rank = |rank| LocalCollective {
+        rank,
+        size: n,
+        shared: Arc::clone(&shared),
+        turns: Mutex::new(Turns::default()),
+    };
+    (0..n).map(rank).collect()
 }
 
 impl Shared {
@@ -131,6 +140,13 @@ impl LocalCollective {
 
     /// Brings this rank's part and returns everybody's, in rank order, all for the same call.
     fn exchange(&self, call: Call, payload: Payload) -> Result<Arc<Vec<Deposit>>, CollectiveError> {
+        self.turns().check_none(call.op)?;
+        let round = self.bring(call, payload)?;
+        self.gather(call, round)
+    }
+
+    /// Brings this rank's part; returns the round that it is for.
+    fn bring(&self, call: Call, payload: Payload) -> Result<u64, CollectiveError> {
         let mut state = self.shared.lock();
         if state.aborted {
             return Err(CollectiveError::Aborted);
@@ -143,23 +159,40 @@ impl LocalCollective {
             state.round += 1;
             self.shared.changed.notify_all();
         }
-        let missing = |state: &State| {
-            let absent = |rank: &usize| state.deposits[*rank].is_none() && *rank != self.rank;
-            // One that is gone explains the wait better than one that is merely late.
-            (0..self.size).filter(absent).min_by_key(|&rank| !state.gone[rank]).unwrap_or(self.rank)
-        };
-        let gathered = self.wait(call.op, state, missing, |state| {
+        Ok(round)
+    }
+
+    /// Waits for everybody's parts of a round.
+    fn gather(&self, call: Call, round: u64) -> Result<Arc<Vec<Deposit>>, CollectiveError> {
+        let missing = |state: &State| self.missing(state);
+        let gathered = self.wait(call.op, self.shared.lock(), missing, |state| {
             (state.round > round).then(|| Arc::clone(&state.gathered))
         })?;
-        if let Some((other, _)) = gathered.iter().find(|(other, _)| *other != call) {
-            self.abort();
-            return Err(CollectiveError::Mismatch {
-                op: call.op,
-                expected: format!("{call:?}"),
-                got: format!("{other:?}"),
-            });
-        }
+        self.check_same(call, &gathered)?;
         Ok(gathered)
+    }
+
+    /// Returns a rank that has not brought its part.
+    fn missing(&self, state: &State) -> usize {
+        let absent = |rank: &usize| state.deposits[*rank].is_none() && *rank != self.rank;
+        // One that is gone explains the wait better than one that is merely late.
+        (0..self.size).filter(absent).min_by_key(|&rank| !state.gone[rank]).unwrap_or(self.rank)
+    }
+
+    fn check_same(&self, call: Call, gathered: &[Deposit]) -> Result<(), CollectiveError> {
+        let Some((other, _)) = gathered.iter().find(|(other, _)| *other != call) else {
+            return Ok(());
+        };
+        self.abort();
+        Err(CollectiveError::Mismatch {
+            op: call.op,
+            expected: format!("{call:?}"),
+            got: format!("{other:?}"),
+        })
+    }
+
+    fn turns(&self) -> MutexGuard<'_, Turns> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check_peer(&self, op: &'static str, peer: usize) -> Result<(), CollectiveError> {
@@ -193,6 +226,112 @@ fn values(gathered: &[Deposit]) -> impl Iterator<Item = &[f32]> {
     })
 }
 
+/// Reduces everybody's values into `data`, in rank order.
+fn reduce(op: ReduceOp, gathered: &[Deposit], data: &mut [f32]) {
+    for (rank, part) in values(gathered).enumerate() {
+        let both = data.iter_mut().zip(part);
+        match (rank, op) {
+            (0, _) => data.copy_from_slice(part),
+            (_, ReduceOp::Sum) => both.for_each(|(sum, x)| *sum += x),
+            (_, ReduceOp::Max) => both.for_each(|(max, x)| *max = crate::reduce::max(*max, *x)),
+        }
+    }
+}
+
+/// An all-reduce that was started: it brings its part when its turn comes.
+#[derive(Debug)]
+struct Started<'a> {
+    owner: &'a LocalCollective,
+    call: Call,
+    op: ReduceOp,
+    ticket: u64,
+    /// The round that the part was brought for.
+    round: Option<u64>,
+    over: bool,
+}
+
+impl Started<'_> {
+    /// Brings this rank's part, once.
+    fn bring(&mut self, data: &[f32]) -> Result<u64, CollectiveError> {
+        if let Some(round) = self.round {
+            return Ok(round);
+        }
+        let round = self.owner.bring(self.call, Payload::Values(data.to_vec()))?;
+        self.round = Some(round);
+        Ok(round)
+    }
+
+    /// Takes the result; the call is over then, whatever it is.
+    fn end(
+        &mut self,
+        gathered: Result<Arc<Vec<Deposit>>, CollectiveError>,
+        data: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        self.over = true;
+        self.owner.turns().finish();
+        match gathered {
+            Ok(gathered) => {
+                reduce(self.op, &gathered, data);
+                Ok(())
+            }
+            Err(error) => {
+                self.owner.abort();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Pending for Started<'_> {
+    fn poll(&mut self, data: &mut [f32]) -> Result<bool, CollectiveError> {
+        crate::check_length(self.call.op, self.call.elements, data.len())?;
+        if self.over || !self.owner.turns().is_turn(self.ticket) {
+            return Ok(self.over);
+        }
+        let round = match self.bring(data) {
+            Ok(round) => round,
+            Err(error) => return self.end(Err(error), data).map(|()| false),
+        };
+        let state = self.owner.shared.lock();
+        let outcome = if state.round > round {
+            Ok(Arc::clone(&state.gathered))
+        } else if state.aborted {
+            Err(CollectiveError::Aborted)
+        } else {
+            let peer = self.owner.missing(&state);
+            if !state.gone[peer] {
+                return Ok(false);
+            }
+            Err(CollectiveError::PeerGone { peer, op: self.call.op })
+        };
+        drop(state);
+        let call = self.call;
+        let outcome =
+            outcome.and_then(|gathered| self.owner.check_same(call, &gathered).map(|()| gathered));
+        self.end(outcome, data).map(|()| true)
+    }
+
+    fn wait(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
+        crate::check_length(self.call.op, self.call.elements, data.len())?;
+        if self.over {
+            return Ok(());
+        }
+        self.owner.turns().check_turn(self.call.op, self.ticket)?;
+        let call = self.call;
+        let owner = self.owner;
+        let gathered = self.bring(data).and_then(|round| owner.gather(call, round));
+        self.end(gathered, data)
+    }
+}
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.owner.abort();
+        }
+    }
+}
+
 impl Collective for LocalCollective {
     fn rank(&self) -> usize {
         self.rank
@@ -205,18 +344,18 @@ impl Collective for LocalCollective {
     fn all_reduce(&self, data: &mut [f32], op: ReduceOp) -> Result<(), CollectiveError> {
         let call = Call { op: "all_reduce", reduce: Some(op), root: 0, elements: data.len() };
         let gathered = self.exchange(call, Payload::Values(data.to_vec()))?;
-        for (rank, part) in values(&gathered).enumerate() {
-            match (rank, op) {
-                (0, _) => data.copy_from_slice(part),
-                (_, ReduceOp::Sum) => data.iter_mut().zip(part).for_each(|(sum, x)| *sum += x),
-                (_, ReduceOp::Max) => {
-                    data.iter_mut()
-                        .zip(part)
-                        .for_each(|(max, x)| *max = crate::reduce::max(*max, *x));
-                }
-            }
-        }
+        reduce(op, &gathered, data);
         Ok(())
+    }
+
+    fn start_all_reduce(
+        &self,
+        elements: usize,
+        op: ReduceOp,
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
+        let ticket = self.turns().start("all_reduce")?;
+        let call = Call { op: "all_reduce", reduce: Some(op), root: 0, elements };
+        Ok(Box::new(Started { owner: self, call, op, ticket, round: None, over: false }))
     }
 
     fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {

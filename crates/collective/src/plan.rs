@@ -103,8 +103,22 @@ fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(PIECE)).map(move |i| i * PIECE..len.min((i + 1) * PIECE))
 }
 
+/// Blocks that a started all-reduce sends ahead of its results: its ranks look at it now and then
+/// only, so what moves between two looks must fill a ring rather than a cache.
+const STARTED_AHEAD: usize = 3;
+
 /// All-reduce of `len` elements in place.
 pub(crate) fn all_reduce(size: usize, me: usize, len: usize) -> Plan {
+    all_reduce_ahead(size, me, len, 1)
+}
+
+/// As [`all_reduce`], for a call that goes on while its ranks do something else. The same sums in
+/// the same order.
+pub(crate) fn all_reduce_started(size: usize, me: usize, len: usize) -> Plan {
+    all_reduce_ahead(size, me, len, STARTED_AHEAD)
+}
+
+fn all_reduce_ahead(size: usize, me: usize, len: usize, ahead: usize) -> Plan {
     if len * 4 * (size - 1) <= SMALL_BYTES {
         let mut plan = Plan::all_to_all(size, me);
         plan.reduce_last = true;
@@ -114,13 +128,13 @@ pub(crate) fn all_reduce(size: usize, me: usize, len: usize) -> Plan {
         }
         plan
     } else if size <= DIRECT_MAX {
-        all_reduce_direct(size, me, len)
+        all_reduce_direct(size, me, len, ahead)
     } else {
         all_reduce_chain(size, me, len)
     }
 }
 
-fn all_reduce_direct(size: usize, me: usize, len: usize) -> Plan {
+fn all_reduce_direct(size: usize, me: usize, len: usize, ahead: usize) -> Plan {
     let blocks = len.div_ceil(PIECE * size);
     let piece = |block: usize, rank: usize| {
         let whole = split(len, blocks, block);
@@ -129,13 +143,13 @@ fn all_reduce_direct(size: usize, me: usize, len: usize) -> Plan {
     };
     let mut plan = Plan::all_to_all(size, me);
     for (rank, peer) in plan.others(me) {
-        // The next block's pieces go out before a block's results, which are not there yet.
-        for step in 0..=blocks {
+        // The next blocks' pieces go out before a block's results, which are not there yet.
+        for step in 0..blocks + ahead {
             if step < blocks {
                 peer.outs.push(Out { range: piece(step, rank), gate: Gate::Open });
                 peer.ins.push(In { range: piece(step, me), reduce: true });
             }
-            if let Some(block) = step.checked_sub(1) {
+            if let Some(block) = step.checked_sub(ahead) {
                 peer.outs.push(Out { range: piece(block, me), gate: Gate::Reduced(block + 1) });
                 peer.ins.push(In { range: piece(block, rank), reduce: false });
             }
@@ -371,7 +385,8 @@ mod tests {
             };
             small(all_reduce)?;
             if len > 0 {
-                small(all_reduce_direct)?;
+                small(|size, me, len| all_reduce_direct(size, me, len, 1))?;
+                small(|size, me, len| all_reduce_direct(size, me, len, STARTED_AHEAD))?;
             }
             small(all_reduce_chain)?;
         }

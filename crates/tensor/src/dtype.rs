@@ -13,6 +13,16 @@ pub enum DType {
     I8,
 }
 
+/// What matrix products round their factors to. Sums, and all other arithmetic, are f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum MatmulPrecision {
+    /// Nothing is rounded.
+    #[default]
+    F32,
+    /// Both factors are rounded to bf16, as automatic mixed precision does it.
+    Bf16,
+}
+
 impl DType {
     /// Returns the size of one element in bytes; the scales of [`DType::I8`] are extra.
     #[must_use]

@@ -46,6 +46,17 @@ fn weight(s: Linear, w: &[f32], i: usize, o: usize) -> f64 {
     })
 }
 
+/// Rounds a finite number to bf16: of the two neighbours the nearer one, or the even one.
+#[must_use]
+pub fn bf16(x: f32) -> f32 {
+    let below = f32::from_bits(x.to_bits() & 0xFFFF_0000);
+    let above = f32::from_bits((x.to_bits() & 0xFFFF_0000).wrapping_add(0x1_0000));
+    let (down, up) =
+        ((f64::from(x) - f64::from(below)).abs(), (f64::from(above) - f64::from(x)).abs());
+    let below_is_even = x.to_bits() & 0x1_0000 == 0;
+    if down < up || (down == up && below_is_even) { below } else { above }
+}
+
 /// Computes `x . w (+ bias)`.
 #[must_use]
 pub fn linear(s: Linear, x: &[f32], w: &[f32], bias: Option<&[f32]>) -> Vec<f32> {

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use drumline_tensor::cpu::simd::{self, Level};
 use drumline_tensor::reference::{self as plain, Random};
 use drumline_tensor::{
-    AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, KV_BLOCK, Linear, Loss,
-    NormKind, Normalise, Rotary, WeightLayout,
+    AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, CpuOptions, KV_BLOCK, Linear,
+    Loss, MatmulPrecision, NormKind, Normalise, Rotary, WeightLayout,
 };
 
 /// The limit on instructions is the process's: one test at a time.
@@ -18,7 +18,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 fn for_seeds(seeds: u64, test: impl Fn(&Cpu, &mut Random, &str)) {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let has = simd::level();
-    for level in [Level::Plain, Level::Avx2, Level::Avx512] {
+    for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Bf16] {
         if level > has {
             eprintln!("not tested: {level:?} is not on this processor");
             continue;
@@ -33,7 +33,7 @@ fn for_seeds(seeds: u64, test: impl Fn(&Cpu, &mut Random, &str)) {
             }
         }
     }
-    simd::limit(Level::Avx512);
+    simd::limit(Level::Avx512Bf16);
 }
 
 /// Asserts that values agree within `tolerance`, relative to the greatest of the wanted ones: a
@@ -71,6 +71,84 @@ fn linear_layers_and_their_gradients() {
         cpu.linear_grad_weight(s, &x, &dy, &mut dw, accumulate);
         assert_close(&dw, &want, 1e-5, &what);
     });
+}
+
+fn rounded(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|x| plain::bf16(*x)).collect()
+}
+
+/// Asserts that a product of factors that were rounded to bf16 is as near to the exact one as two
+/// roundings of 2^-9 each in every term allow, and the summing in f32.
+fn assert_bf16_bound(got: &[f32], exact: &[f32], magnitudes: &[f32], what: &str) {
+    for (i, ((g, e), m)) in got.iter().zip(exact).zip(magnitudes).enumerate() {
+        let bound = m * (1.0 / 256.0 + 1e-4);
+        assert!((g - e).abs() <= bound, "{what}, element {i}: got {g}, want {e} +- {bound}");
+    }
+}
+
+#[test]
+fn bf16_linear_layers_round_their_factors_and_nothing_else() {
+    for_seeds(40, |cpu, r, what| {
+        let options = CpuOptions { threads: cpu.threads(), matmul: MatmulPrecision::Bf16 };
+        let cpu = Cpu::with_options(options).unwrap();
+        let rows = if r.below(2) == 0 { 1 + r.below(18) } else { 1 + r.below(300) };
+        let layout = [WeightLayout::OutIn, WeightLayout::InOut][r.below(2)];
+        let input = if r.below(8) == 0 { 513 + r.below(700) } else { 1 + r.below(140) };
+        let s = Linear { rows, input, output: 1 + r.below(200), layout };
+        let what = format!("{what}, {s:?}");
+        let (x, w) = (r.values(rows * s.input), r.values(s.input * s.output));
+        let (bias, dy) = (r.values(s.output), r.values(rows * s.output));
+        let bias = (r.below(2) == 0).then_some(&bias[..]);
+        let [x2, w2, dy2] = [&x, &w, &dy].map(|v| rounded(v));
+        let abs = |v: &[f32]| v.iter().map(|x| x.abs()).collect::<Vec<f32>>();
+        let mut y = vec![9.0; rows * s.output];
+        cpu.linear(s, &x, &w, bias, &mut y);
+        assert_close(&y, &plain::linear(s, &x2, &w2, bias), 2e-5, &what);
+        let magnitudes = plain::linear(s, &abs(&x), &abs(&w), None);
+        assert_bf16_bound(&y, &plain::linear(s, &x, &w, bias), &magnitudes, &what);
+        let mut dx = vec![9.0; rows * s.input];
+        cpu.linear_grad_input(s, &dy, &w, &mut dx);
+        assert_close(&dx, &plain::linear_grad_input(s, &dy2, &w2), 2e-5, &what);
+        let mut dw = r.values(s.input * s.output);
+        let mut want = plain::linear_grad_weight(s, &x2, &dy2);
+        let accumulate = r.below(2) == 0;
+        if accumulate {
+            want.iter_mut().zip(&dw).for_each(|(w, d)| *w += d);
+        }
+        cpu.linear_grad_weight(s, &x, &dy, &mut dw, accumulate);
+        assert_close(&dw, &want, 2e-5, &what);
+    });
+}
+
+#[test]
+fn bf16_linear_layers_repeat_bit_for_bit_on_any_number_of_threads() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    if simd::level() < Level::Avx512Bf16 {
+        eprintln!("not tested: this processor has no AVX-512 BF16");
+        return;
+    }
+    let backend =
+        |threads| Cpu::with_options(CpuOptions { threads, matmul: MatmulPrecision::Bf16 }).unwrap();
+    let (one, three) = (backend(1), backend(3));
+    let mut r = Random::new(3);
+    for (rows, input, output) in [(700, 600, 100), (40, 70, 300), (1, 1300, 90)] {
+        let s = Linear { rows, input, output, layout: WeightLayout::OutIn };
+        let (x, w, dy) =
+            (r.values(rows * input), r.values(input * output), r.values(rows * output));
+        let run = |cpu: &Cpu| {
+            let (mut y, mut dw) = (vec![0.0; rows * output], vec![0.0; input * output]);
+            cpu.linear(s, &x, &w, None, &mut y);
+            cpu.linear_grad_weight(s, &x, &dy, &mut dw, false);
+            (y, dw)
+        };
+        assert_eq!(run(&one), run(&three), "{s:?}");
+        // A row does not depend on the others.
+        let (all, _) = run(&one);
+        let mut last = vec![0.0; output];
+        let alone = Linear { rows: 1, ..s };
+        one.linear(alone, &x[(rows - 1) * input..], &w, None, &mut last);
+        assert_eq!(last, all[(rows - 1) * output..], "{s:?}");
+    }
 }
 
 #[test]

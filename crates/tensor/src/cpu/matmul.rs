@@ -1,28 +1,29 @@
-//! Matrix products: the `gemm` crate where matrices are large, kernels of our own where a batch
-//! has few rows and the weights must be streamed once.
+//! Matrix products: panels of our own where the processor has AVX-512 and they are the faster ones,
+//! the `gemm` crate elsewhere, and where a batch has few rows a kernel that streams the weights
+//! once.
 //!
-//! Measured on the machine at hand (AVX-512, f32): `gemm` reaches 100 to 110 GFLOP/s a core on every
-//! training shape, transposed operands included, which is the processor's limit.
+//! In [`MatmulPrecision::Bf16`] both factors are rounded to bf16 on the way and the sums stay f32:
+//! by the processor's own instructions, or where it has none by rounding copies and multiplying
+//! these in f32.
 #![allow(unsafe_code, reason = "the gemm crate takes pointers; the thin kernel loads vectors")]
 
 use super::GRAIN;
+#[cfg(target_arch = "x86_64")]
+use super::panels::{
+    Format,
+    multiply::{self as panels, Extent},
+};
+use super::panels::{Operand, narrow::round_to_bf16};
 use super::pool::{Pool, Rows};
 use super::simd::{Simd, dispatched};
 use super::tile::{Tile, product};
+use crate::dtype::MatmulPrecision;
 use crate::shape::{Linear, WeightLayout};
 
 /// Up to so many rows, a product is bound by reading the weights.
 const THIN_ROWS: usize = 16;
 /// Outputs of a thin product that one task computes.
 const THIN_OUTPUTS: usize = 64;
-
-/// A matrix in memory: rows and columns may be swapped.
-#[derive(Clone, Copy)]
-struct Operand<'a> {
-    values: &'a [f32],
-    row: usize,
-    column: usize,
-}
 
 fn plain(values: &[f32], columns: usize) -> Operand<'_> {
     Operand { values, row: columns, column: 1 }
@@ -32,29 +33,73 @@ fn transposed(values: &[f32], rows: usize) -> Operand<'_> {
     Operand { values, row: 1, column: rows }
 }
 
-/// `C [m, n] (+)= A [m, k] . B [k, n]`.
-#[allow(clippy::too_many_arguments)]
-fn multiply(
-    pool: &Pool,
+/// What is multiplied: `C [m, n] (+)= A [m, k] . B [k, n] (+ bias)`.
+struct Product<'a> {
     m: usize,
     n: usize,
     k: usize,
-    a: Operand<'_>,
-    b: Operand<'_>,
-    c: &mut [f32],
+    a: Operand<'a>,
+    b: Operand<'a>,
+    bias: Option<&'a [f32]>,
     accumulate: bool,
-) {
+}
+
+fn multiply(pool: &Pool, precision: MatmulPrecision, p: &Product<'_>, c: &mut [f32]) {
+    let Product { m, n, k, a, b, .. } = *p;
     assert!(a.values.len() == m * k && b.values.len() == k * n && c.len() == m * n, "matmul");
     if m == 0 || n == 0 {
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    {
+        let format = match precision {
+            MatmulPrecision::F32 => Format::F32,
+            MatmulPrecision::Bf16 => Format::Bf16,
+        };
+        if k > 0 && format.has_kernel() && (precision == MatmulPrecision::Bf16 || ours(p)) {
+            let extent = Extent { m, n, k, accumulate: p.accumulate, scales: None, bias: p.bias };
+            panels::multiply(pool, format, extent, a, b, c);
+            return;
+        }
+    }
+    match precision {
+        MatmulPrecision::F32 => by_gemm(pool, p, c),
+        MatmulPrecision::Bf16 => pool.scratch(m * k + k * n, |rounded| {
+            let (x, w) = rounded.split_at_mut(m * k);
+            round(pool, a.values, x);
+            round(pool, b.values, w);
+            let (a, b) = (Operand { values: x, ..a }, Operand { values: w, ..b });
+            by_gemm(pool, &Product { a, b, ..*p }, c);
+        }),
+    }
+    if let Some(bias) = p.bias {
+        add_bias(pool, m, bias, c);
+    }
+}
+
+/// Returns whether our own f32 kernel is the faster one.
+#[cfg(target_arch = "x86_64")]
+fn ours(_: &Product<'_>) -> bool {
+    true
+}
+
+fn round(pool: &Pool, from: &[f32], to: &mut [f32]) {
+    let to = Rows::new(to, 1);
+    pool.split(from.len(), GRAIN, |part| {
+        // SAFETY: parts are disjoint.
+        round_to_bf16(&from[part.clone()], unsafe { to.part(part) });
+    });
+}
+
+fn by_gemm(pool: &Pool, p: &Product<'_>, c: &mut [f32]) {
+    let Product { m, n, k, a, b, accumulate, .. } = *p;
     let parallelism = if pool.threads() > 1 && m * n * k > 64 * 64 * 64 {
         gemm::Parallelism::Rayon(pool.threads())
     } else {
         gemm::Parallelism::None
     };
     let call = |c: *mut f32| {
-        // SAFETY: the assertion above covers every element that these strides reach.
+        // SAFETY: `multiply` asserts that the factors and the product have these extents.
         unsafe {
             gemm::gemm(
                 m,
@@ -97,6 +142,7 @@ fn check(s: Linear, x: usize, w: usize, y: usize) {
 
 pub(super) fn linear(
     pool: &Pool,
+    precision: MatmulPrecision,
     s: Linear,
     x: &[f32],
     w: &[f32],
@@ -104,18 +150,21 @@ pub(super) fn linear(
     y: &mut [f32],
 ) {
     check(s, x.len(), w.len(), y.len());
-    if s.rows <= THIN_ROWS {
+    assert!(bias.is_none_or(|b| b.len() == s.output), "bias");
+    if s.rows <= THIN_ROWS && precision == MatmulPrecision::F32 {
         thin(pool, s, x, w, y);
-    } else {
-        let w = match s.layout {
-            WeightLayout::OutIn => transposed(w, s.input),
-            WeightLayout::InOut => plain(w, s.output),
-        };
-        multiply(pool, s.rows, s.output, s.input, plain(x, s.input), w, y, false);
+        if let Some(bias) = bias {
+            add_bias(pool, s.rows, bias, y);
+        }
+        return;
     }
-    if let Some(bias) = bias {
-        add_bias(pool, s, bias, y);
-    }
+    let b = match s.layout {
+        WeightLayout::OutIn => transposed(w, s.input),
+        WeightLayout::InOut => plain(w, s.output),
+    };
+    let (m, n, k) = (s.rows, s.output, s.input);
+    let p = Product { m, n, k, a: plain(x, k), b, bias, accumulate: false };
+    multiply(pool, precision, &p, y);
 }
 
 #[inline(always)]
@@ -129,26 +178,35 @@ fn bias_body<S: Simd>(_: S, bias: &[f32], y: &mut [f32]) {
 
 dispatched! { fn bias_part(bias: &[f32], y: &mut [f32]) = bias_body; }
 
-fn add_bias(pool: &Pool, s: Linear, bias: &[f32], y: &mut [f32]) {
-    assert_eq!(bias.len(), s.output, "bias");
-    let rows = Rows::new(y, s.output);
-    pool.split(s.rows, (GRAIN / s.output).max(1), |part| {
+fn add_bias(pool: &Pool, rows: usize, bias: &[f32], y: &mut [f32]) {
+    let out = Rows::new(y, bias.len());
+    pool.split(rows, (GRAIN / bias.len()).max(1), |part| {
         // SAFETY: parts are disjoint.
-        bias_part(bias, unsafe { rows.part(part) });
+        bias_part(bias, unsafe { out.part(part) });
     });
 }
 
-pub(super) fn linear_grad_input(pool: &Pool, s: Linear, dy: &[f32], w: &[f32], dx: &mut [f32]) {
+pub(super) fn linear_grad_input(
+    pool: &Pool,
+    precision: MatmulPrecision,
+    s: Linear,
+    dy: &[f32],
+    w: &[f32],
+    dx: &mut [f32],
+) {
     check(s, dx.len(), w.len(), dy.len());
-    let w = match s.layout {
+    let b = match s.layout {
         WeightLayout::OutIn => plain(w, s.input),
         WeightLayout::InOut => transposed(w, s.output),
     };
-    multiply(pool, s.rows, s.input, s.output, plain(dy, s.output), w, dx, false);
+    let (m, n, k) = (s.rows, s.input, s.output);
+    let p = Product { m, n, k, a: plain(dy, k), b, bias: None, accumulate: false };
+    multiply(pool, precision, &p, dx);
 }
 
 pub(super) fn linear_grad_weight(
     pool: &Pool,
+    precision: MatmulPrecision,
     s: Linear,
     x: &[f32],
     dy: &[f32],
@@ -156,15 +214,18 @@ pub(super) fn linear_grad_weight(
     accumulate: bool,
 ) {
     check(s, x.len(), dw.len(), dy.len());
-    let (i, o) = (s.input, s.output);
-    match s.layout {
+    let (i, o, k) = (s.input, s.output, s.rows);
+    let p = match s.layout {
         WeightLayout::OutIn => {
-            multiply(pool, o, i, s.rows, transposed(dy, o), plain(x, i), dw, accumulate);
+            let (a, b) = (transposed(dy, o), plain(x, i));
+            Product { m: o, n: i, k, a, b, bias: None, accumulate }
         }
         WeightLayout::InOut => {
-            multiply(pool, i, o, s.rows, transposed(x, i), plain(dy, o), dw, accumulate);
+            let (a, b) = (transposed(x, i), plain(dy, o));
+            Product { m: i, n: o, k, a, b, bias: None, accumulate }
         }
-    }
+    };
+    multiply(pool, precision, &p, dw);
 }
 
 /// Few rows: every weight is read once, by the task that owns its outputs.

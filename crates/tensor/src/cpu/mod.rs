@@ -1,8 +1,7 @@
 //! The CPU backend: f32, vectorised for the processor that it finds, on a thread pool of its own.
 //!
-//! Results depend on shapes and values alone for every operation except large matrix products,
-//! whose blocking also depends on the number of threads; for a given number they repeat bit for
-//! bit.
+//! Results depend on shapes and values alone, not on the number of threads; only where the `gemm`
+//! crate multiplies (processors without AVX-512) do they repeat for a given number alone.
 
 mod activation;
 mod attention;
@@ -12,6 +11,7 @@ mod loss;
 mod matmul;
 mod norm;
 mod optimizer;
+mod panels;
 mod pool;
 mod rotary;
 pub mod simd;
@@ -20,6 +20,7 @@ mod tile;
 use std::ops::Range;
 
 use crate::backend::{AdamW, Backend, TensorError};
+use crate::dtype::MatmulPrecision;
 use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
 use pool::Pool;
 
@@ -55,9 +56,19 @@ impl CpuBuffer {
     }
 }
 
+/// How a [`Cpu`] works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuOptions {
+    /// Threads of its own, at least 1; with one, it uses the caller's.
+    pub threads: usize,
+    /// What matrix products of [`Backend::linear`] and its gradients round their factors to.
+    pub matmul: MatmulPrecision,
+}
+
 /// The CPU as a device: one rank's share of its cores.
 pub struct Cpu {
     pool: Pool,
+    matmul: MatmulPrecision,
 }
 
 impl Cpu {
@@ -66,7 +77,21 @@ impl Cpu {
     /// # Errors
     /// [`TensorError::Threads`].
     pub fn new(threads: usize) -> Result<Self, TensorError> {
-        Ok(Self { pool: Pool::new(threads)? })
+        Self::with_options(CpuOptions { threads, matmul: MatmulPrecision::F32 })
+    }
+
+    /// Creates a backend.
+    ///
+    /// # Errors
+    /// [`TensorError::Threads`].
+    pub fn with_options(options: CpuOptions) -> Result<Self, TensorError> {
+        Ok(Self { pool: Pool::new(options.threads)?, matmul: options.matmul })
+    }
+
+    /// Returns what matrix products round their factors to.
+    #[must_use]
+    pub fn matmul_precision(&self) -> MatmulPrecision {
+        self.matmul
     }
 
     /// Returns the number of threads that operations are spread over.
@@ -75,10 +100,16 @@ impl Cpu {
         self.pool.threads()
     }
 
+    /// Reads values as fast as memory gives them, and returns a sum that depends on them all.
+    pub(crate) fn read_through(&self, values: &[f32]) -> f32 {
+        optimizer::read_through(&self.pool, values)
+    }
+
     /// Returns the vector instructions in use, for reports.
     #[must_use]
     pub fn instructions() -> &'static str {
         match simd::level() {
+            simd::Level::Avx512Bf16 => "avx512 with bf16",
             simd::Level::Avx512 => "avx512",
             simd::Level::Avx2 => "avx2",
             simd::Level::Plain => "plain",
@@ -151,11 +182,11 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, s: Linear, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
-        matmul::linear(&self.pool, s, x, w, bias, y);
+        matmul::linear(&self.pool, self.matmul, s, x, w, bias, y);
     }
 
     fn linear_grad_input(&self, s: Linear, dy: &[f32], w: &[f32], dx: &mut [f32]) {
-        matmul::linear_grad_input(&self.pool, s, dy, w, dx);
+        matmul::linear_grad_input(&self.pool, self.matmul, s, dy, w, dx);
     }
 
     fn linear_grad_weight(
@@ -166,7 +197,7 @@ impl Backend for Cpu {
         dw: &mut [f32],
         accumulate: bool,
     ) {
-        matmul::linear_grad_weight(&self.pool, s, x, dy, dw, accumulate);
+        matmul::linear_grad_weight(&self.pool, self.matmul, s, x, dy, dw, accumulate);
     }
 
     fn add_column_sums(&self, rows: usize, columns: usize, values: &[f32], sums: &mut [f32]) {

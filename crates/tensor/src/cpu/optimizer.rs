@@ -23,6 +23,35 @@ dispatched! {
     fn adamw_part(a: AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) = adamw_body;
 }
 
+#[inline(always)]
+fn read_body<S: Simd>(s: S, values: &[f32]) -> f32 {
+    let mut sums = [s.splat(0.0); 8];
+    for block in values.chunks_exact(8 * S::LANES) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: the block has eight vectors.
+            *sum = s.add(*sum, unsafe { s.load(block.as_ptr().add(i * S::LANES)) });
+        }
+    }
+    let sum = sums.into_iter().reduce(|a, b| s.add(a, b)).unwrap_or(s.splat(0.0));
+    s.sum(sum)
+}
+
+dispatched! { fn read_part(values: &[f32]) -> f32 = read_body; }
+
+/// Adds values up, but for the last few, only to read them: 1 MiB to a task.
+pub(super) fn read_through(pool: &Pool, values: &[f32]) -> f32 {
+    let grain = 256 << 10;
+    let mut sums = vec![0.0; values.len().div_ceil(grain)];
+    let out = Rows::new(&mut sums, 1);
+    pool.split(values.len(), grain, |part| {
+        let at = part.start / grain;
+        // SAFETY: each task has a sum of its own.
+        let to = unsafe { out.part(at..at + 1) };
+        to[0] = read_part(&values[part]);
+    });
+    sums.iter().sum()
+}
+
 pub(super) fn adamw(
     pool: &Pool,
     step: AdamW,

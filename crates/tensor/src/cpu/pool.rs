@@ -59,12 +59,22 @@ impl Pool {
         }
     }
 
+    /// Takes the smallest scratch that is large enough, or the largest.
+    fn take(&self, elements: usize) -> Vec<f32> {
+        let mut list = self.scratch.lock().expect("no kernel panics while it holds the list");
+        let fit = |b: &Vec<f32>| {
+            (b.len() < elements, if b.len() < elements { usize::MAX - b.len() } else { b.len() })
+        };
+        let best = (0..list.len()).min_by_key(|i| fit(&list[*i]));
+        best.map_or_else(Vec::new, |i| list.swap_remove(i))
+    }
+
     /// Lends `f` scratch memory of `elements`, with arbitrary values in it, and keeps it for the
     /// next call.
     pub(crate) fn scratch<R>(&self, elements: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        let taken = self.scratch.lock().expect("no kernel panics while it holds the list").pop();
-        let mut buffer = taken.unwrap_or_default();
+        let mut buffer = self.take(elements);
         if buffer.len() < elements {
+            buffer.clear();
             buffer.resize(elements, 0.0);
         }
         let result = f(&mut buffer[..elements]);

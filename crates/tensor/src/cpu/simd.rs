@@ -241,10 +241,12 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, VL, BW and DQ.
     Avx512,
+    /// These, and AVX-512 BF16 and VBMI.
+    Avx512Bf16,
 }
 
 /// The most that may be used, as a number of [`Level`].
-static LIMIT: AtomicU8 = AtomicU8::new(Level::Avx512 as u8);
+static LIMIT: AtomicU8 = AtomicU8::new(Level::Avx512Bf16 as u8);
 
 /// Forbids this process instructions beyond `level`, so that tests and measurements reach the
 /// paths of older processors. The `gemm` crate makes its own choice.
@@ -266,7 +268,10 @@ pub fn level() -> Level {
             && std::arch::is_x86_feature_detected!("avx512bw")
             && std::arch::is_x86_feature_detected!("avx512dq")
         {
-            return Level::Avx512;
+            let more = limit >= Level::Avx512Bf16 as u8
+                && std::arch::is_x86_feature_detected!("avx512bf16")
+                && std::arch::is_x86_feature_detected!("avx512vbmi");
+            return if more { Level::Avx512Bf16 } else { Level::Avx512 };
         }
         if limit >= Level::Avx2 as u8
             && std::arch::is_x86_feature_detected!("avx2")
@@ -303,7 +308,7 @@ macro_rules! dispatched {
                 }
                 match $crate::cpu::simd::level() {
                     // SAFETY: the processor was asked.
-                    $crate::cpu::simd::Level::Avx512 => return unsafe { wide($($arg),*) },
+                    $crate::cpu::simd::Level::Avx512 | $crate::cpu::simd::Level::Avx512Bf16 => return unsafe { wide($($arg),*) },
                     // SAFETY: the processor was asked.
                     $crate::cpu::simd::Level::Avx2 => return unsafe { narrow($($arg),*) },
                     $crate::cpu::simd::Level::Plain => {}

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use drumline_spec::DeviceKind;
+use drumline_spec::{DeviceKind, Toleration};
 use drumline_types::{Bytes, NodeName};
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +56,17 @@ pub struct Taint {
     pub value: String,
 }
 
+impl Taint {
+    /// Returns whether one of `tolerations` endures this taint.
+    #[must_use]
+    pub fn tolerated(&self, tolerations: &[Toleration]) -> bool {
+        tolerations.iter().any(|toleration| {
+            toleration.key == self.key
+                && toleration.value.as_ref().is_none_or(|value| *value == self.value)
+        })
+    }
+}
+
 impl fmt::Display for Taint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.value.is_empty() {
@@ -73,7 +84,7 @@ pub enum Ineligible {
     NotReady,
     /// An administrator closed it.
     Cordoned,
-    /// It has a taint; no gang tolerates any yet.
+    /// It has a taint that the gang does not tolerate.
     Tainted,
 }
 
@@ -85,6 +96,18 @@ impl fmt::Display for Ineligible {
             Self::Tainted => "tainted",
         })
     }
+}
+
+/// What others than this scheduler use of a node, such as the pods of another scheduler.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct External {
+    /// Processor time, in thousandths of a core.
+    pub cpu_milli: u64,
+    /// Main memory.
+    pub memory: Bytes,
+    /// Thousandths of each device, by its index.
+    pub devices: BTreeMap<u32, u32>,
 }
 
 /// One machine of the fleet.
@@ -109,6 +132,9 @@ pub struct Node {
     pub memory: Bytes,
     /// Its devices, by index.
     pub devices: Vec<Device>,
+    /// What others use of it.
+    #[serde(default)]
+    pub external: External,
 }
 
 impl Node {
@@ -125,6 +151,7 @@ impl Node {
             cpu_milli: 0,
             memory: Bytes(0),
             devices,
+            external: External::default(),
         }
     }
 
@@ -135,14 +162,22 @@ impl Node {
         self
     }
 
-    /// Returns why the node takes no new work, the first cause if there are several.
+    /// Returns why the node takes no new work that tolerates nothing, the first cause if there are
+    /// several.
     #[must_use]
     pub fn ineligible(&self) -> Option<Ineligible> {
+        self.ineligible_for(&[])
+    }
+
+    /// Returns why the node takes no new work that tolerates this much, the first cause if there
+    /// are several.
+    #[must_use]
+    pub fn ineligible_for(&self, tolerations: &[Toleration]) -> Option<Ineligible> {
         if !self.ready {
             Some(Ineligible::NotReady)
         } else if self.cordoned {
             Some(Ineligible::Cordoned)
-        } else if !self.taints.is_empty() {
+        } else if !self.taints.iter().all(|taint| taint.tolerated(tolerations)) {
             Some(Ineligible::Tainted)
         } else {
             None

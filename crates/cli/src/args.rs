@@ -17,6 +17,7 @@ use crate::commands::logs::LogsArgs;
 use crate::commands::manifests::{ExplainArgs, ValidateArgs};
 use crate::commands::nodes::NodesArgs;
 use crate::commands::plan::PlanArgs;
+use crate::commands::queues::{HoldArgs, QueuesArgs, SnapshotArgs};
 use crate::commands::serve::ServeArgs;
 use crate::commands::sim::SimArgs;
 use crate::commands::submit::SubmitArgs;
@@ -146,6 +147,14 @@ pub enum Command {
     Wait(WaitArgs),
     /// Cancel jobs, or end services.
     Cancel(CancelArgs),
+    /// Hold waiting jobs back.
+    Hold(HoldArgs),
+    /// Let jobs go that are held.
+    Release(HoldArgs),
+    /// List queues, or delete one.
+    Queues(QueuesArgs),
+    /// Save what the scheduler knows to a file.
+    Snapshot(SnapshotArgs),
     /// List nodes, their devices and who holds them.
     Nodes(NodesArgs),
     /// Watch the fleet and its jobs.

@@ -76,6 +76,12 @@ async fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Command::Logs(args) => commands::logs::run(&args, &global.access()?).await,
         Command::Wait(args) => commands::wait::run(&args, &global.access()?, format).await,
         Command::Cancel(args) => commands::jobs::cancel(&args, &global.access()?, format).await,
+        Command::Hold(args) => commands::queues::hold(&args, true, &global.access()?, format).await,
+        Command::Release(args) => {
+            commands::queues::hold(&args, false, &global.access()?, format).await
+        }
+        Command::Queues(args) => commands::queues::run(&args, &global.access()?, format).await,
+        Command::Snapshot(args) => commands::queues::snapshot(&args, &global.access()?).await,
         Command::Nodes(args) => commands::nodes::run(&args, &global.access()?, format).await,
         Command::Data(args) => commands::data::run(args, &global.access()?, format).await,
         Command::Bench(args) => bench::run(&args, format).await,

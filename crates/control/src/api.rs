@@ -231,13 +231,15 @@ impl Handle {
             "" => "manifest",
             name => name,
         };
-        let specs = manifest::parse(&request.manifests, source).map_err(|mistakes| {
+        let parsed = manifest::parse_all(&request.manifests, source);
+        let manifest::Manifests { queues, jobs: specs } = parsed.map_err(|mistakes| {
             let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
             ApiError::Invalid(lines.join("\n"))
         })?;
+        let queue_names: Vec<String> = queues.iter().map(|queue| queue.name.to_string()).collect();
         if request.dry_run {
-            let jobs = self.ask(|reply| Input::Preview { specs, reply }).await?;
-            return Ok(v1::SubmitResponse { jobs });
+            let jobs = self.ask(|reply| Input::Preview { specs, queues, reply }).await?;
+            return Ok(v1::SubmitResponse { jobs, queues: queue_names });
         }
         let told: Vec<_> = specs
             .iter()
@@ -246,7 +248,7 @@ impl Handle {
         let hash = stable_hash(request.manifests.as_bytes());
         let (user, key) = (request.user.clone(), request.idempotency_key.clone());
         let ids = self
-            .ask(|reply| Input::Submit { specs, user, idempotency_key: key, hash, reply })
+            .ask(|reply| Input::Submit { specs, queues, user, idempotency_key: key, hash, reply })
             .await?;
         let jobs = ids
             .into_iter()
@@ -259,7 +261,7 @@ impl Handle {
                 ..v1::SubmittedJob::default()
             })
             .collect();
-        Ok(v1::SubmitResponse { jobs })
+        Ok(v1::SubmitResponse { jobs, queues: queue_names })
     }
 
     /// Ends a job; returns it as it is then.
@@ -271,10 +273,7 @@ impl Handle {
         request: v1::CancelJobRequest,
         peer: &str,
     ) -> Result<v1::JobView, ApiError> {
-        if request.user.len() > 128 || request.user.chars().any(char::is_control) {
-            let message = "user must be at most 128 bytes of visible text".to_owned();
-            return Err(ApiError::Invalid(message));
-        }
+        check_user(&request.user)?;
         let job = self.find(&request.id)?.state().job.clone();
         let user = request.user.clone();
         let outcome = self.ask(|reply| Input::Cancel { job, user, reply }).await;
@@ -283,6 +282,68 @@ impl Handle {
         self.0.audit.record(&request.user, peer, "cancel", ids, &word).await;
         outcome?;
         self.get_job(&request.id)
+    }
+
+    /// Holds a waiting job back, or lets it go; returns it as it is then.
+    ///
+    /// # Errors
+    /// [`ApiError::NotFound`]; [`ApiError::Invalid`] when it does not wait.
+    pub async fn hold(
+        &self,
+        request: v1::HoldJobRequest,
+        peer: &str,
+    ) -> Result<v1::JobView, ApiError> {
+        check_user(&request.user)?;
+        let job = self.find(&request.id)?.state().job.clone();
+        let held = request.held;
+        let outcome = self.ask(|reply| Input::Hold { job, held, reply }).await;
+        let (what, ids) =
+            (if held { "hold" } else { "release" }, std::slice::from_ref(&request.id));
+        let word = outcome.as_ref().map_or_else(ToString::to_string, |()| "ok".to_owned());
+        self.0.audit.record(&request.user, peer, what, ids, &word).await;
+        outcome?;
+        self.get_job(&request.id)
+    }
+
+    /// Returns every queue with what it uses, parents before their children.
+    ///
+    /// # Errors
+    /// [`ApiError::Unavailable`].
+    pub async fn list_queues(&self) -> Result<v1::ListQueuesResponse, ApiError> {
+        let queues = self.ask(|reply| Input::Queues { reply }).await?;
+        Ok(v1::ListQueuesResponse { queues })
+    }
+
+    /// Deletes a queue.
+    ///
+    /// # Errors
+    /// [`ApiError::NotFound`]; [`ApiError::Invalid`] while it has children or jobs.
+    pub async fn delete_queue(
+        &self,
+        request: v1::DeleteQueueRequest,
+        peer: &str,
+    ) -> Result<v1::DeleteQueueResponse, ApiError> {
+        check_user(&request.user)?;
+        let shown = crate::convert::cut(&request.name, 80);
+        let Ok(queue) = request.name.parse() else {
+            return Err(crate::queues::no_such_queue(&shown, std::iter::empty()));
+        };
+        let outcome = self.ask(|reply| Input::DeleteQueue { queue, reply }).await;
+        let word = outcome.as_ref().map_or_else(ToString::to_string, |()| "ok".to_owned());
+        self.0.audit.record(&request.user, peer, "delete queue", &[shown.to_string()], &word).await;
+        outcome?;
+        Ok(v1::DeleteQueueResponse {})
+    }
+
+    /// Returns everything that decisions depend on, as JSON.
+    ///
+    /// # Errors
+    /// [`ApiError::Unavailable`].
+    pub async fn snapshot(&self) -> Result<v1::SnapshotResponse, ApiError> {
+        let saved = self.ask(|reply| Input::Snapshot { reply }).await?;
+        let json = serde_json::to_string(&*saved)
+            .map_err(|error| ApiError::Internal(format!("the state is no JSON: {error}")))?;
+        Ok(v1::SnapshotResponse { json })
     }
 
     pub(crate) fn find(&self, id: &str) -> Result<Arc<Job>, ApiError> {
@@ -321,6 +382,24 @@ impl Handle {
     pub fn get_job(&self, id: &str) -> Result<v1::JobView, ApiError> {
         let job = self.find(id)?;
         Ok(view::job(&job, &self.board()?.gateway_url(), true))
+    }
+
+    /// Returns one job, as [`Self::get_job`]; one that waits with its full explanation of now.
+    ///
+    /// # Errors
+    /// [`ApiError::NotFound`].
+    pub async fn describe(&self, id: &str) -> Result<v1::JobView, ApiError> {
+        let mut view = self.get_job(id)?;
+        let job = self.find(id)?;
+        if job.state().phase == drumline_types::JobPhase::Pending {
+            let job = job.state().job.clone();
+            if let Some(why) = self.ask(|reply| Input::Explain { job, reply }).await? {
+                why.reason.token().clone_into(&mut view.reason);
+                why.reason.remedy().clone_into(&mut view.remedy);
+                view.message = why.message;
+            }
+        }
+        Ok(view)
     }
 
     /// Returns every node.
@@ -474,4 +553,11 @@ impl Handle {
         })?;
         Ok((attempt, node))
     }
+}
+
+fn check_user(user: &str) -> Result<(), ApiError> {
+    if user.len() > 128 || user.chars().any(char::is_control) {
+        return Err(ApiError::Invalid("user must be at most 128 bytes of visible text".to_owned()));
+    }
+    Ok(())
 }

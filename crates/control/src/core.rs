@@ -7,8 +7,8 @@ use std::sync::Arc;
 use drumline_cluster::{Change, Request};
 use drumline_lifecycle::{Action, Event, State, deadline, step};
 use drumline_ports::store::Revision;
-use drumline_spec::JobSpec;
-use drumline_types::{Attempt, JobId, JobPhase, NodeName, Timestamp};
+use drumline_spec::{JobSpec, QueueSpec};
+use drumline_types::{Attempt, JobId, JobPhase, NodeName, QueueName, Timestamp};
 use drumline_wire::v1;
 use drumline_wire::v1::agent_down::Kind as Down;
 use drumline_wire::v1::agent_up::Kind as Up;
@@ -75,6 +75,10 @@ pub(crate) struct Core {
     pub(crate) active: BTreeSet<JobId>,
     pub(crate) submissions: BTreeMap<String, Submission>,
     pub(crate) desk: Desk,
+    /// Every queue that was made.
+    pub(crate) queues: BTreeMap<QueueName, QueueSpec>,
+    /// Queues whose stored part has changed.
+    pub(crate) dirty_queues: BTreeSet<QueueName>,
     pub(crate) fleet: Fleet,
     pub(crate) metrics: Metrics,
     pub(crate) term: u64,
@@ -107,6 +111,8 @@ impl Core {
             active: BTreeSet::new(),
             submissions: loaded.submissions,
             desk: Desk::new(term),
+            queues: BTreeMap::new(),
+            dirty_queues: BTreeSet::new(),
             patience_until: now.plus_ms(fleet.grace_ms),
             fleet,
             metrics,
@@ -119,6 +125,7 @@ impl Core {
             incident: None,
             ended_jobs_max,
         };
+        core.recover_queues(loaded.queues, now);
         for (id, job) in loaded.jobs {
             let state = job.state();
             core.stale.insert(id.clone());
@@ -133,6 +140,9 @@ impl Core {
                 core.desk.apply(adopted(&id, &job), now);
             } else if !state.phase.is_terminal() {
                 core.desk.apply(submitted(&id, &job), now);
+                if state.held {
+                    core.desk.apply(Change::Held { job: id.clone(), held: true }, now);
+                }
             }
             core.jobs.insert(id, job);
         }
@@ -230,6 +240,7 @@ impl Core {
     pub(crate) fn submit(
         &mut self,
         specs: Vec<JobSpec>,
+        queues: Vec<QueueSpec>,
         user: &str,
         key: &str,
         hash: u64,
@@ -253,6 +264,7 @@ impl Core {
                 self.active.len()
             )));
         }
+        self.put_queues(queues, now)?;
         let mut ids = Vec::new();
         for spec in specs {
             let id = self.fresh_id(&spec.name)?;
@@ -496,7 +508,7 @@ impl Core {
 
     /// Takes the writes that are due: new jobs in groups of their submission, others by themselves.
     pub(crate) fn take_writes(&mut self) -> Result<Vec<Group>, ReignEnded> {
-        let mut groups = Vec::new();
+        let mut groups = self.take_queue_writes()?;
         for new in std::mem::take(&mut self.new) {
             let mut group = Group::default();
             for id in &new.ids {

@@ -5,6 +5,7 @@ use drumline_audit::{CheckedPlan, check};
 use drumline_cluster::{Change, Node, Snapshot};
 use drumline_placement::{Cycle, Seed};
 use drumline_scheduler::{Options, Saved, Scheduler};
+use drumline_spec::QueueSpec;
 use drumline_types::{Explanation, NodeName, Reason, Timestamp};
 
 /// What one look at the fleet led to.
@@ -105,8 +106,20 @@ impl Desk {
     }
 
     /// Says what a cycle would decide if these were submitted; nothing is kept.
-    pub(crate) fn preview(&self, requests: &[drumline_cluster::Request], now: Timestamp) -> Cycle {
-        self.scheduler.preview(requests, now)
+    pub(crate) fn preview(
+        &self,
+        queues: Vec<QueueSpec>,
+        requests: &[drumline_cluster::Request],
+        now: Timestamp,
+    ) -> Result<Cycle, drumline_cluster::ChangeError> {
+        if queues.is_empty() {
+            return Ok(self.scheduler.preview(requests, now));
+        }
+        let mut trial = self.scheduler.clone();
+        for queue in queues {
+            trial.apply(Change::Queue { queue: Box::new(queue) }, now)?;
+        }
+        Ok(trial.preview(requests, now))
     }
 
     /// Explains in full why a job waits.

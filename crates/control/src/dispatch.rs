@@ -37,7 +37,7 @@ pub(crate) struct Dispatcher {
 /// An answer that waits for what it says to be durable.
 enum Answer {
     Submitted(Reply<Vec<drumline_types::JobId>>, Vec<drumline_types::JobId>),
-    Cancelled(Reply<()>),
+    Done(Reply<()>),
 }
 
 impl Dispatcher {
@@ -98,20 +98,37 @@ impl Dispatcher {
         let mut answers = Vec::new();
         for input in batch.drain(..) {
             match input {
-                Input::Submit { specs, user, idempotency_key, hash, reply } => {
-                    match self.core.submit(specs, &user, &idempotency_key, hash, now) {
+                Input::Submit { specs, queues, user, idempotency_key, hash, reply } => {
+                    match self.core.submit(specs, queues, &user, &idempotency_key, hash, now) {
                         Ok(ids) => answers.push(Answer::Submitted(reply, ids)),
                         Err(error) => drop(reply.send(Err(error))),
                     }
                 }
-                Input::Preview { specs, reply } => {
-                    let _ = reply.send(self.core.preview(&specs, now));
+                Input::Preview { specs, queues, reply } => {
+                    let _ = reply.send(self.core.preview(&specs, queues, now));
+                }
+                Input::DeleteQueue { queue, reply } => match self.core.delete_queue(&queue, now) {
+                    Ok(()) => answers.push(Answer::Done(reply)),
+                    Err(error) => drop(reply.send(Err(error))),
+                },
+                Input::Hold { job, held, reply } => match self.core.hold(&job, held, now) {
+                    Ok(()) => answers.push(Answer::Done(reply)),
+                    Err(error) => drop(reply.send(Err(error))),
+                },
+                Input::Snapshot { reply } => {
+                    let _ = reply.send(Ok(Box::new(self.core.desk.save())));
+                }
+                Input::Explain { job, reply } => {
+                    let _ = reply.send(Ok(self.core.desk.explain(&job, now)));
+                }
+                Input::Queues { reply } => {
+                    let _ = reply.send(Ok(self.core.queue_views()));
                 }
                 Input::Cancel { job, user, reply } => {
                     if self.core.jobs.contains_key(&job) {
                         let event = drumline_lifecycle::Event::Cancel { user };
                         self.core.apply(&job, event, now);
-                        answers.push(Answer::Cancelled(reply));
+                        answers.push(Answer::Done(reply));
                     } else {
                         let _ = reply.send(Err(ApiError::no_such_job(job.as_str())));
                     }
@@ -170,7 +187,7 @@ impl Dispatcher {
         for answer in answers {
             match answer {
                 Answer::Submitted(reply, ids) => drop(reply.send(Ok(ids))),
-                Answer::Cancelled(reply) => drop(reply.send(Ok(()))),
+                Answer::Done(reply) => drop(reply.send(Ok(()))),
             }
         }
         Ok(())

@@ -79,7 +79,7 @@ impl Control for Api {
         &self,
         request: Request<v1::GetJobRequest>,
     ) -> Result<Response<v1::JobView>, Status> {
-        Ok(Response::new(self.handle.get_job(&request.get_ref().id)?))
+        Ok(Response::new(self.handle.describe(&request.get_ref().id).await?))
     }
 
     async fn watch_job(
@@ -106,6 +106,36 @@ impl Control for Api {
     ) -> Result<Response<v1::JobView>, Status> {
         let peer = peer(&request);
         Ok(Response::new(self.handle.cancel(request.into_inner(), &peer).await?))
+    }
+
+    async fn hold_job(
+        &self,
+        request: Request<v1::HoldJobRequest>,
+    ) -> Result<Response<v1::JobView>, Status> {
+        let peer = peer(&request);
+        Ok(Response::new(self.handle.hold(request.into_inner(), &peer).await?))
+    }
+
+    async fn list_queues(
+        &self,
+        _: Request<v1::ListQueuesRequest>,
+    ) -> Result<Response<v1::ListQueuesResponse>, Status> {
+        Ok(Response::new(self.handle.list_queues().await?))
+    }
+
+    async fn delete_queue(
+        &self,
+        request: Request<v1::DeleteQueueRequest>,
+    ) -> Result<Response<v1::DeleteQueueResponse>, Status> {
+        let peer = peer(&request);
+        Ok(Response::new(self.handle.delete_queue(request.into_inner(), &peer).await?))
+    }
+
+    async fn snapshot(
+        &self,
+        _: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::SnapshotResponse>, Status> {
+        Ok(Response::new(self.handle.snapshot().await?))
     }
 
     async fn logs(

@@ -5,6 +5,7 @@
 //! | `/drumline/leader` | who leads |
 //! | `/drumline/jobs/ID/spec` | the spec, written once |
 //! | `/drumline/jobs/ID/state` | the gang's state, its history and its last figures |
+//! | `/drumline/queues/NAME` | a queue |
 //! | `/drumline/submissions/KEY` | the jobs of an idempotency key |
 //! | `/drumline/writers/...` | slots that settle writes whose answer was lost |
 
@@ -13,7 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drumline_ports::store::{Compare, Leadership, Op, Revision, Store, Txn, Writer, json};
-use drumline_types::{JobId, Timestamp};
+use drumline_spec::QueueSpec;
+use drumline_types::{JobId, QueueName, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, StoredSpec, StoredState};
@@ -23,6 +25,7 @@ use crate::options::ReignEnded;
 /// The office that leaders are elected to.
 pub(crate) const LEADER: &str = "/drumline/leader";
 const JOBS: &str = "/drumline/jobs/";
+const QUEUES: &str = "/drumline/queues/";
 const SUBMISSIONS: &str = "/drumline/submissions/";
 const WRITERS: &str = "/drumline/writers";
 /// Operations in one transaction; the store's limit is 128, some of which the writer needs.
@@ -46,6 +49,7 @@ pub(crate) struct Submission {
 pub(crate) struct Loaded {
     pub(crate) jobs: BTreeMap<JobId, Job>,
     pub(crate) submissions: BTreeMap<String, Submission>,
+    pub(crate) queues: BTreeMap<QueueName, QueueSpec>,
 }
 
 /// Writes that belong together: all of them, or none.
@@ -90,6 +94,20 @@ impl Group {
     ) -> Result<(), ReignEnded> {
         let key = format!("{SUBMISSIONS}{key}");
         self.ops.push(Op::put(&key, json::encode(&key, submission)?));
+        Ok(())
+    }
+
+    /// Adds a queue, or its removal.
+    pub(crate) fn put_queue(
+        &mut self,
+        name: &QueueName,
+        queue: Option<&QueueSpec>,
+    ) -> Result<(), ReignEnded> {
+        let key = format!("{QUEUES}{name}");
+        self.ops.push(match queue {
+            Some(queue) => Op::put(&key, json::encode(&key, queue)?),
+            None => Op::delete(key),
+        });
         Ok(())
     }
 
@@ -156,6 +174,12 @@ impl Ledger {
             let Some(spec) = specs.remove(&id) else { continue };
             let spec_json = serde_json::to_string(&spec.spec).unwrap_or_default();
             loaded.jobs.insert(id, Job::from_stored(spec, spec_json, state, Some(revision)));
+        }
+        for kv in self.store.range(QUEUES).await?.items {
+            match json::decode::<QueueSpec>(&kv) {
+                Ok(queue) => drop(loaded.queues.insert(queue.name.clone(), queue)),
+                Err(error) => tracing::error!(key = %kv.key, %error, "a queue cannot be read"),
+            }
         }
         for kv in self.store.range(SUBMISSIONS).await?.items {
             let key = kv.key.strip_prefix(SUBMISSIONS).unwrap_or_default().to_owned();

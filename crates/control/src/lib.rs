@@ -27,6 +27,7 @@ mod logs;
 mod message;
 mod metrics;
 pub mod options;
+mod queues;
 mod schedule;
 mod series;
 pub mod service;

@@ -1,7 +1,8 @@
 //! What the dispatcher takes, one at a time.
 
-use drumline_spec::JobSpec;
-use drumline_types::{JobId, NodeName};
+use drumline_scheduler::Saved;
+use drumline_spec::{JobSpec, QueueSpec};
+use drumline_types::{Explanation, JobId, NodeName, QueueName};
 use drumline_wire::v1;
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,6 +23,7 @@ pub(crate) enum Input {
     /// Store these jobs, all or none.
     Submit {
         specs: Vec<JobSpec>,
+        queues: Vec<QueueSpec>,
         user: String,
         /// The key and the hash of what came with it; empty: none.
         idempotency_key: String,
@@ -29,7 +31,17 @@ pub(crate) enum Input {
         reply: Reply<Vec<JobId>>,
     },
     /// Say where these jobs would go now.
-    Preview { specs: Vec<JobSpec>, reply: Reply<Vec<v1::SubmittedJob>> },
+    Preview { specs: Vec<JobSpec>, queues: Vec<QueueSpec>, reply: Reply<Vec<v1::SubmittedJob>> },
+    /// Delete a queue.
+    DeleteQueue { queue: QueueName, reply: Reply<()> },
+    /// Hold a waiting job back, or let it go.
+    Hold { job: JobId, held: bool, reply: Reply<()> },
+    /// Return all that decisions depend on.
+    Snapshot { reply: Reply<Box<Saved>> },
+    /// Explain in full why a job waits.
+    Explain { job: JobId, reply: Reply<Option<Explanation>> },
+    /// Return the queues.
+    Queues { reply: Reply<Vec<v1::QueueView>> },
     /// End a job.
     Cancel { job: JobId, user: String, reply: Reply<()> },
     /// An agent said hello.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use drumline_lifecycle::{Event, Rendezvous};
 use drumline_placement::{Eviction, EvictionCause};
-use drumline_spec::JobSpec;
+use drumline_spec::{JobSpec, QueueSpec};
 use drumline_types::{Explanation, JobId, Reason, Timestamp};
 use drumline_wire::v1;
 
@@ -63,6 +63,7 @@ impl Core {
     pub(crate) fn preview(
         &self,
         specs: &[JobSpec],
+        queues: Vec<QueueSpec>,
         now: Timestamp,
     ) -> Result<Vec<v1::SubmittedJob>, ApiError> {
         check_size(specs)?;
@@ -74,7 +75,10 @@ impl Core {
         for (index, spec) in specs.iter().enumerate() {
             asked.push(request(&id(index)?, spec, now));
         }
-        let cycle = self.desk.preview(&asked, now);
+        let cycle = self
+            .desk
+            .preview(queues, &asked, now)
+            .map_err(|error| ApiError::Invalid(error.to_string()))?;
         let mut answers = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let id = id(index)?;

@@ -94,6 +94,8 @@ pub enum Event {
         /// Why.
         why: Explanation,
     },
+    /// A user holds it back while it waits, or lets it go.
+    Held(bool),
     /// A user asked to end it.
     Cancel {
         /// Who.

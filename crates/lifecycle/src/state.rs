@@ -141,6 +141,9 @@ pub struct State {
     /// The last sign of progress in this attempt. Not written at each step.
     #[serde(skip)]
     pub progressed: Option<Timestamp>,
+    /// A user holds it back: no attempt starts until it is released.
+    #[serde(default)]
+    pub held: bool,
     /// No attempt starts before this moment.
     pub not_before: Timestamp,
     /// Restarts so far.
@@ -185,6 +188,7 @@ impl State {
             started: None,
             finished: None,
             progressed: None,
+            held: false,
             not_before: Timestamp(0),
             restarts: 0,
             fruitless: 0,

@@ -27,6 +27,7 @@ pub fn step(state: State, spec: &JobSpec, event: Event, now: Timestamp) -> (Stat
         Event::Reported { attempt, rank, report } => step.reported(attempt, rank, report),
         Event::NodeLost { node, message } => step.node_lost(&node, &message),
         Event::RankLost { attempt, rank, message } => step.rank_lost(attempt, rank, &message),
+        Event::Held(held) => step.held(held),
         Event::Evicted { attempt, why } => step.evicted(attempt, why),
         Event::Cancel { user } => step.cancel(&user),
         Event::Tick => step.tick(),
@@ -71,6 +72,7 @@ impl Step<'_> {
         if self.state.phase != JobPhase::Pending
             || plan.job != self.state.job
             || plan.attempt != expected
+            || self.state.held
             || self.now < self.state.not_before
         {
             return;
@@ -126,6 +128,17 @@ impl Step<'_> {
             self.note(Severity::Info, why.reason.token(), why.message.clone());
         }
         self.state.why = why;
+        self.persist();
+    }
+
+    fn held(&mut self, held: bool) {
+        if self.state.phase != JobPhase::Pending || self.state.held == held {
+            return;
+        }
+        self.state.held = held;
+        let (word, message) =
+            if held { ("Held", "held back by a user") } else { ("Released", "let go by a user") };
+        self.note(Severity::Info, word, message.to_owned());
         self.persist();
     }
 

@@ -27,6 +27,7 @@ enum Op {
     RankLost { back: u32, rank: u32 },
     Cancel,
     Evict { back: u32 },
+    Hold(bool),
     Tick(u64),
     ToDeadline,
     Recovered,
@@ -53,6 +54,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => at.prop_map(|(back, rank)| Op::RankLost { back, rank }),
         1 => Just(Op::Cancel),
         2 => (0u32..3).prop_map(|back| Op::Evict { back }),
+        2 => any::<bool>().prop_map(Op::Hold),
         3 => (0u64..70_000).prop_map(Op::Tick),
         2 => Just(Op::ToDeadline),
         1 => Just(Op::Recovered),
@@ -156,6 +158,7 @@ fn event(op: &Op, job: &Driver, last: &Event) -> Event {
             rank: RankIndex(rank),
             message: "gone".to_owned(),
         },
+        Op::Hold(held) => Event::Held(held),
         Op::Evict { back } => Event::Evicted {
             attempt: Attempt(attempt(back)),
             why: Explanation::new(Reason::Preempted, "for a bigger one"),
@@ -195,6 +198,7 @@ fn play(spec: JobSpec, ops: &[Op]) {
 
 /// From wherever it is, a job whose agents answer comes to an end in a bounded number of rounds.
 fn settle(mut job: Driver) {
+    job.feed(Event::Held(false));
     for _ in 0..40 {
         if job.state.phase.is_terminal() {
             return;

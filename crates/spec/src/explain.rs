@@ -63,6 +63,9 @@ pub fn explain(asked: &str) -> Result<String, Unknown> {
         text.push_str(&format!("  unit:    {}\n", field.unit));
     }
     text.push_str(&format!("  absent:  {}\n", absent(field)));
+    if let Some((word, doc)) = field.word {
+        text.push_str(&format!("\nOr the word {word}:\n{}", wrapped(doc, "  ")));
+    }
     match &field.kind {
         Kind::Choice(words) => {
             text.push('\n');
@@ -105,7 +108,10 @@ fn list(fields: &'static [Field], depth: usize, levels: usize, text: &mut String
     let indent = "  ".repeat(depth);
     for field in fields {
         let type_ = match &field.kind {
-            Kind::Object(_) => "object".to_owned(),
+            Kind::Object(_) => match field.word {
+                Some((word, _)) => format!("object, or {word}"),
+                None => "object".to_owned(),
+            },
             kind => kind.describe(),
         };
         let need = match field.presence {

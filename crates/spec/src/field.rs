@@ -14,6 +14,15 @@ pub struct Field {
     pub unit: &'static str,
     /// What it means and does, in whole sentences.
     pub doc: &'static str,
+    /// The word that an object may be replaced by, and what the word means.
+    pub word: Option<(&'static str, &'static str)>,
+}
+
+impl Field {
+    /// Lets `word` stand in for the object.
+    pub(crate) const fn or_word(self, word: &'static str, doc: &'static str) -> Self {
+        Self { word: Some((word, doc)), ..self }
+    }
 }
 
 /// What a field holds.
@@ -80,6 +89,8 @@ pub enum MapRule {
     Environment,
     /// Labels: names and short texts.
     Labels,
+    /// Numbers of devices by class.
+    Counts,
 }
 
 /// Whether a field must be there.

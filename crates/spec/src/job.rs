@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::CommandJob;
 use crate::gang::{DeviceKind, Gang, GangSettings, Parallelism};
+use crate::scheduling::Wishes;
 use crate::service::ModelService;
 use crate::training::TrainingJob;
 
@@ -105,6 +106,9 @@ pub struct JobSpec {
     /// Who chose the split.
     #[serde(default, skip_serializing_if = "SplitChoice::is_given")]
     pub split: SplitChoice,
+    /// What it asks for beyond ranks and split.
+    #[serde(default, skip_serializing_if = "Wishes::is_empty")]
+    pub wishes: Wishes,
     /// What the gang does.
     pub work: Work,
 }
@@ -140,6 +144,8 @@ impl JobSpec {
             }
             Work::CommandJob(command) => (command.ranks, 1),
         };
-        Gang { ranks, node_group, device: self.device, ..Gang::default() }
+        let gang = Gang { ranks, node_group, device: self.device, ..Gang::default() };
+        let split = self.parallelism();
+        self.wishes.apply(gang, split.tensor * split.pipeline)
     }
 }

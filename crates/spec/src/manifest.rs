@@ -8,6 +8,8 @@ use crate::gang::{DeviceKind, GangSettings, Parallelism, RestartPolicy};
 use crate::job::{JobSpec, SplitChoice, Work};
 use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
+use crate::queue::QueueSpec;
+use crate::scheduling::{self, Wishes, wishes};
 use crate::service::ModelService;
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
 use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
@@ -16,6 +18,34 @@ use crate::walk::{Checked, Walk};
 /// The most mistakes that are told of one file.
 pub const MISTAKES_MAX: usize = 200;
 
+/// What the documents of a file describe, in their order.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Manifests {
+    /// Its queues.
+    pub queues: Vec<QueueSpec>,
+    /// Its jobs.
+    pub jobs: Vec<JobSpec>,
+}
+
+/// Parses the jobs of a file, as [`parse_all`]; a queue in it is a mistake.
+///
+/// # Errors
+/// As [`parse_all`].
+pub fn parse(text: &str, source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>> {
+    let all = parse_all(text, source_name)?;
+    match all.queues.first() {
+        None => Ok(all.jobs),
+        Some(queue) => Err(vec![Mistake {
+            source: source_name.to_owned(),
+            document: 1,
+            path: "kind".to_owned(),
+            place: Place::START,
+            message: format!("queue {}: a job is wanted here, not a queue", queue.name),
+            nearest: None,
+        }]),
+    }
+}
+
 /// Parses every manifest of a file, YAML or JSON, one or several documents.
 ///
 /// `source_name` stands in mistakes where a file's name would.
@@ -23,9 +53,9 @@ pub const MISTAKES_MAX: usize = 200;
 /// # Errors
 /// Every mistake of the file, in the order of its lines, at most [`MISTAKES_MAX`] and a last one
 /// that says how many more there are. Never empty.
-pub fn parse(text: &str, source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>> {
+pub fn parse_all(text: &str, source_name: &str) -> Result<Manifests, Vec<Mistake>> {
     let (documents, faults) = document::read(text);
-    let mut specs = Vec::new();
+    let mut specs = Manifests::default();
     let mut mistakes: Vec<Mistake> = faults
         .into_iter()
         .map(|fault| Mistake {
@@ -47,7 +77,8 @@ pub fn parse(text: &str, source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>
         let mut walk = Walk::new(source_name, *number);
         let spec = one(&mut walk, root);
         match spec {
-            Some(spec) if walk.mistakes.is_empty() => specs.push(spec),
+            Some(One::Job(job)) if walk.mistakes.is_empty() => specs.jobs.push(job),
+            Some(One::Queue(queue)) if walk.mistakes.is_empty() => specs.queues.push(queue),
             _ => mistakes.append(&mut walk.mistakes),
         }
     }
@@ -66,13 +97,13 @@ pub fn parse(text: &str, source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>
     Err(mistakes)
 }
 
-/// Like [`parse`], from bytes that may not be UTF-8.
+/// Like [`parse_all`], from bytes that may not be UTF-8.
 ///
 /// # Errors
-/// As [`parse`]; the first byte that is not UTF-8 is one mistake.
-pub fn parse_bytes(bytes: &[u8], source_name: &str) -> Result<Vec<JobSpec>, Vec<Mistake>> {
+/// As [`parse_all`]; the first byte that is not UTF-8 is one mistake.
+pub fn parse_bytes(bytes: &[u8], source_name: &str) -> Result<Manifests, Vec<Mistake>> {
     match std::str::from_utf8(bytes) {
-        Ok(text) => parse(text, source_name),
+        Ok(text) => parse_all(text, source_name),
         Err(error) => {
             let good = &bytes[..error.valid_up_to()];
             let line_start = good.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
@@ -90,8 +121,14 @@ pub fn parse_bytes(bytes: &[u8], source_name: &str) -> Result<Vec<JobSpec>, Vec<
     }
 }
 
+/// What one document describes.
+enum One {
+    Job(JobSpec),
+    Queue(QueueSpec),
+}
+
 /// Reads one document: its kind first, because the kind decides the fields.
-fn one(walk: &mut Walk<'_>, root: &Node) -> Option<JobSpec> {
+fn one(walk: &mut Walk<'_>, root: &Node) -> Option<One> {
     let Value::Map(entries) = &root.value else {
         let message = format!(
             "a manifest is an object with apiVersion, kind, metadata and spec; apiVersion is {API_VERSION}"
@@ -108,18 +145,11 @@ fn one(walk: &mut Walk<'_>, root: &Node) -> Option<JobSpec> {
     if let Some(manifest) = manifest(name) {
         walk.root(manifest.fields, root);
         return match name {
-            "TrainingJob" => training(walk),
-            "ModelService" => service(walk),
-            _ => command(walk),
+            "TrainingJob" => training(walk).map(One::Job),
+            "ModelService" => service(walk).map(One::Job),
+            "Queue" => scheduling::queue(walk).map(One::Queue),
+            _ => command(walk).map(One::Job),
         };
-    }
-    if name == "Queue" {
-        let at = kind.map_or(root.at, |kind| kind.value.at);
-        let message = "the kind Queue is not supported yet: there is one queue, `default`, and \
-                       jobs need not name it"
-            .to_owned();
-        walk.wrong("kind", at, message, None);
-        return None;
     }
     // An unknown kind: judge the document by the kind that was probably meant, so that its other
     // mistakes are told at once; if none is near, only by what all kinds share.
@@ -136,18 +166,18 @@ fn one(walk: &mut Walk<'_>, root: &Node) -> Option<JobSpec> {
 }
 
 impl Walk<'_> {
-    fn int(&self, path: &str) -> Option<i64> {
+    pub(crate) fn int(&self, path: &str) -> Option<i64> {
         match self.get(path)? {
             Checked::Integer(value) => Some(*value),
             _ => None,
         }
     }
 
-    fn u32(&self, path: &str) -> Option<u32> {
+    pub(crate) fn u32(&self, path: &str) -> Option<u32> {
         self.int(path).and_then(|value| u32::try_from(value).ok())
     }
 
-    fn u64(&self, path: &str) -> Option<u64> {
+    pub(crate) fn u64(&self, path: &str) -> Option<u64> {
         self.int(path).and_then(|value| u64::try_from(value).ok())
     }
 
@@ -158,17 +188,31 @@ impl Walk<'_> {
         }
     }
 
-    fn text(&self, path: &str) -> Option<String> {
+    pub(crate) fn text(&self, path: &str) -> Option<String> {
         match self.get(path)? {
             Checked::Text(text) => Some(text.clone()),
             _ => None,
         }
     }
 
-    fn duration_ms(&self, path: &str) -> Option<u64> {
+    pub(crate) fn duration_ms(&self, path: &str) -> Option<u64> {
         match self.get(path)? {
             Checked::DurationMs(ms) => Some(*ms),
             _ => None,
+        }
+    }
+
+    pub(crate) fn truth(&self, path: &str) -> Option<bool> {
+        match self.get(path)? {
+            Checked::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn list(&self, path: &str) -> Vec<String> {
+        match self.get(path) {
+            Some(Checked::Texts(texts)) => texts.clone(),
+            _ => Vec::new(),
         }
     }
 
@@ -180,7 +224,7 @@ impl Walk<'_> {
     }
 }
 
-fn wrap(walk: &Walk<'_>, work: Work) -> Option<JobSpec> {
+fn wrap(walk: &Walk<'_>, work: Work, wishes: Wishes) -> Option<JobSpec> {
     let device = match walk.text("spec.resources.device")?.as_str() {
         "gpu" => DeviceKind::Gpu,
         _ => DeviceKind::Cpu,
@@ -193,17 +237,21 @@ fn wrap(walk: &Walk<'_>, work: Work) -> Option<JobSpec> {
             Some(_) => SplitChoice::Auto { micro_is_given: walk.is_given("spec.batch.micro") },
             None => SplitChoice::Given,
         },
-        settings: GangSettings {
-            queue: walk.text("spec.queue")?.parse().ok()?,
-            priority: i32::try_from(walk.int("spec.priority")?).ok()?,
-            restarts: RestartPolicy {
-                limit: walk.u32("spec.restarts.limit")?,
-                backoff_ms: walk.duration_ms("spec.restarts.backoff")?,
+        wishes,
+        settings: scheduling::settings(
+            walk,
+            GangSettings {
+                queue: walk.text("spec.queue")?.parse().ok()?,
+                priority: i32::try_from(walk.int("spec.priority")?).ok()?,
+                restarts: RestartPolicy {
+                    limit: walk.u32("spec.restarts.limit")?,
+                    backoff_ms: walk.duration_ms("spec.restarts.backoff")?,
+                },
+                stall_timeout_ms: walk.duration_ms("spec.watchdog.stall").unwrap_or(0),
+                start_timeout_ms: walk.duration_ms("spec.watchdog.start")?,
+                ..GangSettings::default()
             },
-            stall_timeout_ms: walk.duration_ms("spec.watchdog.stall").unwrap_or(0),
-            start_timeout_ms: walk.duration_ms("spec.watchdog.start")?,
-            ..GangSettings::default()
-        },
+        ),
         work,
     })
 }
@@ -231,6 +279,19 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
     batch(walk, split);
     let virtual_stages = virtual_stages(walk, split, model.layers);
     let rate = learning_rate(walk);
+    let wanted = if walk.text("spec.parallelism").is_some() { 0 } else { split.data };
+    let (global, micro) = (walk.u32("spec.batch.global"), walk.u32("spec.batch.micro"));
+    let wishes = wishes(walk, wanted, |copies| {
+        let (Some(global), Some(micro)) = (global, micro) else { return Ok(()) };
+        let part = micro.saturating_mul(copies);
+        if part == 0 || global.is_multiple_of(part) {
+            return Ok(());
+        }
+        Err(format!(
+            "batch.global {global} is not divisible by {copies} copies x micro {micro} = {part}; \
+             choose a batch that every size divides, a greater step, or other bounds"
+        ))
+    });
     if !walk.mistakes.is_empty() {
         return None;
     }
@@ -265,7 +326,7 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
         eval_interval_steps: walk.u64("spec.eval.intervalSteps")?,
         eval_sequences: walk.u32("spec.eval.sequences")?,
     });
-    wrap(walk, work)
+    wrap(walk, work, wishes)
 }
 
 /// Reads the model and checks its shape and split. A number that is wrong by itself is 0.
@@ -441,6 +502,7 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
             format!("{} replicas are not supported yet; nearest that works: data 1", split.data),
         );
     }
+    let wishes = wishes(walk, 1, |_| Ok(()));
     if !walk.mistakes.is_empty() {
         return None;
     }
@@ -453,10 +515,12 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
         max_context: walk.u32("spec.maxContext").unwrap_or(0),
         max_queue: walk.u32("spec.maxQueue")?,
     });
-    wrap(walk, work)
+    wrap(walk, work, wishes)
 }
 
 fn command(walk: &mut Walk<'_>) -> Option<JobSpec> {
+    let ranks = walk.u32("spec.ranks").unwrap_or(0);
+    let wishes = wishes(walk, ranks, |_| Ok(()));
     if !walk.mistakes.is_empty() {
         return None;
     }
@@ -470,5 +534,5 @@ fn command(walk: &mut Walk<'_>) -> Option<JobSpec> {
         workdir: walk.text("spec.workdir").unwrap_or_default(),
         ranks: walk.u32("spec.ranks")?,
     });
-    wrap(walk, work)
+    wrap(walk, work, wishes)
 }

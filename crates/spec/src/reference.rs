@@ -37,5 +37,8 @@ fn row(path: &str, field: &Field) -> String {
             doc.push_str(&format!(" `{word}`: {meaning}"));
         }
     }
+    if let Some((word, meaning)) = field.word {
+        doc.push_str(&format!(" Or the word `{word}`: {meaning}"));
+    }
     format!("| `{path}` | {}{unit} | {} | {doc} |\n", field.kind.describe(), absent(field))
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::field::{Field, Kind, Presence, TextRule};
+use crate::field::{Field, Kind, MapRule, Presence, TextRule};
 use crate::table::{API_VERSION, manifest};
 
 /// Returns the JSON schema (draft 2020-12) of a kind, or nothing when there is no such kind.
@@ -67,6 +67,9 @@ fn one(field: &Field) -> Value {
         Kind::Texts { min, max } => {
             json!({ "type": "array", "items": { "type": "string" }, "minItems": min, "maxItems": max })
         }
+        Kind::Map(MapRule::Counts) => {
+            json!({ "type": "object", "additionalProperties": { "type": "integer", "minimum": 0 } })
+        }
         Kind::Map(_) => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
         Kind::Duration { .. } => {
             json!({ "type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?([0-9]+ms)?$" })
@@ -75,6 +78,11 @@ fn one(field: &Field) -> Value {
     let Some(entries) = schema.as_object_mut() else {
         return schema;
     };
+    if let Some((word, _)) = field.word {
+        // The fields bind objects only, the pattern texts only.
+        entries.insert("type".to_owned(), json!(["object", "string"]));
+        entries.insert("pattern".to_owned(), json!(format!("^{word}$")));
+    }
     let unit =
         if field.unit.is_empty() { String::new() } else { format!(" Unit: {}.", field.unit) };
     let otherwise = match field.presence {

@@ -2,6 +2,7 @@
 //! and the JSON schema all read it.
 
 use crate::field::{Field, Kind, Manifest, MapRule, Presence, TextRule};
+use crate::scheduling::{ELASTIC, QUEUE_SPEC, RESOURCES, SCHEDULING, TOPOLOGY};
 
 /// The `apiVersion` that this program reads.
 pub const API_VERSION: &str = "drumline.dev/v1alpha1";
@@ -12,34 +13,39 @@ pub const RANKS_MAX: i64 = 65_536;
 /// The longest `metadata.name`, so that the id's suffix still fits a DNS label.
 pub const JOB_NAME_MAX: usize = 50;
 
-const HOUR_MS: u64 = 3_600_000;
+pub(crate) const HOUR_MS: u64 = 3_600_000;
 const STEPS_MAX: i64 = 1_000_000_000;
 
-const fn required(name: &'static str, kind: Kind, unit: &'static str, doc: &'static str) -> Field {
-    Field { name, kind, presence: Presence::Required, unit, doc }
+pub(crate) const fn required(
+    name: &'static str,
+    kind: Kind,
+    unit: &'static str,
+    doc: &'static str,
+) -> Field {
+    Field { name, kind, presence: Presence::Required, unit, doc, word: None }
 }
 
-const fn default(
+pub(crate) const fn default(
     name: &'static str,
     kind: Kind,
     value: &'static str,
     unit: &'static str,
     doc: &'static str,
 ) -> Field {
-    Field { name, kind, presence: Presence::Default(value), unit, doc }
+    Field { name, kind, presence: Presence::Default(value), unit, doc, word: None }
 }
 
-const fn optional(
+pub(crate) const fn optional(
     name: &'static str,
     kind: Kind,
     otherwise: &'static str,
     unit: &'static str,
     doc: &'static str,
 ) -> Field {
-    Field { name, kind, presence: Presence::Optional(otherwise), unit, doc }
+    Field { name, kind, presence: Presence::Optional(otherwise), unit, doc, word: None }
 }
 
-const fn int(min: i64, max: i64) -> Kind {
+pub(crate) const fn int(min: i64, max: i64) -> Kind {
     Kind::Integer { min, max }
 }
 
@@ -63,6 +69,17 @@ pub static MANIFESTS: &[Manifest] = &[
               RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT.",
         fields: &[API, KIND, METADATA, required("spec", Kind::Object(COMMAND), "", "The command.")],
     },
+    Manifest {
+        name: "Queue",
+        doc: "Says who may use how many devices, who lends to whom, and who may take back. Queues \
+              form a tree; jobs are submitted to its leaves.",
+        fields: &[
+            API,
+            KIND,
+            METADATA,
+            optional("spec", Kind::Object(QUEUE_SPEC), "no limits", "", "The queue."),
+        ],
+    },
 ];
 
 const API: Field = required(
@@ -77,9 +94,10 @@ const KIND: Field = required(
         ("TrainingJob", "Trains a model."),
         ("ModelService", "Serves a model."),
         ("CommandJob", "Runs any program."),
+        ("Queue", "Shares the fleet's devices out."),
     ]),
     "",
-    "The kind of work. It decides which fields `spec` has.",
+    "What it describes. It decides which fields `spec` has.",
 );
 const METADATA: Field = required(
     "metadata",
@@ -88,7 +106,8 @@ const METADATA: Field = required(
             "name",
             Kind::Text(TextRule::Name { max: JOB_NAME_MAX }),
             "",
-            "The job's name. Its id is this name and a short suffix, so names may repeat.",
+            "The name. A job's id is this name and a short suffix, so names of jobs may repeat; a \
+             queue has the name itself.",
         ),
         optional(
             "labels",
@@ -143,6 +162,12 @@ const TRAINING: &[Field] = &[
         "one rank",
         "",
         "How the model is split. The number of ranks is tensor x pipeline x data.",
+    )
+    .or_word(
+        "auto",
+        "The planner chooses at submit: the fastest split of the devices that are free then, or of \
+         all healthy ones where no split fits those. batch.micro is chosen too, unless it is given. \
+         `drumline submit --dry-run` shows the choice and why; the job keeps it.",
     ),
     required(
         "batch",
@@ -325,6 +350,9 @@ const TRAINING: &[Field] = &[
         "The loss on held-out data.",
     ),
     RESOURCES,
+    TOPOLOGY,
+    ELASTIC,
+    SCHEDULING,
     QUEUE,
     PRIORITY,
     RESTARTS,
@@ -461,6 +489,8 @@ const SERVICE: &[Field] = &[
         "Requests that may wait for a place in the batch before the gateway answers 429.",
     ),
     RESOURCES,
+    TOPOLOGY,
+    SCHEDULING,
     QUEUE,
     PRIORITY,
     RESTARTS,
@@ -507,6 +537,9 @@ const COMMAND: &[Field] = &[
         "Working directory on each node.",
     ),
     RESOURCES,
+    TOPOLOGY,
+    ELASTIC,
+    SCHEDULING,
     QUEUE,
     PRIORITY,
     RESTARTS,
@@ -525,19 +558,6 @@ const START: Field = default(
     "1m",
     "",
     "Longest time from launch until every rank has joined.",
-);
-const RESOURCES: Field = optional(
-    "resources",
-    Kind::Object(&[default(
-        "device",
-        Kind::Choice(&[("cpu", "A share of a node's cores."), ("gpu", "An NVIDIA GPU.")]),
-        "cpu",
-        "",
-        "The kind of device that each rank gets, one each.",
-    )]),
-    "its defaults",
-    "",
-    "What each rank runs on.",
 );
 const QUEUE: Field = default(
     "queue",

@@ -201,7 +201,12 @@ impl<'a> Walk<'a> {
 
     fn field(&mut self, path: &str, field: &'static Field, node: &Node, root: &'static [Field]) {
         if let Kind::Object(fields) = field.kind {
-            self.object(path, fields, node, root);
+            match (field.word, &node.value) {
+                (Some((word, _)), Value::Plain(text) | Value::Quoted(text)) => {
+                    self.word(path, word, text, fields, node.at);
+                }
+                _ => self.object(path, fields, node, root),
+            }
         } else if matches!(node.value, Value::Null) {
             // As in Kubernetes, null stands for absence.
             self.places.remove(path);
@@ -210,6 +215,26 @@ impl<'a> Walk<'a> {
         } else if let Some(value) = self.scalar(path, &field.kind, node) {
             self.values.insert(path.to_owned(), value);
         }
+    }
+
+    /// Takes the word that stands for an object; the object's own fields are then as if absent.
+    fn word(
+        &mut self,
+        path: &str,
+        word: &'static str,
+        text: &str,
+        fields: &'static [Field],
+        at: Place,
+    ) {
+        if text == word {
+            self.values.insert(path.to_owned(), Checked::Text(word.to_owned()));
+            for field in fields {
+                self.absent(&join(path, field.name), field, at);
+            }
+            return;
+        }
+        let message = format!("must be an object with fields, or {word}, and is {}", quote(text));
+        self.wrong(path, at, message, nearest(text, [word]));
     }
 
     /// Checks a value that is no object, and reports what is wrong with it.
@@ -303,6 +328,13 @@ impl<'a> Walk<'a> {
                 self.wrong(&at_path, entry.at, message, None);
                 continue;
             }
+            if rule == MapRule::Counts {
+                match integer(&entry.value.value, 0, crate::scheduling::QUOTA_MAX) {
+                    Ok(count) => drop(map.insert(entry.key.clone(), count.to_string())),
+                    Err(message) => self.wrong(&at_path, entry.value.at, message, None),
+                }
+                continue;
+            }
             match text(&entry.value.value).and_then(plain_bytes) {
                 Ok(text) if rule == MapRule::Labels && text.chars().count() > 256 => {
                     let message = "a label has at most 256 characters".to_owned();
@@ -355,6 +387,14 @@ fn key(rule: MapRule, key: &str) -> Result<(), String> {
                 Err("is set by Drumline for each rank and cannot be overridden".to_owned())
             } else {
                 Ok(())
+            }
+        }
+        MapRule::Counts => {
+            if (1..=100).contains(&key.len()) && !key.chars().any(char::is_control) {
+                Ok(())
+            } else {
+                Err("a class of devices is a model's name of 1 to 100 bytes, or gpu or cpu"
+                    .to_owned())
             }
         }
         MapRule::Labels => {

@@ -5,7 +5,7 @@ use std::path::Path;
 use drumline_spec::field::{Kind, Presence};
 use drumline_spec::manifest::{MISTAKES_MAX, parse, parse_bytes};
 use drumline_spec::table::{MANIFESTS, each_field};
-use drumline_spec::{JobKind, JobSpec, Work, explain, schema};
+use drumline_spec::{JobKind, JobSpec, SplitChoice, Work, explain, schema};
 use proptest::prelude::*;
 
 const TRAIN: &str = "\
@@ -90,6 +90,35 @@ fn defaults_come_from_the_table() {
     assert_eq!(job.learning_rate.warmup_steps, 5);
     assert!((job.learning_rate.floor - job.learning_rate.peak / 10.0).abs() < 1e-9);
     assert!(!job.model.tie_embeddings);
+}
+
+#[test]
+fn a_split_may_be_left_to_the_planner() {
+    let auto = |micro: &str| {
+        TRAIN
+            .replace("steps:", "parallelism: auto\n  steps:")
+            .replace("{global: 8}", &format!("{{global: 8{micro}}}"))
+    };
+    let spec = parse(&auto(""), "x").unwrap().remove(0);
+    assert_eq!(spec.split, SplitChoice::Auto { micro_is_given: false });
+    let json = serde_json::to_string(&spec).unwrap();
+    assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), spec);
+    let spec = parse(&auto(", micro: 2"), "x").unwrap().remove(0);
+    assert_eq!(spec.split, SplitChoice::Auto { micro_is_given: true });
+    assert!(parse(TRAIN, "x").unwrap()[0].split.is_given());
+    assert_eq!(
+        told(&auto("").replace(": auto", ": atuo")),
+        [
+            "job.yaml:8:16: spec.parallelism: must be an object with fields, or auto, and is \"atuo\"; did you mean `auto`?"
+        ]
+    );
+    assert!(explain("TrainingJob.parallelism").unwrap().contains("Or the word auto"));
+    let schema = schema("TrainingJob").unwrap();
+    let split = &schema["properties"]["spec"]["properties"]["parallelism"];
+    assert_eq!(
+        (split["type"][1].as_str(), split["pattern"].as_str()),
+        (Some("string"), Some("^auto$"))
+    );
 }
 
 #[test]
@@ -232,7 +261,7 @@ fn the_schema_has_every_field_of_the_table() {
             }
         });
     }
-    assert!(schema("Queue").is_none());
+    assert!(schema("Cue").is_none());
 }
 
 /// A small edit of a right manifest: what slips of the keyboard look like.

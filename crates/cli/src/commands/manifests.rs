@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use drumline_spec::manifest::Manifests;
 use drumline_spec::{JobSpec, Mistake, Work};
 use serde_json::{Value, json};
 
@@ -32,7 +33,7 @@ pub struct ExplainArgs {
 ///
 /// # Errors
 /// The user's mistake, already told.
-pub fn check(bytes: &[u8], name: &str) -> Result<Vec<JobSpec>, Failure> {
+pub fn check(bytes: &[u8], name: &str) -> Result<Manifests, Failure> {
     drumline_spec::manifest::parse_bytes(bytes, name).map_err(|mistakes| {
         tell(&mistakes);
         Failure::said(Class::User)
@@ -57,10 +58,14 @@ fn tell(mistakes: &[Mistake]) {
 pub fn validate(args: &ValidateArgs, format: Format) -> Result<(), Failure> {
     let (bytes, name) = read(&args.file)?;
     match drumline_spec::manifest::parse_bytes(&bytes, &name) {
-        Ok(specs) => {
-            let jobs: Vec<Value> = specs.iter().map(summary).collect();
-            output::value(format, &json!({ "valid": true, "manifests": jobs }), || {
-                specs.iter().map(|spec| format!("{}\n", sentence(spec))).collect()
+        Ok(all) => {
+            let queues =
+                all.queues.iter().map(|queue| json!({ "kind": "Queue", "name": queue.name }));
+            let manifests: Vec<Value> = queues.chain(all.jobs.iter().map(summary)).collect();
+            output::value(format, &json!({ "valid": true, "manifests": manifests }), || {
+                let queues =
+                    all.queues.iter().map(|queue| format!("Queue {}: valid\n", queue.name));
+                queues.chain(all.jobs.iter().map(|spec| format!("{}\n", sentence(spec)))).collect()
             })
         }
         Err(mistakes) => {

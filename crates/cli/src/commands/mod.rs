@@ -13,6 +13,7 @@ pub mod logs;
 pub mod manifests;
 pub mod nodes;
 pub mod plan;
+pub mod queues;
 pub mod serve;
 pub mod sim;
 pub mod submit;

@@ -38,7 +38,14 @@ pub async fn run(args: &SubmitArgs, access: &Access, format: Format) -> Result<(
     // Here first: a mistake should not need a cluster to be told.
     manifests::check(&bytes, &name)?;
     let text = String::from_utf8(bytes).map_err(|error| Failure::user(error.to_string()))?;
-    let jobs = submit(access, text, &name, args.dry_run).await?;
+    let answer = hand_in(access, text, &name, args.dry_run).await?;
+    let jobs = answer.jobs;
+    for queue in &answer.queues {
+        note(&format!(
+            "queue {queue}: {}",
+            if args.dry_run { "is as it should be" } else { "stored" }
+        ));
+    }
     let value = Value::Array(jobs.iter().map(|job| views::submitted(job, args.dry_run)).collect());
     output::value(format, &value, || {
         if args.dry_run {
@@ -60,6 +67,15 @@ pub async fn submit(
     source_name: &str,
     dry_run: bool,
 ) -> Result<Vec<v1::SubmittedJob>, Failure> {
+    Ok(hand_in(access, manifests, source_name, dry_run).await?.jobs)
+}
+
+async fn hand_in(
+    access: &Access,
+    manifests: String,
+    source_name: &str,
+    dry_run: bool,
+) -> Result<v1::SubmitResponse, Failure> {
     let request = v1::SubmitRequest {
         manifests,
         source_name: source_name.to_owned(),
@@ -77,7 +93,7 @@ pub async fn submit(
             client.call(|mut c| async move { c.submit(request).await }).await
         };
         match result.await {
-            Ok(response) => return Ok(response.jobs),
+            Ok(response) => return Ok(response),
             // Only a submission whose answer was lost is worth repeating: who never reached the
             // cluster wants to know at once.
             Err(failure) if tried => patience.after(failure).await?,

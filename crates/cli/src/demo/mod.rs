@@ -178,7 +178,7 @@ fn manifest(steps: Option<u64>) -> String {
 
 fn vocab(manifest: &str) -> Result<u32, Failure> {
     let specs = crate::commands::manifests::check(manifest.as_bytes(), "train-demo.yaml")?;
-    match specs.first().map(|spec| &spec.work) {
+    match specs.jobs.first().map(|spec| &spec.work) {
         Some(Work::TrainingJob(job)) => Ok(job.model.vocab),
         _ => Err(Failure::failed("the demo's manifest is no TrainingJob")),
     }

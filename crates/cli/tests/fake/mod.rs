@@ -143,7 +143,35 @@ impl Control for Service {
             return Err(Status::unavailable("going down"));
         }
         let job = v1::SubmittedJob { id: "t-1".to_owned(), ..v1::SubmittedJob::default() };
-        Ok(Response::new(v1::SubmitResponse { jobs: vec![job] }))
+        Ok(Response::new(v1::SubmitResponse { jobs: vec![job], ..Default::default() }))
+    }
+
+    async fn hold_job(
+        &self,
+        request: Request<v1::HoldJobRequest>,
+    ) -> Result<Response<v1::JobView>, Status> {
+        self.job(&request.into_inner().id).map(Response::new)
+    }
+
+    async fn list_queues(
+        &self,
+        _: Request<v1::ListQueuesRequest>,
+    ) -> Result<Response<v1::ListQueuesResponse>, Status> {
+        Ok(Response::new(v1::ListQueuesResponse::default()))
+    }
+
+    async fn delete_queue(
+        &self,
+        _: Request<v1::DeleteQueueRequest>,
+    ) -> Result<Response<v1::DeleteQueueResponse>, Status> {
+        Ok(Response::new(v1::DeleteQueueResponse {}))
+    }
+
+    async fn snapshot(
+        &self,
+        _: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::SnapshotResponse>, Status> {
+        Ok(Response::new(v1::SnapshotResponse { json: "{}".to_owned() }))
     }
 
     async fn list_jobs(

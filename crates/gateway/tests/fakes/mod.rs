@@ -162,6 +162,10 @@ impl Control for Plane {
         list_jobs: ListJobsRequest -> ListJobsResponse;
         get_job: GetJobRequest -> JobView;
         cancel_job: CancelJobRequest -> JobView;
+        hold_job: HoldJobRequest -> JobView;
+        list_queues: ListQueuesRequest -> ListQueuesResponse;
+        delete_queue: DeleteQueueRequest -> DeleteQueueResponse;
+        snapshot: SnapshotRequest -> SnapshotResponse;
         list_nodes: ListNodesRequest -> ListNodesResponse;
         fleet: FleetRequest -> FleetView;
         series: SeriesRequest -> SeriesResponse;

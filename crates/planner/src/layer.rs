@@ -8,7 +8,6 @@ use std::ops::{Add, AddAssign, Mul};
 use serde::Serialize;
 
 use crate::comm::Group;
-use crate::memory::bytes_per_parameter;
 use crate::model::Model;
 use crate::ops::Device;
 use crate::split::{Batch, Machines, Recompute, Split, Stack};
@@ -102,6 +101,7 @@ pub(crate) fn tensor_overlap(stack: Stack) -> (f64, f64) {
         Stack::Eager => (0.0, 0.0),
         Stack::Fused => (0.0, 0.5),
         Stack::Overlapped => (0.3, 0.6),
+        Stack::Native => (0.0, 0.0),
     }
 }
 
@@ -188,9 +188,9 @@ pub fn layer_time(
     let [t, c] = [split.tensor, split.context].map(f64::from);
     let sequence = f64::from(batch.sequence);
     let tokens = f64::from(split.micro_batch) * sequence / c;
-    let a = batch.dtype.activation_bytes();
+    let a = batch.activation_bytes();
     let [d, h] = [model.hidden, model.heads].map(f64::from);
-    let (_, gradient_bytes, _) = bytes_per_parameter(batch.dtype);
+    let (_, gradient_bytes, _) = batch.bytes_per_parameter();
 
     let mut forward = Parts::default();
     let mut backward = Parts::default();
@@ -261,11 +261,17 @@ pub fn layer_time(
         + 2.0 * a * (2.0 * heads + 2.0 * kv);
     // The routing of a mixture permutes tokens to experts and back.
     let permute = model.moe.map_or(0.0, |moe| 4.0 * a * f64::from(moe.top_k) * d / sp);
-    let kernels = if stack.fused_attention() { 8.0 } else { 12.0 };
-    forward.elementwise +=
-        tokens * (stream_forward + permute) / device.memory + kernels * device.overhead;
-    backward.elementwise +=
-        tokens * (stream_backward + permute) / device.memory + 1.5 * kernels * device.overhead;
+    if stack == Stack::Native {
+        let (pass, back) = native_operators(model, f_width / t, heads, kv);
+        forward.elementwise += device.operator(4.0 * tokens * pass);
+        backward.elementwise += device.operator(4.0 * tokens * back);
+    } else {
+        let kernels = if stack.fused_attention() { 8.0 } else { 12.0 };
+        forward.elementwise +=
+            tokens * (stream_forward + permute) / device.operators + kernels * device.overhead;
+        backward.elementwise += tokens * (stream_backward + permute) / device.operators
+            + 1.5 * kernels * device.overhead;
+    }
 
     // Tensor parallelism: two all-reduces a pass, or as many gathers and scatters.
     if split.tensor > 1 {
@@ -324,6 +330,22 @@ pub fn layer_time(
         Recompute::Full => forward,
     };
     LayerTime { forward, backward, recompute, weight_gradient }
+}
+
+/// Returns the numbers per token that this project's engine reads and writes in the norms,
+/// residuals and non-linearities of a layer: forward and backward.
+///
+/// Forward: two fused sums and norms (two read, two written), rotary positions in place, and the
+/// non-linearity. Backward: two gradients of norms (three read, one written), the same rotation,
+/// the non-linearity's gradient in place, and the sums of the biases' columns.
+#[must_use]
+pub fn native_operators(model: &Model, ffn: f64, queries: f64, keys: f64) -> (f64, f64) {
+    let d = f64::from(model.hidden);
+    let rotated =
+        if model.position == crate::model::Position::Rotary { 2.0 * (queries + keys) } else { 0.0 };
+    let (up, gradient) = if model.gated { (3.0, 5.0) } else { (2.0, 3.0) };
+    let biases = if model.bias { queries + 2.0 * keys + ffn + 2.0 * d } else { 0.0 };
+    (8.0 * d + rotated + up * ffn, 8.0 * d + rotated + gradient * ffn + biases)
 }
 
 /// Returns the mean widths of the dense network and of visited experts per token.

@@ -3,6 +3,7 @@
 //! Pure: texts and numbers in, plans out. It reads no files, no clock, no environment, and the
 //! same request gives the same plan, bit for bit. Every formula is in `docs/planner.md`.
 
+pub mod auto;
 pub mod calibrate;
 pub mod catalogue;
 pub mod comm;

@@ -1,11 +1,10 @@
 //! Between plans and manifests: reads a model from a `TrainingJob`, writes the job of a plan.
 
-use drumline_spec::{JobSpec, ModelConfig, Parallelism, Work};
+use drumline_spec::{JobSpec, Work};
 
 use crate::error::PlanError;
 use crate::model::{Family, Model};
-use crate::search::{Candidate, Pins, Request, best};
-use crate::split::{Batch, Machines, Split};
+use crate::search::Candidate;
 
 /// Reads the model of a manifest's first `TrainingJob`, and its sequence and global batch.
 ///
@@ -40,27 +39,6 @@ pub fn read(file: &str, text: &str) -> Result<(Model, u32, u32), PlanError> {
         column: 1,
         message: "the manifest holds no TrainingJob".to_owned(),
     })
-}
-
-/// Chooses the split for `parallelism: auto`: the fastest that a manifest can express, over all
-/// `gpus` GPUs of the cluster as it is. Returns the split and the micro-batch.
-///
-/// # Errors
-/// As [`crate::search::best`], with what is short and the nearest that works.
-pub fn auto_parallelism(
-    config: &ModelConfig,
-    batch: Batch,
-    machines: &Machines,
-    gpus: u32,
-) -> Result<(Parallelism, u32), PlanError> {
-    let model = Model::from(config);
-    crate::catalogue::check_model(&model)
-        .map_err(|message| PlanError::invalid("spec.model", message))?;
-    let pins = Pins { manifest_only: true, ..Pins::default() };
-    let request = Request { model: &model, machines, batch, pins, memory_fraction: 0.94 };
-    let split = best(&request, gpus)?.best.split;
-    let Split { tensor, pipeline, data, micro_batch, .. } = split;
-    Ok((Parallelism { tensor, pipeline, data }, micro_batch))
 }
 
 /// Writes the `TrainingJob` of a plan: what `drumline submit` accepts.
@@ -148,41 +126,4 @@ pub fn emit(
         // About every half hour.
         interval = ((1800.0 / candidate.time.step) as u64).clamp(1, steps),
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::catalogue::{Catalogue, Dtype};
-    use crate::split::Stack;
-
-    #[test]
-    fn an_automatic_split_is_legal_and_uses_every_device() {
-        let catalogue = Catalogue::builtin();
-        let gpu = catalogue.gpu("cpu").unwrap();
-        let machines = Machines { network: catalogue.default_network(&gpu), gpu };
-        let config = ModelConfig {
-            family: drumline_spec::Family::Llama,
-            layers: 6,
-            hidden: 320,
-            ffn: 896,
-            heads: 8,
-            kv_heads: 4,
-            vocab: 4096,
-            context: 256,
-            norm_epsilon: 1e-5,
-            rope_theta: 1e4,
-            tie_embeddings: false,
-        };
-        let batch =
-            Batch { sequence: 256, global: 8, dtype: Dtype::Fp32, stack: Stack::Overlapped };
-        for ranks in [1, 2, 4, 8] {
-            let (split, micro) = auto_parallelism(&config, batch, &machines, ranks).unwrap();
-            assert_eq!(split.world_size(), ranks);
-            assert!(config.check(split.tensor, split.pipeline).is_empty(), "{split:?}");
-            assert_eq!(8 % (split.data * micro), 0);
-        }
-        let error = auto_parallelism(&config, batch, &machines, 7).unwrap_err().to_string();
-        assert!(error.contains("nearest that works"), "{error}");
-    }
 }

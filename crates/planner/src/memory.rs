@@ -68,7 +68,7 @@ pub fn layer_activation_bytes(model: &Model, split: &Split, batch: &Batch) -> f6
     let t = f64::from(split.tensor);
     let tokens =
         f64::from(split.micro_batch) * f64::from(batch.sequence) / f64::from(split.context);
-    let a = batch.dtype.activation_bytes();
+    let a = batch.activation_bytes();
     let [d, h, g, e] = [model.hidden, model.heads, model.kv_heads, model.head_dim].map(f64::from);
     let sp = if split.sequence_parallel { t } else { 1.0 };
     if split.recompute == Recompute::Full {
@@ -170,7 +170,7 @@ pub fn stage_memory(
     let (dense, routed) = stage_params(model, split, stage);
     let dense_ranks = f64::from(split.data) * f64::from(split.context);
     let routed_ranks = dense_ranks / f64::from(split.expert);
-    let (w, g, o) = bytes_per_parameter(batch.dtype);
+    let (w, g, o) = batch.bytes_per_parameter();
     let shard = |bytes: f64, from_stage: u8| {
         if split.zero >= from_stage {
             bytes * (dense / dense_ranks + routed / routed_ranks)
@@ -190,7 +190,7 @@ pub fn stage_memory(
         f64::from(split.micro_batch) * f64::from(batch.sequence) / f64::from(split.context);
     let [d, v, t] = [f64::from(model.hidden), f64::from(model.vocab), f64::from(split.tensor)];
     let sp = if split.sequence_parallel { t } else { 1.0 };
-    let a = batch.dtype.activation_bytes();
+    let a = batch.activation_bytes();
     let mut activations = layers * per_layer * flight;
     if split.recompute == Recompute::Full {
         // One layer's activations live at a time while it is computed again.

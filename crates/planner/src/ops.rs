@@ -12,6 +12,8 @@ pub struct Device {
     pub attention_peak: f64,
     /// Achieved memory bandwidth in bytes/s.
     pub memory: f64,
+    /// Achieved bytes/s of norms, residuals and non-linearities.
+    pub operators: f64,
     /// Share of the peak that large matmuls reach.
     pub matmul_efficiency: f64,
     /// Inner dimension at half efficiency.
@@ -41,12 +43,22 @@ impl Device {
                 .or_else(|| gpu.peak_flops.get(&Dtype::Fp16))
                 .copied()
                 .unwrap_or(peak),
+            // On a CPU attention stays in fp32 whatever the format of products.
+            Dtype::Bf16 if gpu.sms == 1 => {
+                gpu.peak_flops.get(&Dtype::Fp32).copied().unwrap_or(peak)
+            }
             _ => peak,
         };
         Self {
             peak,
             attention_peak,
             memory: gpu.memory_bandwidth * c.memory_efficiency,
+            operators: gpu.memory_bandwidth
+                * if c.operator_efficiency > 0.0 {
+                    c.operator_efficiency
+                } else {
+                    c.memory_efficiency
+                },
             matmul_efficiency: c.matmul_efficiency,
             k_half: c.matmul_k_half,
             attention_efficiency: c.attention_efficiency,
@@ -89,6 +101,12 @@ impl Device {
     #[must_use]
     pub fn stream(&self, bytes: f64) -> f64 {
         if bytes <= 0.0 { 0.0 } else { bytes / self.memory + self.overhead }
+    }
+
+    /// Returns the time of one norm, residual or non-linearity that reads and writes `bytes`.
+    #[must_use]
+    pub fn operator(&self, bytes: f64) -> f64 {
+        if bytes <= 0.0 { 0.0 } else { bytes / self.operators + self.overhead }
     }
 
     /// Returns the time of fused attention for `flops` real operations with heads of `head_dim`.

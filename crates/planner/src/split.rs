@@ -64,10 +64,13 @@ pub enum Stack {
     /// From 2023: fused attention (Dao et al. 2022), no dropout, gradient and parameter traffic
     /// behind computation, pipeline sends behind computation.
     Overlapped,
+    /// This project's own engine: fused attention and accumulation, no dropout, fp32 buffers
+    /// whatever the format of products, no communication hidden.
+    Native,
 }
 
 impl Stack {
-    const ALL: [Self; 3] = [Self::Eager, Self::Fused, Self::Overlapped];
+    const ALL: [Self; 4] = [Self::Eager, Self::Fused, Self::Overlapped, Self::Native];
 
     /// Returns the word used in options and tables.
     #[must_use]
@@ -76,6 +79,7 @@ impl Stack {
             Self::Eager => "eager",
             Self::Fused => "fused",
             Self::Overlapped => "overlapped",
+            Self::Native => "native",
         }
     }
 
@@ -93,7 +97,7 @@ impl Stack {
     /// Returns whether attention never writes its scores to memory.
     #[must_use]
     pub fn fused_attention(self) -> bool {
-        self == Self::Overlapped
+        self >= Self::Overlapped
     }
 
     /// Returns whether the weight-gradient matmul adds to the accumulated gradient itself.
@@ -111,7 +115,7 @@ impl Stack {
     /// Returns whether the model has dropout, whose masks are stored.
     #[must_use]
     pub fn dropout(self) -> bool {
-        self != Self::Overlapped
+        self < Self::Overlapped
     }
 }
 
@@ -203,6 +207,19 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Returns the bytes of one number of an activation.
+    #[must_use]
+    pub fn activation_bytes(&self) -> f64 {
+        if self.stack == Stack::Native { 4.0 } else { self.dtype.activation_bytes() }
+    }
+
+    /// Returns the bytes per parameter of weights, gradients and optimizer, before sharding.
+    #[must_use]
+    pub fn bytes_per_parameter(&self) -> (f64, f64, f64) {
+        let dtype = if self.stack == Stack::Native { Dtype::Fp32 } else { self.dtype };
+        crate::memory::bytes_per_parameter(dtype)
+    }
+
     /// Returns the tokens of an optimizer step.
     #[must_use]
     pub fn tokens(&self) -> f64 {

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::comm::Group;
 use crate::error::PlanError;
 use crate::layer::{LayerTime, Parts, layer_time};
-use crate::memory::{bytes_per_parameter, layers_of_stage, stage_params};
+use crate::memory::{layers_of_stage, stage_params};
 use crate::model::Model;
 use crate::ops::Device;
 use crate::split::{Batch, Machines, Recompute, Split, Stack, check};
@@ -34,6 +34,8 @@ pub struct StepTime {
     pub optimizer: f64,
     /// Waiting for the slowest node.
     pub straggler: f64,
+    /// Waiting for cores that devices share.
+    pub sharing: f64,
     /// Outside the device.
     pub overhead: f64,
     /// Micro-batches per rank and step (not a time).
@@ -113,7 +115,7 @@ pub fn assemble(
     let [t, p, v, c] =
         [split.tensor, split.pipeline, split.virtual_stages, split.context].map(f64::from);
     let tokens = f64::from(split.micro_batch) * f64::from(batch.sequence) / c;
-    let a = batch.dtype.activation_bytes();
+    let a = batch.activation_bytes();
     let d = f64::from(model.hidden);
     let sp = if split.sequence_parallel { t } else { 1.0 };
 
@@ -170,7 +172,14 @@ pub fn assemble(
         dense + routed
     };
     // Gradient to fp32, unscale, norm, Adam's four reads and three writes, and the 16-bit copy.
-    let optimizer = device.stream(own * if batch.stack.overlaps() { 46.0 } else { 52.0 });
+    let optimizer = device.stream(
+        own * match batch.stack {
+            Stack::Overlapped => 46.0,
+            // All in fp32: the norm reads the gradient, Adam reads four numbers and writes three.
+            Stack::Native => 32.0,
+            _ => 52.0,
+        },
+    );
 
     let layer_parts = (layer.forward + layer.backward) * (m * count(stage));
     let recompute = layer.recompute.total() * m * count(stage);
@@ -180,7 +189,26 @@ pub fn assemble(
         (f64::from(split.gpus()) / f64::from(machines.network.gpus_per_node.max(1))).max(1.0);
     let straggler = busy * machines.network.straggler * (2.0 * nodes.ln()).sqrt();
     let overhead = machines.gpu.calibration.step_overhead_ms * 1e-3;
-    let step = busy + data + optimizer + straggler + overhead;
+    let alone = busy + data + optimizer + straggler + overhead;
+    // Devices that share cores: a node's computation takes no less than its sum over what can run
+    // at one time, whatever waits in between; communication comes on top.
+    let sharing = if machines.gpu.at_once == 0 {
+        0.0
+    } else {
+        let here = f64::from(split.gpus().min(machines.network.gpus_per_node.max(1)));
+        let talk = |parts: &Parts| parts.tensor + parts.context + parts.expert;
+        let exposed = talk(&layer.forward) + talk(&layer.backward) + talk(&layer.recompute);
+        let computed = f64::from(layers) * (per_layer - exposed) + embedding + loss;
+        // Of the mean rank: one stage of `p`.
+        let mean = m * computed / p + optimizer;
+        let shared = mean * (here / f64::from(machines.gpu.at_once)).max(1.0)
+            + m * count(stage) * exposed
+            + sends
+            + data
+            + overhead;
+        (shared - alone).max(0.0)
+    };
+    let step = alone + sharing;
     let (useful, hardware) = step_flops(model, split.recompute, batch);
     let gpus = f64::from(split.gpus());
     StepTime {
@@ -193,6 +221,7 @@ pub fn assemble(
         data,
         optimizer,
         straggler,
+        sharing,
         overhead,
         micro_batches: m,
         model_flops_per_gpu: useful / gpus / step,
@@ -215,7 +244,7 @@ fn loss_time(
     let t = f64::from(split.tensor);
     let d = f64::from(model.hidden);
     let v = (f64::from(model.vocab) / t).ceil();
-    let a = batch.dtype.activation_bytes();
+    let a = batch.activation_bytes();
     // The output projection stays in 16 bits when the layers are in 8.
     let projection = Device {
         peak: device.attention_peak,
@@ -226,8 +255,13 @@ fn loss_time(
         + projection.matmul(tokens, d, v, 0.0)
         + projection.matmul(d, v, tokens, 0.0);
     // fp32 cast, maximum, exponentials and sum, gradient, and back to 16 bits.
-    let passes = if batch.stack.overlaps() { 26.0 } else { 36.0 };
-    let mut time = products + device.stream(passes * tokens * v);
+    let passes = match batch.stack {
+        Stack::Overlapped => 26.0,
+        // Three reads and a write in fp32.
+        Stack::Native => 16.0,
+        _ => 36.0,
+    };
+    let mut time = products + device.operator(passes * tokens * v);
     if split.tensor > 1 {
         let group = Group::new(machines, split.tensor, 1);
         time += 2.0 * group.all_gather(a * tokens * d) + 3.0 * group.all_reduce(4.0 * tokens);
@@ -250,7 +284,7 @@ fn data_time(
     let ranks = split.data * split.context;
     let mut time = 0.0;
     let (dense, routed) = stage_params(model, split, stage);
-    let (w, g, _) = bytes_per_parameter(batch.dtype);
+    let (w, g, _) = batch.bytes_per_parameter();
     if ranks > 1 {
         let stride = if split.context > 1 { split.tensor } else { split.tensor * split.pipeline };
         let mut group = Group::new(machines, ranks, stride);
@@ -383,6 +417,7 @@ mod tests {
             + s.data
             + s.optimizer
             + s.straggler
+            + s.sharing
             + s.overhead;
         assert!((sum / s.step - 1.0).abs() < 1e-12);
         assert!(s.hfu > s.mfu);

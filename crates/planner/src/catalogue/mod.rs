@@ -36,6 +36,10 @@ pub struct Calibration {
     /// Memory that driver, libraries and the collectives' own buffers take, in 10^9 bytes.
     #[serde(default = "framework_gb")]
     pub framework_gb: f64,
+    /// Share of the memory bandwidth that norms, residuals and non-linearities reach; 0: as
+    /// `memory_efficiency`. On a CPU they find their data in caches and are bound by arithmetic.
+    #[serde(default)]
+    pub operator_efficiency: f64,
     /// Where the constants come from.
     pub basis: String,
 }
@@ -65,6 +69,9 @@ pub struct Gpu {
     pub link_bandwidth: f64,
     /// GPUs in a domain.
     pub link_domain: u32,
+    /// Devices of a node that compute at one time; 0: all. CPU devices may share fewer cores.
+    #[serde(default)]
+    pub at_once: u32,
     /// Streaming multiprocessors or their equivalent.
     pub sms: u32,
     /// Board power in watts.
@@ -236,6 +243,7 @@ impl Catalogue {
                     peak_flops: entry.peak_tflops.into_iter().map(|(d, t)| (d, t * 1e12)).collect(),
                     link_bandwidth: entry.link_gbs * 1e9,
                     link_domain: entry.link_domain,
+                    at_once: 0,
                     sms: entry.sms,
                     power_w: entry.power_w,
                     price_per_hour: entry.price_per_hour,

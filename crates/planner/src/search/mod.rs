@@ -180,7 +180,9 @@ fn scan(request: &Request<'_>, gpus: u32) -> Result<Scan, PlanError> {
             );
             for micro_batch in choose(pins.micro_batch, vec![1, 2, 4, 8, 16]) {
                 for recompute in Recompute::ALL {
-                    let pinned = pins.recompute.is_some_and(|r| r != recompute);
+                    // A manifest has neither recomputation nor sequence parallelism.
+                    let pinned = pins.recompute.is_some_and(|r| r != recompute)
+                        || (pins.manifest_only && recompute != Recompute::None);
                     // With fused attention there is nothing selective to save.
                     let useless =
                         recompute == Recompute::Selective && batch.stack.fused_attention();
@@ -196,7 +198,10 @@ fn scan(request: &Request<'_>, gpus: u32) -> Result<Scan, PlanError> {
                             pipeline,
                             data: rest / pipeline,
                             context,
-                            sequence_parallel: pins.sequence_parallel.unwrap_or(true) && tensor > 1,
+                            sequence_parallel: pins
+                                .sequence_parallel
+                                .unwrap_or(!pins.manifest_only)
+                                && tensor > 1,
                             recompute,
                             micro_batch,
                             ..Split::SINGLE

@@ -5,7 +5,7 @@ use crate::step::StepTime;
 
 /// The terms of a step by name, for comparison and for tables.
 #[must_use]
-pub fn terms(time: &StepTime) -> [(&'static str, f64); 14] {
+pub fn terms(time: &StepTime) -> [(&'static str, f64); 15] {
     [
         ("matmuls", time.layers.matmul),
         ("attention", time.layers.attention),
@@ -20,6 +20,7 @@ pub fn terms(time: &StepTime) -> [(&'static str, f64); 14] {
         ("data parallelism", time.data),
         ("optimizer", time.optimizer),
         ("slowest node", time.straggler),
+        ("shared cores", time.sharing),
         ("outside the device", time.overhead),
     ]
 }

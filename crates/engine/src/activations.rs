@@ -1,6 +1,8 @@
 //! The memory of a training step, planned before the first one: what each micro-batch in flight
 //! keeps for its backward pass, and what all share.
 
+use std::ops::Range;
+
 use drumline_mesh::Instruction;
 use drumline_spec::{Family, ModelConfig};
 use drumline_tensor::{Attention, Backend, NormKind, Normalise, Rotary, TensorError};
@@ -131,7 +133,9 @@ pub struct LayerMemory<B: Backend> {
 
 /// What one micro-batch in flight keeps.
 pub struct Slot<B: Backend> {
-    /// The layers of this stage.
+    /// Place of the first of its layers in the layout.
+    pub first: usize,
+    /// The layers of one chunk of this stage.
     pub layers: Vec<LayerMemory<B>>,
     /// The residual stream after the last of them, `[N, D]`.
     pub out: B::Buffer,
@@ -169,14 +173,16 @@ pub struct Scratch<B: Backend> {
     pub chunk: usize,
     /// Losses and statistics of the chunk's rows, `[4, chunk]`.
     pub row_values: B::Buffer,
+    /// The losses of the chunk's rows on the host.
+    pub host: Vec<f32>,
 }
 
 impl<B: Backend> Slot<B> {
-    /// Allocates one slot.
+    /// Allocates one slot, for `layers` of the layout.
     ///
     /// # Errors
     /// [`TensorError::OutOfMemory`].
-    pub fn new(b: &B, d: Dims, layers: usize, last: bool) -> Result<Self, TensorError> {
+    pub fn new(b: &B, d: Dims, layers: Range<usize>, last: bool) -> Result<Self, TensorError> {
         let n = d.rows;
         let layer = || {
             Ok(LayerMemory {
@@ -202,8 +208,9 @@ impl<B: Backend> Slot<B> {
         } else {
             None
         };
-        let layers = (0..layers).map(|_| layer()).collect::<Result<_, TensorError>>()?;
-        Ok(Self { layers, out: b.alloc(n * d.hidden)?, last })
+        let first = layers.start;
+        let layers = layers.map(|_| layer()).collect::<Result<_, TensorError>>()?;
+        Ok(Self { first, layers, out: b.alloc(n * d.hidden)?, last })
     }
 }
 
@@ -214,7 +221,7 @@ impl<B: Backend> Scratch<B> {
     /// [`TensorError::OutOfMemory`].
     pub fn new(b: &B, d: Dims, layout: &Layout) -> Result<Self, TensorError> {
         let n = d.rows;
-        let chunk = (LOGITS_MAX / layout.vocab_rows.max(1)).max(LOGITS_ROWS_MIN).min(n);
+        let chunk = logits_rows(n, layout.vocab_rows);
         let logits = match layout.head {
             Some(_) => Some(b.alloc(chunk * layout.vocab_rows)?),
             None => None,
@@ -229,19 +236,26 @@ impl<B: Backend> Scratch<B> {
             logits,
             chunk,
             row_values: b.alloc(4 * chunk)?,
+            host: vec![0.0; chunk],
         })
     }
 }
 
-/// Returns how many micro-batches a list of instructions keeps in flight at most.
+/// Returns the rows of logits that are computed at a time.
+pub(crate) fn logits_rows(rows: usize, vocab_rows: usize) -> usize {
+    (LOGITS_MAX / vocab_rows.max(1)).max(LOGITS_ROWS_MIN).min(rows)
+}
+
+/// Returns how many micro-batches a list of instructions keeps in flight at most in one chunk.
+/// They follow one another, so that a micro-batch's number modulo this is a place of its own.
 #[must_use]
-pub fn in_flight(list: &[Instruction]) -> usize {
+pub fn in_flight(list: &[Instruction], of: u32) -> usize {
     let (mut now, mut most) = (0usize, 0usize);
     for instruction in list {
         match instruction {
             // Its memory is taken when its input arrives.
-            Instruction::Forward { .. } => now += 1,
-            Instruction::Backward { .. } => now = now.saturating_sub(1),
+            Instruction::Forward { chunk, .. } if *chunk == of => now += 1,
+            Instruction::Backward { chunk, .. } if *chunk == of => now = now.saturating_sub(1),
             _ => {}
         }
         most = most.max(now);

@@ -37,7 +37,6 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let (Some(head), Some(logits)) = (&self.layout.head, &mut scratch.logits) else {
             return Ok(0.0);
         };
-        let mut host = vec![0.0f32; scratch.chunk];
         let mut total = 0.0f64;
         for start in (0..rows).step_by(scratch.chunk) {
             let n = scratch.chunk.min(rows - start);
@@ -58,8 +57,9 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             let scale = gradient.as_ref().map_or(0.0, |g| g.scale);
             let targets = &targets[start..start + n];
             self.cross_entropy(loss, targets, scale, logits, &mut scratch.row_values)?;
-            b.read(b.view(&scratch.row_values, 0..n), &mut host[..n]);
-            total += host[..n].iter().map(|x| f64::from(*x)).sum::<f64>();
+            let host = &mut scratch.host[..n];
+            b.read(b.view(&scratch.row_values, 0..n), host);
+            total += host.iter().map(|x| f64::from(*x)).sum::<f64>();
             if let Some(g) = &mut gradient {
                 timed(self.probe, Span::Matmul, || {
                     let dy = || b.view(logits, 0..n * columns);

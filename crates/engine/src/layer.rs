@@ -8,6 +8,7 @@ use drumline_collective::{Collective, CollectiveError, ReduceOp};
 use drumline_tensor::{Backend, Linear, WeightLayout};
 
 use crate::activations::{Dims, LayerMemory, Scratch, Slot};
+use crate::gradients::Gradients;
 use crate::layout::{Layout, LinearAt, NormAt};
 use crate::probe::{Probe, Span, timed};
 
@@ -184,18 +185,19 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     ) -> Result<(), CollectiveError> {
         let (b, n) = (self.backend, self.dims.rows);
         for index in 0..slot.layers.len() {
-            let at = &self.layout.layers[index];
+            let place = slot.first + index;
+            let at = &self.layout.layers[place];
             let (this, rest) = slot.layers[index..].split_first_mut().expect("index is in range");
             if index == 0 {
                 let (a1, stats) = (all_mut(b, &mut this.a1), all_mut(b, &mut this.stats1));
                 self.norm(&at.norm1, n, all(b, &this.x), a1, stats);
             }
-            self.attention_forward(index, this, scratch)?;
-            self.feed_forward(index, this, scratch)?;
+            self.attention_forward(place, this, scratch)?;
+            self.feed_forward(place, this, scratch)?;
             let (mid, branch) = (all(b, &this.mid), all(b, &scratch.branch));
             // The sum opens the next layer, or the final norm, or leaves the stage.
             if let Some(next) = rest.first_mut() {
-                let norm = &self.layout.layers[index + 1].norm1;
+                let norm = &self.layout.layers[place + 1].norm1;
                 let (x, a1) = (all_mut(b, &mut next.x), all_mut(b, &mut next.a1));
                 let stats = all_mut(b, &mut next.stats1);
                 self.add_norm(norm, n, mid, branch, &at.down, x, a1, stats);
@@ -259,8 +261,8 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     }
 
     /// Runs the layers backward: `scratch.gradient` holds the gradient of the stage's output, and
-    /// then that of its input. Gradients of matrices replace what is there unless `accumulate`;
-    /// those of vectors are added.
+    /// then that of its input. Gradients of matrices replace what is there unless they are to
+    /// accumulate; those of vectors are added.
     ///
     /// # Errors
     /// [`CollectiveError`] from the tensor group.
@@ -268,20 +270,23 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         &self,
         slot: &mut Slot<B>,
         scratch: &mut Scratch<B>,
-        gradients: &mut B::Buffer,
-        accumulate: bool,
+        gradients: &mut Gradients<'_, '_, B>,
     ) -> Result<(), CollectiveError> {
         let b = self.backend;
         if let (Some(last), Some(norm)) = (&slot.last, &self.layout.final_norm) {
             b.fill(all_mut(b, &mut scratch.gradient), 0.0);
             let (dy, stats) = (all(b, &last.dy), all(b, &last.stats));
             let dx = all_mut(b, &mut scratch.gradient);
-            self.norm_backward(norm, dy, all(b, &slot.out), stats, dx, gradients);
+            self.norm_backward(norm, dy, all(b, &slot.out), stats, dx, gradients.buffer);
         }
         for index in (0..slot.layers.len()).rev() {
-            let m = &mut slot.layers[index];
-            self.feed_backward(index, m, scratch, gradients, accumulate)?;
-            self.attention_backward(index, m, scratch, gradients, accumulate)?;
+            let (m, place) = (&mut slot.layers[index], slot.first + index);
+            self.feed_backward(place, m, scratch, gradients)?;
+            self.attention_backward(place, m, scratch, gradients)?;
+            if let Some(buckets) = &mut gradients.buckets {
+                buckets.add(self.probe, self.layout.layers[place].matrices())?;
+            }
+            self.look(gradients)?;
         }
         Ok(())
     }
@@ -315,7 +320,6 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     }
 
     /// The backward pass of one linear layer: weights, bias where `dy` covers it, and input.
-    #[expect(clippy::too_many_arguments, reason = "the operands of two products")]
     fn linear_backward(
         &self,
         at: &LinearAt,
@@ -323,21 +327,32 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         x: B::View<'_>,
         dy: B::View<'_>,
         dx: B::ViewMut<'_>,
-        gradients: &mut B::Buffer,
-        accumulate: bool,
-    ) {
+        gradients: &mut Gradients<'_, '_, B>,
+    ) -> Result<(), CollectiveError> {
         let b = self.backend;
         let shape = self.shape(at, self.dims.rows, input);
         timed(self.probe, Span::Matmul, || {
-            let dw = b.view_mut(gradients, at.weight.clone());
-            b.linear_grad_weight(shape, x, dy, dw, accumulate);
+            let dw = b.view_mut(gradients.buffer, at.weight.clone());
+            b.linear_grad_weight(shape, x, dy, dw, gradients.accumulate);
+        });
+        self.look(gradients)?;
+        timed(self.probe, Span::Matmul, || {
             b.linear_grad_input(shape, dy, self.parameter(&at.weight), dx);
         });
         if let Some(bias) = &at.bias {
             timed(self.probe, Span::Other, || {
-                let dbias = b.view_mut(gradients, bias.clone());
+                let dbias = b.view_mut(gradients.buffer, bias.clone());
                 b.add_column_sums(shape.rows, shape.output, dy, dbias);
             });
+        }
+        self.look(gradients)
+    }
+
+    /// Moves the reduction of gradients on, if one is under way.
+    fn look(&self, gradients: &mut Gradients<'_, '_, B>) -> Result<(), CollectiveError> {
+        match &mut gradients.buckets {
+            Some(buckets) => buckets.poll(self.backend, self.probe, gradients.buffer),
+            None => Ok(()),
         }
     }
 
@@ -346,24 +361,23 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         index: usize,
         m: &mut LayerMemory<B>,
         scratch: &mut Scratch<B>,
-        gradients: &mut B::Buffer,
-        accumulate: bool,
+        gradients: &mut Gradients<'_, '_, B>,
     ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims);
         let at = &self.layout.layers[index];
         let (dy, dact) = (all(b, &scratch.gradient), all_mut(b, &mut scratch.dact));
-        self.linear_backward(&at.down, d.ffn, all(b, &m.act), dy, dact, gradients, accumulate);
+        self.linear_backward(&at.down, d.ffn, all(b, &m.act), dy, dact, gradients)?;
         timed(self.probe, Span::Other, || {
             let (up, dact) = (all_mut(b, &mut m.up), all(b, &scratch.dact));
             if d.up == d.ffn { b.gelu_grad(up, dact) } else { b.swiglu_grad(d.ffn, up, dact) }
         });
         let (dup, da) = (all(b, &m.up), all_mut(b, &mut scratch.da));
-        self.linear_backward(&at.up, d.hidden, all(b, &m.a2), dup, da, gradients, accumulate);
+        self.linear_backward(&at.up, d.hidden, all(b, &m.a2), dup, da, gradients)?;
         self.add_partial(all_mut(b, &mut scratch.da))?;
         let (da, stats) = (all(b, &scratch.da), all(b, &m.stats2));
         let dx = all_mut(b, &mut scratch.gradient);
-        self.norm_backward(&at.norm2, da, all(b, &m.mid), stats, dx, gradients);
-        Ok(())
+        self.norm_backward(&at.norm2, da, all(b, &m.mid), stats, dx, gradients.buffer);
+        self.look(gradients)
     }
 
     fn attention_backward(
@@ -371,14 +385,13 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         index: usize,
         m: &mut LayerMemory<B>,
         scratch: &mut Scratch<B>,
-        gradients: &mut B::Buffer,
-        accumulate: bool,
+        gradients: &mut Gradients<'_, '_, B>,
     ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims);
         let at = &self.layout.layers[index];
         let (dy, dattended) = (all(b, &scratch.gradient), all_mut(b, &mut scratch.dattended));
         let (input, x) = (d.attention_width(), all(b, &m.attended));
-        self.linear_backward(&at.project, input, x, dy, dattended, gradients, accumulate);
+        self.linear_backward(&at.project, input, x, dy, dattended, gradients)?;
         timed(self.probe, Span::Attention, || {
             let (qkv, out, lse) = (all(b, &m.qkv), all(b, &m.attended), all(b, &m.lse));
             let (dout, dqkv) = (all(b, &scratch.dattended), all_mut(b, &mut scratch.dqkv));
@@ -391,12 +404,12 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             });
         }
         let (dqkv, da) = (all(b, &scratch.dqkv), all_mut(b, &mut scratch.da));
-        self.linear_backward(&at.qkv, d.hidden, all(b, &m.a1), dqkv, da, gradients, accumulate);
+        self.linear_backward(&at.qkv, d.hidden, all(b, &m.a1), dqkv, da, gradients)?;
         self.add_partial(all_mut(b, &mut scratch.da))?;
         let (da, stats) = (all(b, &scratch.da), all(b, &m.stats1));
         let dx = all_mut(b, &mut scratch.gradient);
-        self.norm_backward(&at.norm1, da, all(b, &m.x), stats, dx, gradients);
-        Ok(())
+        self.norm_backward(&at.norm1, da, all(b, &m.x), stats, dx, gradients.buffer);
+        self.look(gradients)
     }
 
     /// Adds the embedding's gradients, given that of its output in `scratch.gradient`.

@@ -28,6 +28,8 @@ pub struct Split {
     pub copies: usize,
     /// This rank's copy.
     pub copy: usize,
+    /// Parts of the layers that each stage holds: virtual stages, round the stages in turn.
+    pub chunks: usize,
 }
 
 impl Split {
@@ -41,7 +43,14 @@ impl Split {
             stage: at.pipeline as usize,
             copies: shape.data as usize,
             copy: at.data as usize,
+            chunks: 1,
         }
+    }
+
+    /// Gives each stage `chunks` parts of the layers.
+    #[must_use]
+    pub fn interleaved(self, chunks: u32) -> Self {
+        Self { chunks: chunks.max(1) as usize, ..self }
     }
 
     /// Returns whether this is the stage with the embedding.
@@ -95,6 +104,13 @@ pub struct LinearAt {
     pub bias: Option<Range<usize>>,
 }
 
+impl LayerAt {
+    /// Returns where the matrices lie, one after the other.
+    pub(crate) fn matrices(&self) -> Range<usize> {
+        self.qkv.weight.start..self.down.weight.end
+    }
+}
+
 /// One decoder layer's parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerAt {
@@ -128,7 +144,7 @@ pub struct Layout {
     pub embedding: Option<Range<usize>>,
     /// The position embedding, `[T, D]`, on the first stage of families that learn it.
     pub positions: Option<Range<usize>>,
-    /// The layers of this stage.
+    /// The layers of this stage, chunk after chunk.
     pub layers: Vec<LayerAt>,
     /// The norm before the output projection, on the last stage.
     pub final_norm: Option<NormAt>,
@@ -153,7 +169,7 @@ impl Layout {
     /// # Errors
     /// [`EngineError::Split`] when the model cannot be split so.
     pub fn new(model: &ModelConfig, split: Split) -> Result<Self, EngineError> {
-        let (tensor, pipeline) = (split.tensor as u32, split.stages as u32);
+        let (tensor, pipeline) = (split.tensor as u32, (split.stages * split.chunks) as u32);
         if let Some(error) = model.check(tensor, pipeline).into_iter().next() {
             return Err(EngineError::Split { field: error.field, message: error.message });
         }
@@ -170,7 +186,7 @@ struct Piece {
 }
 
 /// Elements of a cache line: where each tensor begins.
-const ALIGN: usize = 16;
+pub(crate) const ALIGN: usize = 16;
 
 struct Builder {
     split: Split,
@@ -219,9 +235,10 @@ impl Builder {
             b.replicated(shard, range.start, d, init::matrix(), range.len());
             range
         });
-        let layers_here = model.layers as usize / split.stages;
-        let first_layer = layers_here * split.stage;
-        let layers = (first_layer..first_layer + layers_here)
+        let each = model.layers as usize / (split.stages * split.chunks);
+        let layers = (0..split.chunks)
+            .map(|chunk| each * (chunk * split.stages + split.stage))
+            .flat_map(|first| first..first + each)
             .map(|layer| b.layer(model, &names, layer))
             .collect();
         let final_norm = split.is_last().then(|| b.norm(model, names.final_norm));

@@ -11,20 +11,24 @@
 pub mod activations;
 pub mod bench;
 pub mod error;
+pub mod gradients;
 pub mod groups;
 pub mod head;
 pub mod infer;
 pub mod init;
 pub mod layer;
 pub mod layout;
+pub mod memory;
 pub mod optimizer;
 pub mod probe;
 pub mod shards;
 pub mod train;
 
 pub use error::EngineError;
+pub use gradients::Gradients;
 pub use groups::Groups;
 pub use layout::{Layout, Parameter, Split};
+pub use memory::Memory;
 pub use probe::{NoProbe, Probe, Span};
 pub use shards::Snapshot;
 pub use train::{Batch, StepReport, Trainer};

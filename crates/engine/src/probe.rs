@@ -56,6 +56,8 @@ pub trait Probe: Send + Sync + 'static {
     fn begin(&self, span: Span);
     /// It ends.
     fn end(&self, span: Span);
+    /// From now on, reductions are under way beside the stretches, or no longer.
+    fn under_way(&self, _: bool) {}
 }
 
 /// Watches nothing, at no cost.
@@ -77,6 +79,10 @@ impl<P: Probe> Probe for std::sync::Arc<P> {
     #[inline]
     fn end(&self, span: Span) {
         (**self).end(span);
+    }
+    #[inline]
+    fn under_way(&self, any: bool) {
+        (**self).under_way(any);
     }
 }
 

@@ -4,17 +4,19 @@
 use std::sync::Arc;
 
 use drumline_collective::ReduceOp;
-use drumline_mesh::{Coords, Instruction, Schedule, ShardSpec};
+use drumline_mesh::{Coords, Instruction, ShardSpec};
 use drumline_spec::{Family, TrainingJob};
 use drumline_tensor::Backend;
 
-use crate::activations::{Dims, Scratch, Slot, in_flight, rotary_table};
+use crate::activations::{Dims, LayerMemory, Scratch, Slot, in_flight, rotary_table};
 use crate::error::EngineError;
+use crate::gradients::{Buckets, Gradients};
 use crate::groups::Groups;
 use crate::head::Gradient;
 use crate::init;
 use crate::layer::{Stage, all_mut};
 use crate::layout::{Layout, Split};
+use crate::memory::{Memory, schedule};
 use crate::optimizer;
 use crate::probe::{NoProbe, Probe, Span, timed};
 use crate::shards::{FIRST_MOMENT, SECOND_MOMENT, Snapshot, prefixed, scatter};
@@ -51,7 +53,10 @@ pub struct Trainer<B: Backend, P: Probe = NoProbe> {
     dims: Dims,
     instructions: Vec<Instruction>,
     state: State<B>,
-    slots: Vec<Slot<B>>,
+    /// By chunk, then by micro-batch modulo their number.
+    slots: Vec<Vec<Slot<B>>>,
+    /// The other holder's gradients of a shared matrix.
+    theirs: Vec<f32>,
     scratch: Scratch<B>,
     rotary: Option<B::Buffer>,
     positions: Vec<u32>,
@@ -95,15 +100,25 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     ) -> Result<Self, EngineError> {
         groups.check(job.parallelism)?;
         check_shape(job)?;
-        let split = Split::new(job.parallelism, coords);
+        let split = Split::new(job.parallelism, coords).interleaved(job.virtual_stages);
         let layout = Layout::new(&job.model, split)?;
         let (batch, sequence) = (job.micro_batch as usize, job.sequence as usize);
         let dims = Dims::new(&job.model, split, batch, sequence);
-        let schedule = Schedule::one_f_one_b(job.parallelism.pipeline, job.micro_batches())?;
+        let schedule = schedule(job)?;
         let instructions = schedule.stage(coords.pipeline).to_vec();
-        let slots = (0..in_flight(&instructions).max(1))
-            .map(|_| Slot::new(&backend, dims, layout.layers.len(), split.is_last()))
+        let layers = layout.layers.len() / split.chunks;
+        let slots = (0..split.chunks)
+            .map(|chunk| {
+                let last = split.is_last() && chunk + 1 == split.chunks;
+                let places = in_flight(&instructions, chunk as u32).max(1);
+                let own = chunk * layers..(chunk + 1) * layers;
+                (0..places).map(|_| Slot::new(&backend, dims, own.clone(), last)).collect()
+            })
             .collect::<Result<_, _>>()?;
+        let theirs = match &layout.shared {
+            Some(shared) if !split.is_last() => vec![0.0; shared.len()],
+            _ => Vec::new(),
+        };
         let scratch = Scratch::new(&backend, dims, &layout)?;
         let rotary = if job.model.family == Family::Llama {
             let table = rotary_table(&job.model, sequence);
@@ -131,6 +146,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             instructions,
             state,
             slots,
+            theirs,
             scratch,
             rotary,
             positions,
@@ -152,6 +168,36 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Returns the bytes that this rank's state, activations and workspace take, as
+    /// [`Memory::plan`] says beforehand.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        let b = &*self.backend;
+        let bytes = |buffer: &B::Buffer| b.elements(buffer) as u64 * 4;
+        let layer = |m: &LayerMemory<B>| {
+            let all = [&m.x, &m.a1, &m.stats1, &m.qkv, &m.attended, &m.lse, &m.mid, &m.a2];
+            let rest = [&m.stats2, &m.up, &m.act];
+            all.into_iter().chain(rest).map(bytes).sum::<u64>()
+        };
+        let slot = |slot: &Slot<B>| {
+            let last = slot.last.as_ref();
+            slot.layers.iter().map(layer).sum::<u64>()
+                + bytes(&slot.out)
+                + last.map_or(0, |m| bytes(&m.y) + bytes(&m.stats) + bytes(&m.dy))
+        };
+        let s = &self.scratch;
+        let shared = [&s.branch, &s.gradient, &s.da, &s.dqkv, &s.dattended, &s.dact, &s.row_values];
+        let optional = s.logits.iter().chain(&self.rotary);
+        let host = (s.host.len() + self.theirs.len()) as u64 * 4;
+        Memory {
+            weights: bytes(&self.state.parameters),
+            gradients: bytes(&self.state.gradients),
+            optimizer: bytes(&self.state.first) + bytes(&self.state.second),
+            activations: self.slots.iter().flatten().map(slot).sum(),
+            workspace: shared.into_iter().chain(optional).map(bytes).sum::<u64>() + host,
+        }
     }
 
     /// Returns who watches.
@@ -183,8 +229,14 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
 
     fn run_step(&mut self, step: u64, micros: &[Batch]) -> Result<StepReport, EngineError> {
         self.clear_gradients();
-        let loss = self.run_pipeline(micros)?;
-        self.reduce_gradients()?;
+        let data = Arc::clone(&self.groups.data);
+        let mut buckets = (data.size() > 1).then(|| Buckets::new(&*data));
+        let loss = self.run_pipeline(micros, buckets.as_mut())?;
+        self.add_shared()?;
+        if let Some(buckets) = buckets {
+            let gradients = &mut self.state.gradients;
+            buckets.finish(&*self.backend, &self.probe, gradients, self.layout.elements)?;
+        }
         let b = &*self.backend;
         let counted = timed(&self.probe, Span::Optimizer, || {
             let square = |r: &std::ops::Range<usize>| {
@@ -242,7 +294,11 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         });
     }
 
-    fn run_pipeline(&mut self, micros: &[Batch]) -> Result<f64, EngineError> {
+    fn run_pipeline<'g>(
+        &mut self,
+        micros: &[Batch],
+        mut buckets: Option<&mut Buckets<'g>>,
+    ) -> Result<f64, EngineError> {
         let b = &*self.backend;
         let stage = Stage {
             backend: b,
@@ -256,21 +312,22 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         };
         let (pipeline, probe) = (&*self.groups.pipeline, &self.probe);
         let scale = 1.0 / self.job.tokens_per_step() as f32;
-        let (split, places) = (self.split, self.slots.len());
+        let split = self.split;
+        let (before, after) = neighbours(split);
         let mut loss = 0.0;
         for instruction in &self.instructions {
             match *instruction {
-                Instruction::RecvForward { micro, .. } => {
-                    let slot = &mut self.slots[micro as usize % places];
+                Instruction::RecvForward { micro, chunk } => {
+                    let slot = slot(&mut self.slots, micro, chunk);
                     let x = all_mut(b, &mut slot.layers[0].x);
                     timed(probe, Span::PipelineWait, || {
-                        b.on_host(x, |v| pipeline.recv(v, split.stage - 1))
+                        b.on_host(x, |v| pipeline.recv(v, before))
                     })?;
                 }
-                Instruction::Forward { micro, .. } => {
-                    let slot = &mut self.slots[micro as usize % places];
+                Instruction::Forward { micro, chunk } => {
+                    let slot = slot(&mut self.slots, micro, chunk);
                     let batch = &micros[micro as usize];
-                    if split.is_first() {
+                    if split.is_first() && chunk == 0 {
                         stage.embed(&batch.tokens, &mut slot.layers[0].x)?;
                     }
                     stage.forward(slot, &mut self.scratch)?;
@@ -282,34 +339,46 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                         };
                         let scratch = &mut self.scratch;
                         loss += stage.loss(&batch.targets, last, scratch, Some(gradient))?;
+                        // Nothing else is added to a projection of its own.
+                        if let (Some(buckets), Some(head)) = (&mut buckets, &self.layout.head)
+                            && micro as usize + 1 == micros.len()
+                            && self.layout.embedding.as_ref() != Some(head)
+                            && self.layout.shared.is_none()
+                        {
+                            buckets.add(probe, head.clone())?;
+                        }
                     }
                 }
-                Instruction::SendForward { micro, .. } => {
-                    let slot = &mut self.slots[micro as usize % places];
-                    let out = all_mut(b, &mut slot.out);
+                Instruction::SendForward { micro, chunk } => {
+                    let out = all_mut(b, &mut slot(&mut self.slots, micro, chunk).out);
                     timed(probe, Span::PipelineSend, || {
-                        b.on_host(out, |v| pipeline.send(v, split.stage + 1))
+                        b.on_host(out, |v| pipeline.send(v, after))
                     })?;
                 }
                 Instruction::RecvBackward { .. } => {
                     let gradient = all_mut(b, &mut self.scratch.gradient);
                     timed(probe, Span::PipelineWait, || {
-                        b.on_host(gradient, |v| pipeline.recv(v, split.stage + 1))
+                        b.on_host(gradient, |v| pipeline.recv(v, after))
                     })?;
                 }
-                Instruction::Backward { micro, .. } => {
-                    let slot = &mut self.slots[micro as usize % places];
-                    let gradients = &mut self.state.gradients;
-                    stage.backward(slot, &mut self.scratch, gradients, micro > 0)?;
-                    if split.is_first() {
+                Instruction::Backward { micro, chunk } => {
+                    let slot = slot(&mut self.slots, micro, chunk);
+                    let final_pass = micro as usize + 1 == micros.len();
+                    let mut gradients = Gradients {
+                        buffer: &mut self.state.gradients,
+                        accumulate: micro > 0,
+                        buckets: buckets.as_deref_mut().filter(|_| final_pass),
+                    };
+                    stage.backward(slot, &mut self.scratch, &mut gradients)?;
+                    if split.is_first() && chunk == 0 {
                         let tokens = &micros[micro as usize].tokens;
-                        stage.embed_backward(tokens, &self.scratch, gradients);
+                        stage.embed_backward(tokens, &self.scratch, gradients.buffer);
                     }
                 }
                 Instruction::SendBackward { .. } => {
                     let gradient = all_mut(b, &mut self.scratch.gradient);
                     timed(probe, Span::PipelineSend, || {
-                        b.on_host(gradient, |v| pipeline.send(v, split.stage - 1))
+                        b.on_host(gradient, |v| pipeline.send(v, before))
                     })?;
                 }
             }
@@ -317,29 +386,25 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         Ok(loss)
     }
 
-    /// Adds the gradients of a tied matrix over its two stages, then all over the copies.
-    fn reduce_gradients(&mut self) -> Result<(), EngineError> {
+    /// Adds the gradients of a tied matrix over its two stages.
+    fn add_shared(&mut self) -> Result<(), EngineError> {
+        let Some(shared) = &self.layout.shared else { return Ok(()) };
         let b = &*self.backend;
-        if let Some(shared) = &self.layout.shared {
-            let last = self.split.stages - 1;
-            let pipeline = &*self.groups.pipeline;
-            let gradients = b.view_mut(&mut self.state.gradients, shared.clone());
-            // The last stage sends its part and gets the sum: no order in which both wait.
-            timed(&self.probe, Span::GradientComm, || {
-                b.on_host(gradients, |own| {
-                    if self.split.is_last() {
-                        pipeline.send(own, 0)?;
-                        return pipeline.recv(own, 0);
-                    }
-                    let mut theirs = vec![0.0; own.len()];
-                    pipeline.recv(&mut theirs, last)?;
-                    own.iter_mut().zip(&theirs).for_each(|(o, t)| *o += t);
-                    pipeline.send(own, last)
-                })
-            })?;
-        }
-        let all = all_mut(b, &mut self.state.gradients);
-        crate::layer::add_over(b, &self.probe, Span::GradientComm, &*self.groups.data, all)?;
+        let (last, theirs) = (self.split.stages - 1, &mut self.theirs);
+        let pipeline = &*self.groups.pipeline;
+        let gradients = b.view_mut(&mut self.state.gradients, shared.clone());
+        // The last stage sends its part and gets the sum: no order in which both wait.
+        timed(&self.probe, Span::GradientComm, || {
+            b.on_host(gradients, |own| {
+                if self.split.is_last() {
+                    pipeline.send(own, 0)?;
+                    return pipeline.recv(own, 0);
+                }
+                pipeline.recv(theirs, last)?;
+                own.iter_mut().zip(theirs.iter()).for_each(|(o, t)| *o += t);
+                pipeline.send(own, last)
+            })
+        })?;
         Ok(())
     }
 
@@ -384,23 +449,26 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             positions: &self.positions,
         };
         let (pipeline, split) = (&*self.groups.pipeline, self.split);
-        let slot = &mut self.slots[0];
+        let (before, after) = neighbours(split);
         let mut loss = 0.0;
         for batch in batches {
-            if split.is_first() {
-                stage.embed(&batch.tokens, &mut slot.layers[0].x)?;
-            } else {
-                let x = all_mut(b, &mut slot.layers[0].x);
-                b.on_host(x, |v| pipeline.recv(v, split.stage - 1))?;
-            }
-            stage.forward(slot, &mut self.scratch)?;
-            match &mut slot.last {
-                Some(last) => {
-                    loss += stage.loss(&batch.targets, last, &mut self.scratch, None)?;
+            for (chunk, slots) in self.slots.iter_mut().enumerate() {
+                let slot = &mut slots[0];
+                if split.is_first() && chunk == 0 {
+                    stage.embed(&batch.tokens, &mut slot.layers[0].x)?;
+                } else {
+                    let x = all_mut(b, &mut slot.layers[0].x);
+                    b.on_host(x, |v| pipeline.recv(v, before))?;
                 }
-                None => {
-                    let out = all_mut(b, &mut slot.out);
-                    b.on_host(out, |v| pipeline.send(v, split.stage + 1))?;
+                stage.forward(slot, &mut self.scratch)?;
+                match &mut slot.last {
+                    Some(last) => {
+                        loss += stage.loss(&batch.targets, last, &mut self.scratch, None)?;
+                    }
+                    None => {
+                        let out = all_mut(b, &mut slot.out);
+                        b.on_host(out, |v| pipeline.send(v, after))?;
+                    }
                 }
             }
         }
@@ -466,6 +534,18 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         snapshot.take(&*self.backend, &self.layout, &self.state.gradients, 0);
         snapshot
     }
+}
+
+/// Returns the stages that hold the layers before and after, round the pipeline.
+fn neighbours(split: Split) -> (usize, usize) {
+    ((split.stage + split.stages - 1) % split.stages, (split.stage + 1) % split.stages)
+}
+
+/// Returns where a micro-batch keeps what a chunk needs of it.
+fn slot<B: Backend>(slots: &mut [Vec<Slot<B>>], micro: u32, chunk: u32) -> &mut Slot<B> {
+    let slots = &mut slots[chunk as usize];
+    let place = micro as usize % slots.len();
+    &mut slots[place]
 }
 
 fn check_shape(job: &TrainingJob) -> Result<(), EngineError> {

@@ -1,6 +1,7 @@
 //! `drumline bench`: measures this machine and tells the figures as a table or JSON.
 
 mod collective;
+mod control;
 mod launch;
 mod serve;
 mod store;
@@ -13,6 +14,7 @@ use crate::failure::Failure;
 use crate::output::{self, Format};
 
 pub use collective::CollectiveArgs;
+pub use control::ControlArgs;
 pub use launch::LaunchArgs;
 pub use serve::ServeArgs;
 pub use store::StoreArgs;
@@ -39,7 +41,9 @@ pub enum Bench {
     Store(StoreArgs),
     /// The time from a submission to the first step of its gang.
     Launch(LaunchArgs),
-    /// All of these, with their usual settings.
+    /// The whole control path in real time: queues, thousands of jobs, simulated agents.
+    Control(ControlArgs),
+    /// All of these but the last, with their usual settings.
     All,
 }
 
@@ -75,6 +79,7 @@ pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
         Bench::Collective(args) => vec![collective::run(args).await?],
         Bench::Store(args) => vec![store::run(args).await?],
         Bench::Launch(args) => vec![launch::run(args).await?],
+        Bench::Control(args) => vec![control::run(args).await?],
         Bench::All => all().await?,
     };
     let machine = machine();

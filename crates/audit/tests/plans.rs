@@ -59,7 +59,12 @@ fn admitted(jobs: &[(u32, u32)]) -> Vec<Admitted> {
         .map(|(i, &(tensor, groups))| Waiting {
             job: format!("job-{i}").parse().unwrap(),
             attempt: Attempt(1),
-            gang: Gang { ranks: tensor * groups, node_group: tensor, device: DeviceKind::Gpu, ..Gang::default() },
+            gang: Gang {
+                ranks: tensor * groups,
+                node_group: tensor,
+                device: DeviceKind::Gpu,
+                ..Gang::default()
+            },
             split: Parallelism { tensor, pipeline: groups, data: 1 },
             settings: GangSettings {
                 queue: "default".parse().unwrap(),
@@ -67,7 +72,7 @@ fn admitted(jobs: &[(u32, u32)]) -> Vec<Admitted> {
                 restarts: RestartPolicy { limit: 0, backoff_ms: 0 },
                 stall_timeout_ms: 0,
                 start_timeout_ms: 1000,
-            ..GangSettings::default()
+                ..GangSettings::default()
             },
             submitted: Timestamp(i as u64),
             held: false,
@@ -189,9 +194,13 @@ fn a_job_that_holds_devices_is_not_planned_again() {
     let first = plan(&snapshot, &admitted(&[(2, 1)]), Seed(0));
     let devices = first.jobs[0].assignments.iter().map(|a| a.device.clone()).collect();
     snapshot.commit(&first.jobs[0].job, Attempt(1), devices).unwrap();
-    let again = plan(&snapshot, &admitted(&[(2, 1)]), Seed(0));
+    let mut again = first.clone();
+    again.parent = snapshot.revision();
     let violations = check(&snapshot, &again).unwrap_err();
-    assert!(matches!(violations.as_slice(), [Violation::JobHoldsDevices { .. }]));
+    assert!(
+        matches!(violations.as_slice(), [Violation::JobHoldsDevices { .. }, ..]),
+        "{violations:?}"
+    );
     let mut stale = first.clone();
     stale.jobs.clear();
     assert!(matches!(check(&snapshot, &stale).unwrap_err().as_slice(), [Violation::Stale { .. }]));

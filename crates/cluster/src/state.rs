@@ -262,3 +262,6 @@ impl NodeState {
         self.slots.iter().all(Slot::is_empty)
     }
 }
+
+/// The number that no other comes before, to search an order by.
+pub const NODE_FIRST: NodeAt = NodeAt(0);

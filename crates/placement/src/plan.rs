@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use drumline_cluster::{Revision, Snapshot};
+use drumline_cluster::{Commitment, Revision, Slice, Snapshot};
 use drumline_mesh::{Coords, Mesh};
-use drumline_queue::{Admitted, Waiting};
-use drumline_spec::{DeviceKind, Gang, Parallelism};
-use drumline_types::{Attempt, DeviceId, Explanation, JobId, RankIndex};
+use drumline_queue::Admitted;
+use drumline_spec::{Gang, Parallelism};
+use drumline_types::{Attempt, DeviceId, Explanation, JobId, RankIndex, Reason};
 use serde::{Deserialize, Serialize};
 
-use crate::choose::{Fleet, choose};
-use crate::explain::explain;
+use crate::place::{Placed, place};
+use crate::scoring::Constraints;
 
 /// Decides among equals. The same seed and input give the same plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -54,6 +54,35 @@ pub struct Plan {
     pub waiting: Vec<(JobId, Explanation)>,
 }
 
+impl JobPlan {
+    /// Joins a job and its place.
+    #[must_use]
+    pub fn new(job: &JobId, attempt: Attempt, gang: &Gang, placed: Placed) -> Self {
+        let mesh = Mesh::new(placed.split);
+        let assignments = (0u32..)
+            .zip(placed.devices)
+            .map(|(rank, device)| Assignment {
+                rank: RankIndex(rank),
+                coords: mesh.coords(rank),
+                device,
+            })
+            .collect();
+        let (job, gang) = (job.clone(), gang.clone());
+        Self { job, attempt, gang, split: placed.split, assignments }
+    }
+
+    /// Returns what the job holds when the plan is carried out.
+    #[must_use]
+    pub fn commitment(&self) -> Commitment {
+        Commitment {
+            job: self.job.clone(),
+            attempt: self.attempt,
+            devices: self.assignments.iter().map(|a| a.device.clone()).collect(),
+            slice: Slice::of(&self.gang),
+        }
+    }
+}
+
 /// Places the admitted jobs one after the other, each as a whole or not at all.
 ///
 /// A gang goes to the fewest nodes, inside the smallest topology domain that holds it, and of
@@ -63,21 +92,28 @@ pub struct Plan {
 #[must_use]
 pub fn plan(snapshot: &Snapshot, admitted: &[Admitted], seed: Seed) -> Plan {
     let mut plan = Plan { parent: snapshot.revision(), jobs: Vec::new(), waiting: Vec::new() };
-    let mut fleet = Fleet::new(snapshot, seed);
-    // Devices only get fewer while a plan is made: a shape that did not fit once will not fit now.
-    let mut hopeless: BTreeMap<(DeviceKind, u32, u32), Explanation> = BTreeMap::new();
+    let mut fleet = snapshot.clone();
+    let constraints = Constraints { seed, ..Constraints::default() };
+    // Devices only get fewer while a plan is made: a gang that did not fit once will not fit now.
+    let mut hopeless: BTreeMap<&Gang, Explanation> = BTreeMap::new();
     for waiting in admitted.iter().map(Admitted::waiting) {
-        let gang = &waiting.gang;
-        let shape = (gang.device, gang.node_group, gang.ranks);
-        if let Some(why) = hopeless.get(&shape) {
+        if let Some(why) = hopeless.get(&waiting.gang) {
             plan.waiting.push((waiting.job.clone(), why.clone()));
             continue;
         }
-        match choose(&mut fleet, gang) {
-            Some(devices) => plan.jobs.push(job_plan(waiting, devices)),
-            None => {
-                let why = explain(&fleet, gang);
-                hopeless.insert(shape, why.clone());
+        let placed = place(&fleet, &waiting.gang, waiting.split, &constraints)
+            .map_err(|misfit| misfit.explanation())
+            .and_then(|placed| {
+                let held = fleet.hold(placed.commitment(&waiting.job, waiting.attempt));
+                held.map(|()| placed)
+                    .map_err(|error| Explanation::new(Reason::WaitingForDevices, error.to_string()))
+            });
+        match placed {
+            Ok(placed) => {
+                plan.jobs.push(JobPlan::new(&waiting.job, waiting.attempt, &waiting.gang, placed));
+            }
+            Err(why) => {
+                hopeless.insert(&waiting.gang, why.clone());
                 plan.waiting.push((waiting.job.clone(), why));
             }
         }
@@ -85,21 +121,10 @@ pub fn plan(snapshot: &Snapshot, admitted: &[Admitted], seed: Seed) -> Plan {
     plan
 }
 
-fn job_plan(waiting: &Waiting, devices: Vec<DeviceId>) -> JobPlan {
-    let mesh = Mesh::new(waiting.split);
-    let assignments = (0..waiting.gang.ranks)
-        .zip(devices)
-        .map(|(rank, device)| Assignment {
-            rank: RankIndex(rank),
-            coords: mesh.coords(rank),
-            device,
-        })
-        .collect();
-    JobPlan {
-        job: waiting.job.clone(),
-        attempt: waiting.attempt,
-        gang: waiting.gang.clone(),
-        split: waiting.split,
-        assignments,
-    }
+/// Mixes the bits of a number (the finalizer of SplitMix64).
+pub(crate) fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }

@@ -24,12 +24,11 @@ const SHAPES: [(usize, usize, usize); 10] = [
 /// Returns this thread's time on a processor, in seconds: a busy machine matters less. With several
 /// threads, the time of day.
 fn seconds(threads: usize, start: Instant) -> f64 {
-    let spent = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
-    let nanos = spent.and_then(|s| s.split(' ').next().and_then(|n| n.parse::<f64>().ok()));
-    match nanos {
-        Some(nanos) if threads == 1 => nanos / 1e9,
-        _ => start.elapsed().as_secs_f64(),
+    if threads > 1 {
+        return start.elapsed().as_secs_f64();
     }
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    spent.tv_sec as f64 + spent.tv_nsec as f64 / 1e9
 }
 
 fn main() {

@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use crate::dtype::DType;
 use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
 
 /// Why a device could not do as asked.
@@ -59,6 +60,8 @@ pub trait Backend: Send + Sync + 'static {
     type View<'a>: Copy + Send + Sync;
     /// A part of a buffer that is written.
     type ViewMut<'a>: Send;
+    /// A matrix that is only multiplied by, in the device's own order and number format.
+    type Matrix: Send + Sync;
 
     /// Allocates zeros.
     ///
@@ -133,6 +136,45 @@ pub trait Backend: Send + Sync + 'static {
         dy: Self::View<'_>,
         dw: Self::ViewMut<'_>,
         accumulate: bool,
+    );
+
+    /// Stores the matrix of a linear layer for products alone, as `dtype`. Rows of `s` do not
+    /// matter; `values` is `[output, input]` or `[input, output]`, as its layout says.
+    ///
+    /// f16 and f32 are multiplied by f32. With bf16 and int8 the other factor is rounded to bf16;
+    /// int8 has one scale for each output, its greatest weight over 127. Sums are f32.
+    ///
+    /// # Errors
+    /// [`TensorError::OutOfMemory`].
+    fn store_matrix(
+        &self,
+        dtype: DType,
+        s: Linear,
+        values: &[f32],
+    ) -> Result<Self::Matrix, TensorError>;
+
+    /// Returns the memory that a stored matrix takes, scales included.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+
+    /// Computes `y = x . w (+ bias)` for `rows` rows, reading each weight once. A row's result does
+    /// not depend on the other rows.
+    fn linear_stored(
+        &self,
+        rows: usize,
+        x: Self::View<'_>,
+        w: &Self::Matrix,
+        bias: Option<Self::View<'_>>,
+        y: Self::ViewMut<'_>,
+    );
+
+    /// Copies to `out` the weights of outputs `indices[i] - offset` of a stored matrix, or zeros
+    /// where that is outside it: a table of embeddings.
+    fn embed_stored(
+        &self,
+        indices: &[u32],
+        offset: usize,
+        table: &Self::Matrix,
+        out: Self::ViewMut<'_>,
     );
 
     /// Adds the sums of the columns of `[rows, columns]` to `sums`: the gradient of a bias.

@@ -15,7 +15,7 @@ pub mod reference;
 pub mod shape;
 
 pub use backend::{AdamW, Backend, TensorError};
-pub use cpu::{Cpu, CpuOptions};
+pub use cpu::{Cpu, CpuMatrix, CpuOptions};
 pub use dtype::{DType, MatmulPrecision};
 pub use shape::{
     Attention, CachedAttention, CachedSegment, KV_BLOCK, Linear, Loss, NormKind, Normalise, Rotary,

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use drumline_tensor::cpu::simd::{self, Level};
 use drumline_tensor::reference::{self as plain, Random};
 use drumline_tensor::{
-    AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, CpuOptions, KV_BLOCK, Linear,
-    Loss, MatmulPrecision, NormKind, Normalise, Rotary, WeightLayout,
+    AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, CpuOptions, DType, KV_BLOCK,
+    Linear, Loss, MatmulPrecision, NormKind, Normalise, Rotary, WeightLayout,
 };
 
 /// The limit on instructions is the process's: one test at a time.
@@ -148,6 +148,92 @@ fn bf16_linear_layers_repeat_bit_for_bit_on_any_number_of_threads() {
         let alone = Linear { rows: 1, ..s };
         one.linear(alone, &x[(rows - 1) * input..], &w, None, &mut last);
         assert_eq!(last, all[(rows - 1) * output..], "{s:?}");
+    }
+}
+
+/// What a matrix is after it was stored as `dtype`.
+fn stored(dtype: DType, s: Linear, w: &[f32]) -> Vec<f32> {
+    let output = |i: usize| match s.layout {
+        WeightLayout::OutIn => i / s.input,
+        WeightLayout::InOut => i % s.output,
+    };
+    let mut greatest = vec![0.0f32; s.output];
+    for (i, x) in w.iter().enumerate() {
+        greatest[output(i)] = greatest[output(i)].max(x.abs());
+    }
+    let value = |(i, x): (usize, &f32)| match dtype {
+        DType::F32 => *x,
+        DType::Bf16 => plain::bf16(*x),
+        // The test's weights are normal numbers of f16: 10 bits after the first.
+        DType::F16 => {
+            let unit = 2f64.powi(f64::from(x.abs()).log2().floor() as i32 - 10);
+            ((f64::from(*x) / unit).round_ties_even() * unit) as f32
+        }
+        DType::I8 => {
+            let scale = greatest[output(i)] / 127.0;
+            (x * (1.0 / scale)).round_ties_even() * scale
+        }
+    };
+    w.iter().enumerate().map(value).collect()
+}
+
+#[test]
+fn stored_matrices_multiply_as_what_they_were_rounded_to() {
+    for_seeds(30, |cpu, r, what| {
+        let rows = if r.below(2) == 0 { 1 + r.below(18) } else { 1 + r.below(300) };
+        let layout = [WeightLayout::OutIn, WeightLayout::InOut][r.below(2)];
+        let input = if r.below(8) == 0 { 513 + r.below(700) } else { 1 + r.below(140) };
+        let s = Linear { rows, input, output: 1 + r.below(200), layout };
+        let (x, bias) = (r.values(rows * s.input), r.values(s.output));
+        let mut w = r.values(s.input * s.output);
+        w.iter_mut().for_each(|x| *x = x.signum() * x.abs().max(1e-3));
+        let bias = (r.below(2) == 0).then_some(&bias[..]);
+        for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I8] {
+            let what = format!("{what}, {dtype:?}, {s:?}");
+            let (w2, x2) = (stored(dtype, s, &w), rounded(&x));
+            let x2 = if matches!(dtype, DType::Bf16 | DType::I8) { &x2 } else { &x };
+            let matrix = cpu.store_matrix(dtype, s, &w).unwrap();
+            let mut y = vec![9.0; rows * s.output];
+            cpu.linear_stored(rows, &x, &matrix, bias, &mut y);
+            assert_close(&y, &plain::linear(s, x2, &w2, bias), 3e-5, &what);
+            let whole = s.output.next_multiple_of(16) * s.input.next_multiple_of(4);
+            assert!(cpu.matrix_bytes(&matrix) <= (whole + 16) * dtype.bytes() + s.output * 4);
+            let tokens: Vec<u32> = (0..9).map(|_| r.below(s.output + 9) as u32).collect();
+            let mut rows = vec![9.0; 9 * s.input];
+            cpu.embed_stored(&tokens, 3, &matrix, &mut rows);
+            for (row, token) in rows.chunks_exact(s.input).zip(&tokens) {
+                let o = (*token as usize).checked_sub(3).filter(|o| *o < s.output);
+                let at = |i: usize, o: usize| match layout {
+                    WeightLayout::OutIn => w2[o * s.input + i],
+                    WeightLayout::InOut => w2[i * s.output + o],
+                };
+                let want: Vec<f32> = (0..s.input).map(|i| o.map_or(0.0, |o| at(i, o))).collect();
+                assert_close(row, &want, 1e-6, &what);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_row_of_a_stored_product_does_not_depend_on_the_others_nor_on_threads() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let (one, three) = (Cpu::new(1).unwrap(), Cpu::new(3).unwrap());
+    let mut r = Random::new(8);
+    let s = Linear { rows: 40, input: 1300, output: 170, layout: WeightLayout::OutIn };
+    let (x, w) = (r.values(s.rows * s.input), r.values(s.input * s.output));
+    for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I8] {
+        if simd::level() < Level::Avx512Bf16 {
+            eprintln!("not tested: this processor has no kernels for panels");
+            return;
+        }
+        let matrix = one.store_matrix(dtype, s, &w).unwrap();
+        let mut all = vec![0.0; s.rows * s.output];
+        three.linear_stored(s.rows, &x, &matrix, None, &mut all);
+        for rows in [1, 2, 5, 16, 33] {
+            let mut some = vec![0.0; rows * s.output];
+            one.linear_stored(rows, &x[..rows * s.input], &matrix, None, &mut some);
+            assert_eq!(some, all[..rows * s.output], "{dtype:?}, {rows} rows");
+        }
     }
 }
 

@@ -77,10 +77,12 @@ fn multiply(pool: &Pool, precision: MatmulPrecision, p: &Product<'_>, c: &mut [f
     }
 }
 
-/// Returns whether our own f32 kernel is the faster one.
+/// Returns whether our own f32 kernel is the faster one, as measured (`examples/matmul_rate.rs`): it
+/// is with many rows, and with a long sum over a second factor that lies across it; it is not where
+/// the first factor does (the gradients of weights).
 #[cfg(target_arch = "x86_64")]
-fn ours(_: &Product<'_>) -> bool {
-    true
+fn ours(p: &Product<'_>) -> bool {
+    p.a.column == 1 && (p.m >= 384 || p.b.column != 1 && p.k >= 1024)
 }
 
 fn round(pool: &Pool, from: &[f32], to: &mut [f32]) {

@@ -1,7 +1,7 @@
 //! The CPU backend: f32, vectorised for the processor that it finds, on a thread pool of its own.
 //!
-//! Results depend on shapes and values alone, not on the number of threads; only where the `gemm`
-//! crate multiplies (processors without AVX-512) do they repeat for a given number alone.
+//! Results depend on shapes and values alone, not on the number of threads, except for the f32
+//! products that the `gemm` crate makes: these repeat bit for bit for a given number.
 
 mod activation;
 mod attention;
@@ -9,6 +9,7 @@ mod cached;
 mod embedding;
 mod loss;
 mod matmul;
+mod matrix;
 mod norm;
 mod optimizer;
 mod panels;
@@ -20,8 +21,9 @@ mod tile;
 use std::ops::Range;
 
 use crate::backend::{AdamW, Backend, TensorError};
-use crate::dtype::MatmulPrecision;
+use crate::dtype::{DType, MatmulPrecision};
 use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
+pub use matrix::CpuMatrix;
 use pool::Pool;
 
 /// One cache line of f32: buffers are made of these, so that they are aligned to 64 bytes.
@@ -124,6 +126,7 @@ impl Backend for Cpu {
     type Buffer = CpuBuffer;
     type View<'a> = &'a [f32];
     type ViewMut<'a> = &'a mut [f32];
+    type Matrix = CpuMatrix;
 
     fn alloc(&self, elements: usize) -> Result<CpuBuffer, TensorError> {
         let count = elements.div_ceil(Line::ELEMENTS);
@@ -198,6 +201,34 @@ impl Backend for Cpu {
         accumulate: bool,
     ) {
         matmul::linear_grad_weight(&self.pool, self.matmul, s, x, dy, dw, accumulate);
+    }
+
+    fn store_matrix(
+        &self,
+        dtype: DType,
+        s: Linear,
+        values: &[f32],
+    ) -> Result<CpuMatrix, TensorError> {
+        CpuMatrix::new(self, dtype, s, values)
+    }
+
+    fn matrix_bytes(&self, matrix: &CpuMatrix) -> usize {
+        matrix.bytes()
+    }
+
+    fn linear_stored(
+        &self,
+        rows: usize,
+        x: &[f32],
+        w: &CpuMatrix,
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        w.linear(&self.pool, rows, x, bias, y);
+    }
+
+    fn embed_stored(&self, indices: &[u32], offset: usize, table: &CpuMatrix, out: &mut [f32]) {
+        table.embed(indices, offset, out);
     }
 
     fn add_column_sums(&self, rows: usize, columns: usize, values: &[f32], sums: &mut [f32]) {

@@ -102,14 +102,13 @@ impl Format {
         }
     }
 
-    /// Returns where element `(row, column)` of a `[k, n]` matrix begins, in bytes.
-    pub(super) fn position(self, k: usize, n: usize, row: usize, column: usize) -> usize {
+    /// Returns where the first line of a column's group begins, and the step to the next, in bytes.
+    fn column(self, k: usize, n: usize, column: usize) -> (usize, usize) {
         let group = column / GROUP;
         let first = group / PANEL * PANEL;
         let groups = (n.div_ceil(GROUP) - first).min(PANEL);
-        let (step, part) = (row / self.rows(), row % self.rows());
-        let line = first * self.steps(k) + step * groups + (group - first);
-        line * self.line() + self.within(column % GROUP, part)
+        let line = first * self.steps(k) + (group - first);
+        (line * self.line(), groups * self.line())
     }
 
     /// Returns the byte of row `part` of `lane` in a line.
@@ -153,34 +152,47 @@ impl Format {
         }
     }
 
-    /// Stores the `[k, n]` matrix `at(row, column)` in `to`, which holds zeros.
-    pub(super) fn store(self, k: usize, n: usize, at: impl Fn(usize, usize) -> f32, to: &mut [u8]) {
-        for column in 0..n {
-            for row in 0..k {
-                let place = self.position(k, n, row, column);
-                self.put(&mut to[place..], at(row, column));
-            }
+    /// Stores column `column` of a `[k, n]` matrix in `to`, which held zeros.
+    pub(super) fn store_column(
+        self,
+        k: usize,
+        n: usize,
+        column: usize,
+        at: impl Fn(usize) -> f32,
+        to: &mut [u8],
+    ) {
+        let (first, step) = self.column(k, n, column);
+        for row in 0..k {
+            let place = first + row / self.rows() * step;
+            self.put(&mut to[place + self.within(column % GROUP, row % self.rows())..], at(row));
         }
     }
 
-    /// Returns element `(row, column)`, without the scale of [`Format::I8`].
-    pub(super) fn value(self, k: usize, n: usize, row: usize, column: usize, from: &[u8]) -> f32 {
-        self.get(&from[self.position(k, n, row, column)..])
+    /// Reads column `column` of a `[k, n]` matrix, without the scale of [`Format::I8`].
+    pub(super) fn load_column(
+        self,
+        k: usize,
+        n: usize,
+        column: usize,
+        from: &[u8],
+        to: &mut [f32],
+    ) {
+        let (first, step) = self.column(k, n, column);
+        for (row, to) in to.iter_mut().enumerate().take(k) {
+            let place = first + row / self.rows() * step;
+            *to = self.get(&from[place + self.within(column % GROUP, row % self.rows())..]);
+        }
     }
 }
 
-/// Turns one group of a stored `[k, n]` matrix back into f32, `[k, GROUP]`.
+/// Turns one group of a stored `[k, n]` matrix back into f32, `[k, GROUP]`; columns beyond the matrix
+/// are zeros.
 pub(super) fn expand(f: Format, k: usize, n: usize, group: usize, from: &[u8], to: &mut [f32]) {
-    let column = group * GROUP;
-    let lanes = GROUP.min(n - column);
+    let (first, step) = f.column(k, n, group * GROUP);
     for (row, to) in to[..k * GROUP].chunks_exact_mut(GROUP).enumerate() {
-        let first = f.position(k, n, row, column) - f.within(0, row % f.rows());
+        let line = &from[first + row / f.rows() * step..][..f.line()];
         for (lane, to) in to.iter_mut().enumerate() {
-            *to = if lane < lanes {
-                f.get(&from[first + f.within(lane, row % f.rows())..])
-            } else {
-                0.0
-            };
+            *to = f.get(&line[f.within(lane, row % f.rows())..]);
         }
     }
 }

@@ -1,0 +1,214 @@
+//! Stored matrices: weights that are only multiplied by, in panels, as f32, f16, bf16 or int8.
+#![allow(unsafe_code, reason = "threads write disjoint columns of one output")]
+
+#[cfg(target_arch = "x86_64")]
+use super::panels::multiply::{Extent, multiply_stored};
+use super::panels::narrow::round_to_bf16;
+use super::panels::{Format, GROUP, expand};
+use super::pool::{Pool, Rows};
+use super::simd::{Level, level};
+use super::tile::{Tile, product};
+use super::{Cpu, CpuBuffer, matmul};
+use crate::backend::{Backend, TensorError};
+use crate::dtype::{DType, MatmulPrecision};
+use crate::shape::{Linear, WeightLayout};
+
+/// A matrix in the order of the kernels.
+pub struct CpuMatrix {
+    input: usize,
+    output: usize,
+    storage: Storage,
+    /// The panels' bytes, or the matrix as it came.
+    values: CpuBuffer,
+    /// For int8, the scale of each output.
+    scales: Option<CpuBuffer>,
+}
+
+enum Storage {
+    Panels(Format),
+    /// f32 where there is no kernel for panels.
+    AsItCame(WeightLayout),
+}
+
+#[allow(unsafe_code, reason = "numbers are seen as their bytes")]
+fn bytes_of(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: every f32 is four bytes, and any four bytes are an f32.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
+#[allow(unsafe_code, reason = "numbers are seen as their bytes")]
+fn bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: as above.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+impl CpuMatrix {
+    /// Stores `values`; see [`Backend::store_matrix`].
+    pub(super) fn new(
+        cpu: &Cpu,
+        dtype: DType,
+        s: Linear,
+        values: &[f32],
+    ) -> Result<Self, TensorError> {
+        let (input, output) = (s.input, s.output);
+        assert_eq!(values.len(), input * output, "matrix to store");
+        let format = match dtype {
+            DType::F32 => Format::F32,
+            DType::F16 => Format::F16,
+            DType::Bf16 => Format::Bf16,
+            DType::I8 => Format::I8,
+        };
+        if dtype == DType::F32 && level() < Level::Avx512 {
+            let mut own = cpu.alloc(values.len())?;
+            own.as_mut_slice().copy_from_slice(values);
+            let storage = Storage::AsItCame(s.layout);
+            return Ok(Self { input, output, storage, values: own, scales: None });
+        }
+        let at = |row: usize, column: usize| match s.layout {
+            WeightLayout::OutIn => values[column * input + row],
+            WeightLayout::InOut => values[row * output + column],
+        };
+        let scales = match dtype {
+            DType::I8 => {
+                let mut scales = cpu.alloc(output)?;
+                for (column, scale) in scales.as_mut_slice().iter_mut().enumerate() {
+                    let greatest = (0..input).fold(0.0f32, |m, row| m.max(at(row, column).abs()));
+                    *scale = greatest / 127.0;
+                }
+                Some(scales)
+            }
+            _ => None,
+        };
+        let inverse = |column: usize| match scales.as_ref().map(|s| s.as_slice()[column]) {
+            None => 1.0,
+            Some(scale) if scale > 0.0 => 1.0 / scale,
+            Some(_) => 0.0,
+        };
+        let mut panels = cpu.alloc(format.bytes(input, output).div_ceil(size_of::<f32>()))?;
+        let to = bytes_of(panels.as_mut_slice());
+        for column in 0..output {
+            let factor = inverse(column);
+            format.store_column(input, output, column, |row| at(row, column) * factor, to);
+        }
+        Ok(Self { input, output, storage: Storage::Panels(format), values: panels, scales })
+    }
+
+    /// Returns the memory that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        (self.values.elements + self.scales.as_ref().map_or(0, |s| s.elements)) * size_of::<f32>()
+    }
+
+    /// Computes `y = x . w (+ bias)`.
+    pub(super) fn linear(
+        &self,
+        pool: &Pool,
+        rows: usize,
+        x: &[f32],
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        let (k, n) = (self.input, self.output);
+        assert!(x.len() == rows * k && y.len() == rows * n, "stored linear");
+        assert!(bias.is_none_or(|b| b.len() == n), "stored linear: bias");
+        let format = match self.storage {
+            Storage::Panels(format) => format,
+            Storage::AsItCame(layout) => {
+                let s = Linear { rows, input: k, output: n, layout };
+                let w = self.values.as_slice();
+                matmul::linear(pool, MatmulPrecision::F32, s, x, w, bias, y);
+                return;
+            }
+        };
+        #[cfg(target_arch = "x86_64")]
+        if format.has_kernel() && k > 0 {
+            let scales = self.scales.as_ref().map(CpuBuffer::as_slice);
+            let extent = Extent { m: rows, n, k, accumulate: false, scales, bias };
+            multiply_stored(pool, format, extent, x, self.values.as_slice(), y);
+            return;
+        }
+        if format.rounds() {
+            pool.scratch(x.len(), |rounded| {
+                round_to_bf16(x, rounded);
+                self.expanded(pool, format, rows, rounded, bias, y);
+            });
+        } else {
+            self.expanded(pool, format, rows, x, bias, y);
+        }
+    }
+
+    /// The product where the format has no kernel: 16 columns at a time as f32.
+    fn expanded(
+        &self,
+        pool: &Pool,
+        format: Format,
+        rows: usize,
+        x: &[f32],
+        bias: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        let (k, n) = (self.input, self.output);
+        let from = bytes(self.values.as_slice());
+        let out = Rows::new(y, 1);
+        pool.split(n.div_ceil(GROUP), 4, |groups| {
+            pool.scratch((k + rows) * GROUP, |scratch| {
+                let (weights, local) = scratch.split_at_mut(k * GROUP);
+                for group in groups {
+                    expand(format, k, n, group, from, weights);
+                    let tile = Tile {
+                        m: rows,
+                        n: GROUP,
+                        k,
+                        a_row: k,
+                        a_column: 1,
+                        b_row: GROUP,
+                        c_row: GROUP,
+                        accumulate: false,
+                    };
+                    product(tile, x, weights, local);
+                    let columns = group * GROUP..n.min((group + 1) * GROUP);
+                    for (row, sums) in local.chunks_exact(GROUP).enumerate() {
+                        // SAFETY: this task alone writes these columns.
+                        let to =
+                            unsafe { out.part(row * n + columns.start..row * n + columns.end) };
+                        for ((to, sum), column) in to.iter_mut().zip(sums).zip(columns.clone()) {
+                            let scale = self.scales.as_ref().map_or(1.0, |s| s.as_slice()[column]);
+                            *to = sum * scale + bias.map_or(0.0, |b| b[column]);
+                        }
+                    }
+                }
+            });
+        });
+    }
+
+    /// Copies the weights of some outputs; see [`Backend::embed_stored`].
+    pub(super) fn embed(&self, indices: &[u32], offset: usize, out: &mut [f32]) {
+        let (k, n) = (self.input, self.output);
+        assert_eq!(out.len(), indices.len() * k, "stored embedding");
+        for (out, index) in out.chunks_exact_mut(k).zip(indices) {
+            let column = (*index as usize).checked_sub(offset).filter(|column| *column < n);
+            let Some(column) = column else {
+                out.fill(0.0);
+                continue;
+            };
+            let values = self.values.as_slice();
+            match self.storage {
+                Storage::Panels(format) => {
+                    format.load_column(k, n, column, bytes(values), out);
+                    if let Some(scales) = &self.scales {
+                        let scale = scales.as_slice()[column];
+                        out.iter_mut().for_each(|x| *x *= scale);
+                    }
+                }
+                Storage::AsItCame(WeightLayout::OutIn) => {
+                    out.copy_from_slice(&values[column * k..(column + 1) * k]);
+                }
+                Storage::AsItCame(WeightLayout::InOut) => {
+                    for (row, to) in out.iter_mut().enumerate() {
+                        *to = values[row * n + column];
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! The dispatcher: takes inputs in batches, makes their outcome durable, then answers and acts.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub(crate) struct Dispatcher {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) inbox: mpsc::Receiver<Input>,
     pub(crate) heartbeat_ms: u64,
+    /// Where states are kept from which a bad plan was made; `None`: nowhere.
+    pub(crate) incidents: Option<PathBuf>,
 }
 
 /// An answer that waits for what it says to be durable.
@@ -167,6 +170,7 @@ impl Dispatcher {
     async fn flush(&mut self, answers: Vec<Answer>) -> Result<(), ReignEnded> {
         let now = self.clock.now();
         self.core.schedule(now);
+        self.keep_incident(now);
         let groups = self.core.take_writes()?;
         if !groups.is_empty() {
             let written: Vec<_> = self.ledger.write(groups).await?;
@@ -191,6 +195,27 @@ impl Dispatcher {
             }
         }
         Ok(())
+    }
+
+    /// Keeps the state from which a plan was made that failed its audit.
+    fn keep_incident(&mut self, now: Timestamp) {
+        let Some(saved) = self.core.incident.take() else { return };
+        let kept = match &self.incidents {
+            None => "no state folder to keep it in".to_owned(),
+            // Rare, and worth waiting for: nothing is decided before it is on disk.
+            Some(folder) => match crate::incident::save(folder, &saved, now) {
+                Ok(path) => format!("its state is in {}", path.display()),
+                Err(error) => format!("its state cannot be kept in {}: {error}", folder.display()),
+            },
+        };
+        tracing::error!(%kept, "a plan failed its audit and was not carried out");
+        self.core.events.push(drumline_wire::v1::EventView {
+            at_ms: now.0,
+            severity: "error".to_owned(),
+            reason: "AuditFailed".to_owned(),
+            message: format!("a plan failed its audit and was not carried out; {kept}"),
+            ..drumline_wire::v1::EventView::default()
+        });
     }
 
     fn publish_all(&mut self) {

@@ -10,6 +10,7 @@
 
 pub mod api;
 mod audit_log;
+mod auto;
 mod board;
 pub mod clock;
 mod convert;
@@ -20,6 +21,7 @@ mod fleet;
 mod grpc;
 mod hello;
 mod identity;
+mod incident;
 mod job;
 mod ledger;
 mod link;

@@ -249,6 +249,7 @@ async fn lead(
         clock: Arc::clone(&options.clock),
         inbox: inputs,
         heartbeat_ms,
+        incidents: options.state_dir.as_ref().map(|folder| folder.join("incidents")),
     };
     dispatcher
         .run(leadership, stop, || drop(reign.send_replace(Some(Reign { inbox, board }))))

@@ -75,6 +75,14 @@ impl Client {
         Ok(self.grpc()?.get_job(v1::GetJobRequest { id: id.to_owned() }).await?.into_inner())
     }
 
+    /// Returns every queue, parents before their children.
+    ///
+    /// # Errors
+    /// As [`Client::fleet`].
+    pub async fn queues(&self) -> Result<Vec<v1::QueueView>, Status> {
+        Ok(self.grpc()?.list_queues(v1::ListQueuesRequest {}).await?.into_inner().queues)
+    }
+
     /// Returns the newest events.
     ///
     /// # Errors

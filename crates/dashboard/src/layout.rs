@@ -3,8 +3,13 @@
 use maud::{DOCTYPE, Markup, html};
 
 /// The pages that the navigation names.
-const PAGES: [(&str, &str); 4] =
-    [("/", "Fleet"), ("/jobs", "Jobs"), ("/services", "Services"), ("/events", "Events")];
+const PAGES: [(&str, &str); 5] = [
+    ("/", "Fleet"),
+    ("/jobs", "Jobs"),
+    ("/queues", "Queues"),
+    ("/services", "Services"),
+    ("/events", "Events"),
+];
 
 /// Frames a page's main part. `live` is the address of the page's stream of new main parts.
 #[must_use]

@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod job;
 pub mod jobs;
 pub mod layout;
+pub mod queues;
 pub mod server;
 pub mod services;
 pub mod show;

@@ -26,7 +26,7 @@ use tonic::{Code, Status};
 
 use crate::client::{Client, FindControl};
 use crate::layout;
-use crate::{events, fleet, job, jobs, services};
+use crate::{events, fleet, job, jobs, queues, services};
 
 /// The cookie that carries the key.
 const COOKIE: &str = "drumline_key";
@@ -116,6 +116,7 @@ fn router(dashboard: Dashboard, guard: Guard) -> Router {
         .route("/", get(page))
         .route("/jobs", get(page))
         .route("/jobs/{id}", get(page))
+        .route("/queues", get(page))
         .route("/services", get(page))
         .route("/events", get(page))
         .route("/live", get(live))
@@ -213,6 +214,7 @@ async fn render(client: &Client, path: &str) -> Result<(String, Markup), Status>
             }
             Ok((view.id.clone(), job::render(&view, &history, &logs, now_ms())))
         }
+        ["", "queues"] => Ok(("Queues".to_owned(), queues::render(&client.queues().await?))),
         ["", "services"] => {
             let fleet = client.fleet().await?;
             let history = client.series(&services::series(&fleet)).await?;

@@ -222,7 +222,9 @@ impl NodeState {
         self.left_milli(index) == WHOLE_DEVICE && self.reserved(index).is_none()
     }
 
-    pub(crate) fn open(&self) -> bool {
+    /// Returns whether the node takes new work from those who tolerate its taints.
+    #[must_use]
+    pub fn open(&self) -> bool {
         self.present && self.node.ready && !self.node.cordoned
     }
 

@@ -67,6 +67,9 @@ impl<'a> Survey<'a> {
 
     /// Returns the ranks that a node holds, by asking the node.
     pub(crate) fn ranks_on(&self, pool: u32, state: &NodeState) -> u32 {
+        if !state.open() {
+            return 0;
+        }
         let slice = &self.slice;
         let devices = match (self.basis, slice.share_milli) {
             (Basis::Free, WHOLE_DEVICE) => state.free_in_pool(pool),

@@ -19,6 +19,7 @@ use crate::logs::LogHub;
 use crate::message::Input;
 use crate::metrics::Metrics;
 use crate::options::Options;
+use crate::schedule::chosen;
 use crate::view;
 
 /// How long the dispatcher may take for one answer: longer than it pursues a write.
@@ -253,12 +254,17 @@ impl Handle {
         let jobs = ids
             .into_iter()
             .zip(told)
-            .map(|(id, (kind, name, ranks))| v1::SubmittedJob {
-                id: id.to_string(),
-                kind: kind.to_owned(),
-                name,
-                ranks,
-                ..v1::SubmittedJob::default()
+            .map(|(id, (kind, name, ranks))| {
+                // The board has the spec with the split that was chosen for `parallelism: auto`.
+                let stored = self.find(id.as_str()).ok();
+                v1::SubmittedJob {
+                    id: id.to_string(),
+                    kind: kind.to_owned(),
+                    name,
+                    ranks: stored.as_ref().map_or(ranks, |job| job.spec.gang().ranks),
+                    split: stored.as_ref().map(|job| chosen(&job.spec)).unwrap_or_default(),
+                    ..v1::SubmittedJob::default()
+                }
             })
             .collect();
         Ok(v1::SubmitResponse { jobs, queues: queue_names })

@@ -257,6 +257,7 @@ impl Core {
                 )))
             };
         }
+        let specs = self.choose_splits(specs)?;
         check_size(&specs)?;
         if self.active.len() + specs.len() > ACTIVE_JOBS_MAX {
             return Err(ApiError::Exhausted(format!(
@@ -280,6 +281,18 @@ impl Core {
             };
             self.events.push(view::event(id.as_str(), &note));
             job.note(note);
+            let why = crate::schedule::chosen(&job.spec);
+            if !why.is_empty() {
+                let note = drumline_lifecycle::Note {
+                    at: now,
+                    severity: drumline_lifecycle::Severity::Info,
+                    reason: "SplitChosen".to_owned(),
+                    message: why,
+                    attempt: Attempt(0),
+                };
+                self.events.push(view::event(id.as_str(), &note));
+                job.note(note);
+            }
             self.desk.apply(submitted(&id, &job), now);
             self.jobs.insert(id.clone(), job);
             self.active.insert(id.clone());

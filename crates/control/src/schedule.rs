@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use drumline_lifecycle::{Event, Rendezvous};
 use drumline_placement::{Eviction, EvictionCause};
-use drumline_spec::{JobSpec, QueueSpec};
+use drumline_spec::{JobSpec, QueueSpec, SplitChoice};
 use drumline_types::{Explanation, JobId, Reason, Timestamp};
 use drumline_wire::v1;
 
@@ -66,6 +66,7 @@ impl Core {
         queues: Vec<QueueSpec>,
         now: Timestamp,
     ) -> Result<Vec<v1::SubmittedJob>, ApiError> {
+        let specs = &self.choose_splits(specs.to_vec())?;
         check_size(specs)?;
         let id = |index: usize| -> Result<JobId, ApiError> {
             let name = format!("preview-{index}");
@@ -86,6 +87,7 @@ impl Core {
                 kind: spec.kind().as_str().to_owned(),
                 name: spec.name.clone(),
                 ranks: spec.gang().ranks,
+                split: chosen(spec),
                 ..v1::SubmittedJob::default()
             };
             if let Some(job) = cycle.plan.jobs.iter().find(|job| job.job == id) {
@@ -97,6 +99,14 @@ impl Core {
             answers.push(answer);
         }
         Ok(answers)
+    }
+}
+
+/// Says which split was chosen and why; empty when the manifest gave one.
+pub(crate) fn chosen(spec: &JobSpec) -> String {
+    match &spec.split {
+        SplitChoice::Chosen { why } => why.clone(),
+        SplitChoice::Given | SplitChoice::Auto { .. } => String::new(),
     }
 }
 

@@ -18,9 +18,13 @@ pub struct Node {
     pub model: u32,
     /// Pods on it by [`affinity`].
     pub pods: [u16; GPUS_MAX + 1],
-    /// Kept whole, if there is a choice, for a pod that needs all its GPUs.
-    pub reserved: bool,
+    /// Kept whole, if there is a choice, for a pod that needs all its GPUs and this processor time,
+    /// in thousandths of a core; [`NOT_KEPT`] when it is not.
+    pub kept_for: i32,
 }
+
+/// The value of [`Node::kept_for`] of a node that is kept for nothing.
+pub const NOT_KEPT: i32 = -1;
 
 /// Returns the class of a pod for affinity: 0 for a share of one GPU, else its number of GPUs.
 /// `None` for a pod without GPUs.
@@ -50,6 +54,12 @@ impl Node {
     #[must_use]
     pub fn idle(&self) -> usize {
         self.devices().iter().filter(|&&left| left == WHOLE).count()
+    }
+
+    /// Returns whether this node is kept for a whole-node pod, and would still hold it.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.kept_for >= 0 && self.cpu >= self.kept_for && self.idle() == usize::from(self.gpus)
     }
 
     /// Returns whether a pod of this shape fits, memory aside.
@@ -100,7 +110,7 @@ pub fn empty_nodes(trace: &Trace, rng: &mut Rng) -> Vec<Node> {
                 gpus: row.gpus,
                 model: 1 << row.model,
                 pods: [0; GPUS_MAX + 1],
-                reserved: false,
+                kept_for: NOT_KEPT,
             }
         })
         .collect();

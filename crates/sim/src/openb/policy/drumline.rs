@@ -6,7 +6,7 @@
 //! GPU of a node are too rare to be typical, so a few nodes are kept whole for as many of them as
 //! the pods arrived so far let expect.
 
-use crate::openb::fleet::Node;
+use crate::openb::fleet::{NOT_KEPT, Node};
 use crate::openb::input::{GPUS_MAX, Shape, WHOLE};
 use crate::openb::policy::frag::{State, StateMap, candidates};
 use crate::openb::policy::placer::{Placed, Placer};
@@ -24,11 +24,15 @@ pub struct Tuning {
     pub explore: f64,
     /// How much what was seen in a round counts in the next.
     pub keep: f64,
-    /// Devices' worth of weight that estimates are drawn to guesses with.
+    /// Devices' worth of weight that estimates for idle devices are drawn to guesses with.
     pub pull: f64,
     /// The part of the guess that is believed where nothing was seen; above 0, so that what was
     /// never tried is not chosen for want of bad experience.
     pub caution: f64,
+    /// Devices' worth of weight that estimates for remainders are drawn to their best filling with.
+    pub fill_pull: f64,
+    /// The part of the cores at hand that fillings count on: other pods take some of them.
+    pub fill_cores: f64,
     /// How much of its price a pod charges the device that it lands on.
     pub price_weight: f64,
     /// The worth of room for pods without GPUs in the first round; 1: a share of all cores is worth
@@ -61,6 +65,8 @@ impl Default for Tuning {
             keep: 0.9,
             pull: 10.0,
             caution: 0.5,
+            fill_pull: 30.0,
+            fill_cores: 0.7,
             price_weight: 0.7,
             room_start: 0.12,
             room_step: 1.5,
@@ -68,7 +74,7 @@ impl Default for Tuning {
             rest_weight: 0.15,
             grain_milli: 10.0,
             whole_node_prior: (2.0, 400.0),
-            keep_until: 0.96,
+            keep_until: 1.0,
             keep_cost_milli: 3000.0,
             seed: 777,
         }
@@ -99,8 +105,7 @@ impl Drumline<'_> {
     fn cost(&mut self, node: &Node) -> f64 {
         let (worth, tuning, period) = (self.worth, self.tuning, self.period);
         let cost = |rest: f64| {
-            let whole = node.reserved && node.idle() == usize::from(node.gpus);
-            let kept = if whole { tuning.keep_cost_milli } else { 0.0 };
+            let kept = if node.is_kept() { tuning.keep_cost_milli } else { 0.0 };
             worth.wasted(node, period) + rest - kept
         };
         let known = self.known.entry(State::of(node)).or_insert_with(|| {
@@ -233,21 +238,21 @@ impl<'a> Dispatcher<'a> {
 
     /// Marks the idle nodes that are kept for the whole-node pods still expected.
     fn keep_nodes(&mut self) {
-        let mut kept = vec![false; self.placer.nodes.len()];
+        let mut kept = vec![NOT_KEPT; self.placer.nodes.len()];
         for need in self.expected() {
             // The smallest that does, so that the others stay free for what needs more.
             let fitting = (0..kept.len()).rev().filter(|&at| {
                 let node = &self.placer.nodes[at];
                 let idle = node.gpus == self.largest && node.idle() == usize::from(node.gpus);
-                idle && !kept[at] && node.cpu >= need
+                idle && kept[at] == NOT_KEPT && node.cpu >= need
             });
             if let Some(at) = fitting.min_by_key(|&at| self.placer.nodes[at].cpu) {
-                kept[at] = true;
+                kept[at] = need;
             }
         }
-        for (at, kept) in kept.into_iter().enumerate() {
-            if self.placer.nodes[at].reserved != kept {
-                self.placer.nodes[at].reserved = kept;
+        for (at, kept_for) in kept.into_iter().enumerate() {
+            if self.placer.nodes[at].kept_for != kept_for {
+                self.placer.nodes[at].kept_for = kept_for;
                 self.placer.touch(at);
             }
         }

@@ -35,7 +35,7 @@ impl State {
                 | (node.cpu as u64 >> 24) << 12
                 | model << 4
                 | u64::from(node.gpus)
-                | u64::from(node.reserved) << 10,
+                | u64::from(node.is_kept()) << 10,
         }
     }
 }

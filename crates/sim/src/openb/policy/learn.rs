@@ -38,9 +38,9 @@ struct Draw {
 #[must_use]
 pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
     let models = nodes.iter().map(|n| n.model.trailing_zeros() as usize + 1).max().unwrap_or(1);
-    let mut sums = Sums::new(Grid::new(typical, models));
+    let mut sums = Sums::new(Grid::new(typical, models), typical, tuning);
     let mut draw = Draw::new(typical);
-    let mut worth = sums.estimate(typical, tuning.pull, tuning.caution);
+    let mut worth = sums.estimate(typical, tuning);
     let no_gpus = nodes.iter().all(|node| node.gpus == 0);
     if no_gpus || draw.shapes.iter().all(|shape| shape.gpus == 0) {
         return worth;
@@ -83,7 +83,7 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
                 draw.credit[id] = 0.5 * (draw.credit[id] + credit);
             }
         }
-        worth = sums.estimate(typical, tuning.pull, tuning.caution);
+        worth = sums.estimate(typical, tuning);
     }
     worth
 }

@@ -2,6 +2,7 @@
 
 pub mod baseline;
 pub mod drumline;
+pub mod fill;
 pub mod frag;
 pub mod learn;
 pub mod placer;

@@ -2,14 +2,14 @@
 
 use crate::openb::fleet::Node;
 use crate::openb::input::{GPUS_MAX, WHOLE};
+use crate::openb::policy::drumline::Tuning;
+use crate::openb::policy::fill::{Fill, PARTS};
 use crate::openb::policy::rest::Rest;
 use crate::openb::typical::Typical;
 
 /// Where the periods start, in GPU demand that has arrived over capacity. Finer where the fleet
 /// fills up and what remains of a device changes its prospects quickly.
 pub const PERIODS: [f64; 10] = [0.0, 0.4, 0.6, 0.7, 0.8, 0.86, 0.92, 0.97, 1.03, 1.15];
-/// Parts of a device that the table tells apart.
-const PARTS: usize = 100;
 /// Most idle devices on a node that the table tells apart.
 const IDLE_MAX: usize = 8;
 
@@ -138,14 +138,25 @@ pub struct Sums {
     grid: Grid,
     /// (Weight, weighted sum of thousandths finally wasted) per cell.
     cells: Vec<(f64, f64)>,
+    /// What a device is taken to waste before any was seen, per cell of one period.
+    guesses: Vec<f64>,
 }
 
 impl Sums {
-    /// Starts with nothing seen.
+    /// Starts with nothing seen, and guesses.
     #[must_use]
-    pub fn new(grid: Grid) -> Self {
+    pub fn new(grid: Grid, typical: &[Typical], tuning: &Tuning) -> Self {
         let cells = vec![(0.0, 0.0); grid.len()];
-        Self { grid, cells }
+        let fill = Fill::new(typical, grid.models);
+        let mut guesses = Vec::with_capacity(grid.models * grid.columns() * KINDS);
+        for model in 0..grid.models {
+            for column in 0..grid.columns() {
+                guesses.extend(fill.wasted(model, tuning.fill_cores * grid.floor(column)));
+                let barred = barred(typical, model, grid.floor(column));
+                guesses.extend([tuning.caution * barred * f64::from(WHOLE); KINDS - PARTS]);
+            }
+        }
+        Self { grid, cells, guesses }
     }
 
     /// Returns the cells.
@@ -169,14 +180,15 @@ impl Sums {
     }
 
     /// Estimates each cell: its own mean, drawn towards the mean over all models, and that towards
-    /// a guess, each with the weight of `pull` devices.
+    /// the guess, each with the weight of so many devices as the tuning says.
     #[must_use]
-    pub fn estimate(&self, typical: &[Typical], pull: f64, caution: f64) -> Worth {
+    pub fn estimate(&self, typical: &[Typical], tuning: &Tuning) -> Worth {
         let grid = self.grid.clone();
         let mut wasted = vec![0.0; grid.len()];
         for period in 0..PERIODS.len() {
             for column in 0..grid.columns() {
                 for kind in 0..KINDS {
+                    let pull = if kind < PARTS { tuning.fill_pull } else { tuning.pull };
                     let cells = (0..grid.models).map(|m| grid.cell(period, m, column, kind));
                     let (mut weight, mut sum) = (0.0, 0.0);
                     for cell in cells.clone() {
@@ -184,7 +196,7 @@ impl Sums {
                         sum += self.cells[cell].1;
                     }
                     for (model, cell) in cells.enumerate() {
-                        let guess = caution * guess(typical, &grid, model, column, kind);
+                        let guess = self.guesses[grid.cell(0, model, column, kind)];
                         let pooled = (sum + pull * guess) / (weight + pull);
                         let (own, own_sum) = self.cells[cell];
                         wasted[cell] = ((own_sum + pull * pooled) / (own + pull)) as f32;
@@ -193,7 +205,7 @@ impl Sums {
             }
         }
         for (cell, (weight, sum)) in self.cells.iter().enumerate().skip(grid.devices()) {
-            wasted[cell] = (sum / (weight + pull)) as f32;
+            wasted[cell] = (sum / (weight + tuning.pull)) as f32;
         }
         Worth { grid, wasted, rest: Rest::new(typical), cores_per_gpu: cores_per_gpu(typical) }
     }
@@ -208,20 +220,21 @@ pub fn cores_per_gpu(typical: &[Typical]) -> f64 {
     if gpus > 0.0 { cores * f64::from(WHOLE) / gpus } else { 0.0 }
 }
 
-/// Guesses what a device will waste: what the typical pods that it cannot hold could not use.
-fn guess(typical: &[Typical], grid: &Grid, model: usize, column: usize, kind: usize) -> f64 {
-    let left = if kind < PARTS { kind * usize::from(WHOLE) / PARTS } else { usize::from(WHOLE) };
+/// Returns the share of typical pods with GPUs that an idle device of this model, with so many
+/// thousandths of a core, could not hold.
+fn barred(typical: &[Typical], model: usize, cores_milli: f64) -> f64 {
     let (mut all, mut barred) = (0.0, 0.0);
     for Typical { shape, share } in typical.iter().filter(|t| t.shape.gpus > 0) {
         all += share;
         let cores = f64::from(shape.cpu_milli) / f64::from(shape.gpus);
-        let fits = usize::from(shape.gpu_milli) <= left
-            && shape.models & (1 << model) != 0
-            && grid.floor(column) >= 0.7 * cores;
+        let fits = shape.models & (1 << model) != 0 && cores_milli >= ENOUGH * cores;
         barred += if fits { 0.0 } else { *share };
     }
-    if all > 0.0 { left as f64 * barred / all } else { 0.0 }
+    if all > 0.0 { barred / all } else { 0.0 }
 }
+
+/// The part of its cores with which a pod is taken to fit: the node's other devices leave some.
+const ENOUGH: f64 = 0.7;
 
 /// What is kept for a workload: the thousandths of a GPU that a device is expected to waste.
 #[derive(Debug, Clone)]

@@ -1,12 +1,22 @@
-//! Which waiting jobs may have devices now, and in which order.
+//! Who may use how much, and who goes first: the tree of queues, the order inside each, and the
+//! turn between them.
 //!
-//! A function of its arguments: queues, what they use, who waits, and the time. It knows no node;
-//! where an admitted gang fits is the business of `placement`.
+//! It knows no node; where a gang fits is the business of `placement`, and what follows from both
+//! that of `scheduler`.
 
 pub mod admit;
+pub mod decay;
 pub mod limits;
+pub mod models;
+pub mod order;
+pub mod tree;
+pub mod turn;
 pub mod waiting;
 
 pub use admit::{Admission, admit};
 pub use limits::{QueueLimits, Queues, Usage};
+pub use models::{ModelId, Models, means};
+pub use order::Place;
+pub use tree::{Charge, Closed, History, QueueId, Share, Short, Tree};
+pub use turn::{Candidate, Turn};
 pub use waiting::{Admitted, Waiting};

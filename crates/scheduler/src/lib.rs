@@ -1,14 +1,28 @@
-//! The decision core: what happened goes in, who starts and who leaves comes out.
+//! The decision core: changes in, starts and evictions out.
 //!
-//! A [`Scheduler`] folds [`drumline_cluster::Change`]s and is asked for a
-//! [`drumline_placement::Cycle`]. The control plane, the simulator and the operator call exactly
-//! this. It reads no clock: the caller says what time it is. Saved and restored, it decides the
-//! same, bit for bit.
+//! It composes `cluster` (what there is and who holds it), `queue` (who may use how much, and who
+//! goes first) and `placement` (where). The control plane, the simulator and the Kubernetes
+//! operator drive the same code, which is a function of the changes it was given: a saved state
+//! and the changes after it lead to the same decisions, bit for bit. `audit` checks what comes out
+//! and shares no logic.
+//!
+//! The rules, in the order in which a cycle applies them, are in `docs/scheduling.md`.
 
+mod cycle;
+mod holds;
+mod job;
+mod lines;
 pub mod options;
+mod preempt;
+mod reserve;
+mod restore;
 pub mod saved;
 pub mod scheduler;
+mod site;
+mod tell;
 
+pub use holds::{Hold, Keep};
+pub use lines::By;
 pub use options::{Options, Order, Scoring};
-pub use saved::Saved;
+pub use saved::{Leaving, Past, Saved, SavedClass, SavedJob, SavedShape, Stands};
 pub use scheduler::Scheduler;

@@ -1,5 +1,6 @@
 //! How the scheduler decides. The defaults are Drumline's policy; the others are there to compare.
 
+pub use drumline_placement::Scoring;
 use drumline_placement::Seed;
 use serde::{Deserialize, Serialize};
 
@@ -14,21 +15,6 @@ pub enum Order {
     Fifo,
     /// The shortest expected run first.
     ShortestFirst,
-}
-
-/// How a place is chosen among those that fit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "camelCase")]
-pub enum Scoring {
-    /// Smallest domain, fewest nodes, least fragmentation.
-    #[default]
-    Drumline,
-    /// Any node that fits, drawn with the seed.
-    Random,
-    /// The first node, by name.
-    FirstFit,
-    /// The node with the least left over.
-    BestFit,
 }
 
 /// What may be chosen about the decisions. A saved state carries it.
@@ -51,6 +37,11 @@ pub struct Options {
     pub half_life_ms: u64,
     /// A waiting job gains one step of priority in each of these, in milliseconds; 0: never.
     pub ageing_ms: u64,
+    /// Jobs whose priorities differ by less than this are in one band, as far as other queues are
+    /// concerned: bands are multiples of it.
+    pub priority_band: u32,
+    /// What a restart costs a gang beside the work since its last checkpoint, in milliseconds.
+    pub restart_cost_ms: u64,
     /// After a reclaim or preemption, the same job is left alone for this long, in milliseconds.
     pub cooldown_ms: u64,
 }
@@ -66,6 +57,8 @@ impl Default for Options {
             consolidation: true,
             half_life_ms: 24 * 3_600_000,
             ageing_ms: 3_600_000,
+            priority_band: 1000,
+            restart_cost_ms: 60_000,
             cooldown_ms: 60_000,
         }
     }

@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 
 use drumline_cluster::{Commitment, Node, Request};
-use drumline_spec::QueueSpec;
+use drumline_placement::EvictionCause;
+use drumline_queue::History;
+use drumline_spec::{Gang, QueueSpec};
 use drumline_types::{Attempt, Explanation, JobId, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::holds::Hold;
+use crate::lines::By;
 use crate::options::Options;
 
 /// Where a job stands.
@@ -28,7 +32,40 @@ pub enum Stands {
         running: bool,
         /// Its work is safe up to this moment.
         safe: Timestamp,
+        /// When it is expected to end, as corrected so far.
+        #[serde(default)]
+        ends: Timestamp,
+        /// Why it was asked to leave, if it was.
+        #[serde(default)]
+        leaving: Option<Leaving>,
     },
+}
+
+/// A gang that was asked to leave and still holds its devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    /// Why.
+    pub cause: EvictionCause,
+    /// Who gets the devices.
+    pub beneficiary: Option<JobId>,
+    /// Its next size in ranks, when that changes.
+    pub resize_to: Option<u32>,
+    /// When it was asked.
+    pub since: Timestamp,
+}
+
+/// What is remembered of a job from one attempt to the next.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Past {
+    /// Work that is safe, from earlier attempts, in milliseconds.
+    pub done_ms: u64,
+    /// It is left alone until this moment.
+    pub immune: Timestamp,
+    /// When it was disrupted, as far back as its budget counts.
+    pub disrupted: Vec<Timestamp>,
+    /// The greatest size that it may start at, in ranks, when it was shrunk or grown.
+    pub size: Option<u32>,
 }
 
 /// One job of a saved state.
@@ -42,6 +79,9 @@ pub struct SavedJob {
     pub held: bool,
     /// Where it stands.
     pub stands: Stands,
+    /// What is remembered of it.
+    #[serde(default)]
+    pub past: Past,
 }
 
 /// All that decisions depend on.
@@ -61,6 +101,51 @@ pub struct Saved {
     pub queues: Vec<QueueSpec>,
     /// The jobs.
     pub jobs: BTreeMap<JobId, SavedJob>,
+    /// Devices that are kept for waiting jobs.
+    #[serde(default)]
+    pub holds: BTreeMap<JobId, Hold>,
+    /// What the queues have used lately.
+    #[serde(default)]
+    pub history: Vec<History>,
+    /// What is known about waiting jobs that are alike.
+    #[serde(default)]
+    pub classes: Vec<SavedClass>,
+    /// Gangs that fit nowhere as things are.
+    #[serde(default)]
+    pub shapes: Vec<SavedShape>,
+    /// Whether the next cycle has something to decide.
+    #[serde(default = "yes")]
+    pub dirty: bool,
+}
+
+/// What is known about a class of waiting jobs that are alike.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedClass {
+    /// The first of its jobs.
+    pub job: JobId,
+    /// What it lacks, if nothing of that has been freed since it was tried.
+    pub blocked: Option<By>,
+    /// What its jobs are told.
+    pub why: Option<Explanation>,
+    /// Whether its reason is news.
+    pub telling: bool,
+    /// The last job that has been told the news.
+    pub told_to: Option<JobId>,
+    /// The job that looked for victims or a reservation in vain, and when it looks again.
+    pub asked: Option<(JobId, Timestamp)>,
+}
+
+/// A gang that fits nowhere as things are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedShape {
+    /// The gang.
+    pub gang: Gang,
+    /// Why not.
+    pub why: Explanation,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 impl Saved {

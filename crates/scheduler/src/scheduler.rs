@@ -1,38 +1,76 @@
-//! The fold over changes, and the cycle.
+//! The scheduler as a value: the fold over changes, and what is asked of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use drumline_cluster::{Change, ChangeError, Request, Snapshot};
-use drumline_placement::{Cycle, plan};
-use drumline_queue::{QueueLimits, Queues, Usage, Waiting, admit};
-use drumline_spec::QueueSpec;
-use drumline_types::{Attempt, Explanation, JobId, QueueName, Reason, Timestamp};
+use drumline_cluster::{Change, ChangeError, Commitment, Request, Slice, Snapshot};
+use drumline_placement::Cycle;
+use drumline_queue::{Charge, ModelId, Tree};
+use drumline_spec::{Gang, QueueSpec, WHOLE_DEVICE};
+use drumline_types::{Attempt, DeviceId, Explanation, JobId, QueueName, Timestamp};
 
+use crate::holds::{Hold, Holds, Keep};
+use crate::job::{Job, Placed, Stand};
+use crate::lines::Lines;
 use crate::options::Options;
-use crate::saved::{Saved, SavedJob, Stands};
+use crate::saved::{Leaving, Past};
+
+/// A job's place in the scheduler's table. It decides nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Slot(pub(crate) usize);
 
 /// The scheduler: a fleet, its queues and jobs, and what it decides about them.
+///
+/// Changes come in through [`Scheduler::apply`], decisions go out through [`Scheduler::cycle`].
+/// Same changes and options, same decisions.
 #[derive(Debug, Clone)]
 pub struct Scheduler {
-    options: Options,
-    now: Timestamp,
-    fleet: Snapshot,
-    queues: BTreeMap<QueueName, QueueSpec>,
-    jobs: BTreeMap<JobId, SavedJob>,
-    dirty: bool,
+    pub(crate) options: Options,
+    pub(crate) now: Timestamp,
+    pub(crate) fleet: Snapshot,
+    pub(crate) tree: Tree,
+    pub(crate) ids: BTreeMap<Arc<JobId>, Slot>,
+    pub(crate) jobs: Vec<Option<Job>>,
+    free: Vec<Slot>,
+    pub(crate) lines: Lines,
+    /// Jobs that are held back or rest, by the moment at which they may go on.
+    pub(crate) aside: BTreeSet<(Timestamp, Arc<JobId>)>,
+    /// Jobs that hold devices, by their estimated ends.
+    pub(crate) ends: BTreeSet<(Timestamp, Arc<JobId>)>,
+    /// Jobs that hold devices, by queue.
+    pub(crate) placed: BTreeMap<QueueName, BTreeSet<Arc<JobId>>>,
+    pub(crate) holds: Holds,
+    /// Grows whenever quota may have become free, or an order may have changed.
+    pub(crate) loosened: u64,
+    pub(crate) dirty: bool,
 }
 
 impl Scheduler {
     /// Returns a scheduler that knows no node, and only the queue `default`, without limits.
     #[must_use]
     pub fn new(options: Options) -> Self {
+        let mut scheduler = Self::bare(options);
         let default = QueueSpec::open(QueueName::default_queue());
+        // A root queue without limits is always accepted.
+        let _ = scheduler.tree.set(default, Timestamp(0));
+        scheduler
+    }
+
+    pub(crate) fn bare(options: Options) -> Self {
         Self {
+            tree: Tree::new(options.half_life_ms),
             options,
             now: Timestamp(0),
             fleet: Snapshot::new(),
-            queues: BTreeMap::from([(default.name.clone(), default)]),
-            jobs: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            jobs: Vec::new(),
+            free: Vec::new(),
+            lines: Lines::default(),
+            aside: BTreeSet::new(),
+            ends: BTreeSet::new(),
+            placed: BTreeMap::new(),
+            holds: Holds::default(),
+            loosened: 0,
             dirty: true,
         }
     }
@@ -43,129 +81,418 @@ impl Scheduler {
         &self.fleet
     }
 
+    /// Returns the queues and what they use.
+    #[must_use]
+    pub fn queues(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Returns how many jobs wait in line and how many hold devices.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        (self.lines.len(), self.ends.len())
+    }
+
+    /// Returns whether anything has changed since the last cycle, or the last one left work over.
+    #[must_use]
+    pub fn dirty(&self) -> bool {
+        self.dirty
+    }
+
     /// Takes note of one thing that happened.
     ///
     /// # Errors
     /// [`ChangeError`]; nothing is changed then.
     pub fn apply(&mut self, change: Change, now: Timestamp) -> Result<(), ChangeError> {
         self.now = self.now.max(now);
-        self.dirty = true;
+        let now = self.now;
         match change {
-            Change::Node { node } => self.fleet.upsert_node(*node),
+            Change::Node { node } => {
+                self.count_node(&node.name.clone(), false, now);
+                let name = node.name.clone();
+                self.fleet.upsert_node(*node);
+                self.count_node(&name, true, now);
+            }
             Change::NodeGone { node } => {
+                self.count_node(&node, false, now);
                 self.fleet.remove_node(&node);
             }
             Change::Queue { queue } => {
-                self.queues.insert(queue.name.clone(), *queue);
+                let name = queue.name.clone();
+                self.tree
+                    .set(*queue, now)
+                    .map_err(|why| ChangeError::Queue { queue: name, why })?;
+                self.queues_changed();
             }
             Change::QueueGone { queue } => {
-                self.queues.remove(&queue);
+                self.tree.remove(&queue, now).map_err(|why| ChangeError::Queue { queue, why })?;
+                self.queues_changed();
             }
             Change::Submitted { request, attempt, not_before } => {
-                let stands = Stands::Waiting { not_before, told: None };
-                let job = request.job.clone();
-                self.jobs.insert(job, SavedJob { request: *request, attempt, held: false, stands });
+                self.submit(*request, attempt, not_before);
             }
-            Change::Held { job, held } => self.job(&job)?.held = held,
+            Change::Held { job, held } => {
+                let slot = self.slot(&job)?;
+                self.hold_back(slot, held);
+            }
             Change::Adopted { request, attempt, devices, started } => {
-                let job = request.job.clone();
-                self.fleet.commit(&job, attempt, devices)?;
-                let stands = Stands::Placed { started, running: false, safe: started };
-                self.jobs.insert(job, SavedJob { request: *request, attempt, held: false, stands });
+                self.adopt(*request, attempt, devices, started)?;
             }
             Change::Running { job } => {
-                if let Stands::Placed { running, .. } = &mut self.job(&job)?.stands {
-                    *running = true;
+                let slot = self.slot(&job)?;
+                if let Some(placed) = self.job_mut(slot).placed_mut() {
+                    placed.running = true;
                 }
+                return Ok(());
             }
             Change::Checkpointed { job } => {
-                if let Stands::Placed { safe, .. } = &mut self.job(&job)?.stands {
-                    *safe = now;
+                let slot = self.slot(&job)?;
+                if let Some(placed) = self.job_mut(slot).placed_mut() {
+                    placed.safe = now;
                 }
+                return Ok(());
             }
             Change::Requeued { job, attempt, not_before } => {
-                let entry = self.job(&job)?;
-                entry.attempt = attempt;
-                entry.stands = Stands::Waiting { not_before, told: None };
-                self.fleet.release(&job);
+                let slot = self.slot(&job)?;
+                self.requeue(slot, attempt, not_before);
             }
             Change::Ended { job } => {
-                self.job(&job)?;
-                self.jobs.remove(&job);
-                self.fleet.release(&job);
-            }
-        }
-        Ok(())
-    }
-
-    fn job(&mut self, job: &JobId) -> Result<&mut SavedJob, ChangeError> {
-        self.jobs.get_mut(job).ok_or_else(|| ChangeError::UnknownJob(job.clone()))
-    }
-
-    /// Decides who starts and who leaves now. What it decides is taken as done: the caller
-    /// launches and evicts, and reports what comes of it as changes.
-    pub fn cycle(&mut self, now: Timestamp) -> Cycle {
-        self.now = self.now.max(now);
-        let waiting: Vec<Waiting> = self.jobs.values().filter_map(waiting).collect();
-        let limits = |queue: &QueueSpec| QueueLimits {
-            devices: [drumline_spec::DeviceKind::Cpu, drumline_spec::DeviceKind::Gpu]
-                .into_iter()
-                .filter_map(|kind| Some((kind, *queue.quota.get(kind.as_str())?)))
-                .collect(),
-        };
-        let queues =
-            Queues::named(self.queues.values().map(|queue| (queue.name.clone(), limits(queue))));
-        let mut usage = Usage::default();
-        for job in self.jobs.values().filter(|job| matches!(job.stands, Stands::Placed { .. })) {
-            let gang = &job.request.gang;
-            usage.add(&job.request.settings.queue, gang.device, gang.ranks);
-        }
-        let admission = admit(&queues, &usage, &waiting, now);
-        let mut plan = plan(&self.fleet, &admission.admitted, self.options.seed);
-        for job in &plan.jobs {
-            let devices = job.assignments.iter().map(|a| a.device.clone()).collect();
-            if self.fleet.commit(&job.job, job.attempt, devices).is_ok()
-                && let Some(entry) = self.jobs.get_mut(&job.job)
-            {
-                entry.stands = Stands::Placed { started: now, running: false, safe: now };
-            }
-        }
-        let refused = admission.refused.into_iter().chain(std::mem::take(&mut plan.waiting));
-        let mut told: Vec<(JobId, Explanation)> = Vec::new();
-        let mut wake: Option<Timestamp> = None;
-        for (job, why) in refused {
-            let Some(entry) = self.jobs.get_mut(&job) else { continue };
-            let Stands::Waiting { not_before, told: last } = &mut entry.stands else { continue };
-            if *not_before > now {
-                wake = Some(wake.map_or(*not_before, |wake| wake.min(*not_before)));
-            }
-            if last.as_ref() != Some(&why) {
-                *last = Some(why.clone());
-                told.push((job, why));
-            }
-        }
-        told.sort_by(|a, b| a.0.cmp(&b.0));
-        self.dirty = false;
-        let considered = waiting.len() as u64;
-        Cycle { now, plan, evictions: Vec::new(), told, wake, considered }
-    }
-
-    /// Takes back what the last cycle started: its plan failed the audit, or could not be stored.
-    pub fn reject(&mut self, cycle: &Cycle, why: &Explanation) {
-        for job in &cycle.plan.jobs {
-            self.fleet.release(&job.job);
-            if let Some(entry) = self.jobs.get_mut(&job.job) {
-                let (not_before, told) = (cycle.now, Some(why.clone()));
-                entry.stands = Stands::Waiting { not_before, told };
+                let slot = self.slot(&job)?;
+                self.leave(slot);
+                self.forget(slot);
             }
         }
         self.dirty = true;
+        Ok(())
     }
 
-    /// Returns whether anything has changed since the last cycle.
-    #[must_use]
-    pub fn dirty(&self) -> bool {
-        self.dirty
+    /// Returns a job's place in the table.
+    fn slot(&self, job: &JobId) -> Result<Slot, ChangeError> {
+        self.ids.get(job).copied().ok_or_else(|| ChangeError::UnknownJob(job.clone()))
+    }
+
+    /// Returns the job in a slot that is in use.
+    pub(crate) fn job(&self, slot: Slot) -> &Job {
+        self.jobs[slot.0].as_ref().expect("a slot that the table of ids names is in use")
+    }
+
+    pub(crate) fn job_mut(&mut self, slot: Slot) -> &mut Job {
+        self.jobs[slot.0].as_mut().expect("a slot that the table of ids names is in use")
+    }
+
+    /// Returns the job of this name, if it is known.
+    pub(crate) fn known(&self, job: &JobId) -> Option<&Job> {
+        self.ids.get(job).map(|&slot| self.job(slot))
+    }
+
+    fn submit(&mut self, request: Request, attempt: Attempt, not_before: Timestamp) {
+        let held = match self.ids.get(&request.job).copied() {
+            Some(slot) => {
+                let held = self.job(slot).held;
+                self.leave(slot);
+                self.forget(slot);
+                held
+            }
+            None => false,
+        };
+        let slot = self.insert(request, attempt, held, Past::default());
+        self.wait(slot, not_before, None);
+    }
+
+    pub(crate) fn insert(
+        &mut self,
+        request: Request,
+        attempt: Attempt,
+        held: bool,
+        past: Past,
+    ) -> Slot {
+        let id = Arc::new(request.job.clone());
+        let stand = Stand::Aside { not_before: Timestamp(0), told: None };
+        let request = Box::new(request);
+        let job = Job { id: id.clone(), request, attempt, held, stand, past };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.jobs.push(None);
+            Slot(self.jobs.len() - 1)
+        });
+        self.jobs[slot.0] = Some(job);
+        self.ids.insert(id, slot);
+        slot
+    }
+
+    fn forget(&mut self, slot: Slot) {
+        if let Some(job) = self.jobs[slot.0].take() {
+            self.drop_hold(&job.id);
+            self.ids.remove(&job.id);
+            self.free.push(slot);
+        }
+    }
+
+    /// Puts a job that holds nothing into its queue's line, or aside until it may go there.
+    pub(crate) fn wait(
+        &mut self,
+        slot: Slot,
+        not_before: Timestamp,
+        told: Option<Arc<Explanation>>,
+    ) {
+        let job = self.job(slot);
+        let (id, held) = (job.id.clone(), job.held);
+        if held || not_before > self.now {
+            // Who is held back waits for a change, not for a moment.
+            let until = if held { Timestamp(u64::MAX) } else { not_before };
+            if told.is_none() {
+                self.lines.untold.insert(id.clone());
+            }
+            self.aside.insert((until, id));
+            self.job_mut(slot).stand = Stand::Aside { not_before, told };
+        } else {
+            let (alike, place) = (job.alike(), job.place(&self.options));
+            let class = self.lines.join(alike, place.clone(), told.is_none());
+            self.job_mut(slot).stand = Stand::InLine { class, place, told };
+        }
+    }
+
+    /// Takes a job from wherever it stands; it holds nothing and waits nowhere afterwards.
+    pub(crate) fn leave(&mut self, slot: Slot) {
+        let job = self.job_mut(slot);
+        let id = job.id.clone();
+        let aside = Stand::Aside { not_before: Timestamp(0), told: None };
+        match std::mem::replace(&mut job.stand, aside) {
+            Stand::Aside { not_before, .. } => {
+                self.aside.remove(&(not_before, id.clone()));
+                self.aside.remove(&(Timestamp(u64::MAX), id.clone()));
+                self.lines.untold.remove(&id);
+            }
+            Stand::InLine { class, place, .. } => {
+                self.lines.leave(class, &place);
+                self.loosened += 1;
+            }
+            Stand::Placed(placed) => {
+                let queue = job.request.settings.queue.clone();
+                self.ends.remove(&(placed.ends, id.clone()));
+                if let Some(set) = self.placed.get_mut(&queue) {
+                    set.remove(&id);
+                    if set.is_empty() {
+                        self.placed.remove(&queue);
+                    }
+                }
+                self.tree.release(&queue, &placed.charge, self.now);
+                self.fleet.release(&id);
+                self.loosened += 1;
+            }
+        }
+    }
+
+    fn hold_back(&mut self, slot: Slot, held: bool) {
+        let job = self.job_mut(slot);
+        if job.held == held {
+            return;
+        }
+        job.held = held;
+        let not_before = match &job.stand {
+            Stand::Aside { not_before, .. } => *not_before,
+            Stand::InLine { .. } => Timestamp(0),
+            Stand::Placed(_) => return,
+        };
+        let id = job.id.clone();
+        self.leave(slot);
+        self.drop_hold(&id);
+        self.wait(slot, not_before, None);
+    }
+
+    fn adopt(
+        &mut self,
+        request: Request,
+        attempt: Attempt,
+        devices: Vec<DeviceId>,
+        started: Timestamp,
+    ) -> Result<(), ChangeError> {
+        let known = self.ids.get(&request.job).copied();
+        let commitment =
+            Commitment { job: request.job.clone(), attempt, devices, slice: slice(&request.gang) };
+        let before = known.and_then(|_| self.fleet.release(&request.job));
+        if let Err(error) = self.fleet.hold(commitment) {
+            if let Some(before) = before {
+                self.fleet.hold(before)?;
+            }
+            return Err(error.into());
+        }
+        let (held, past) = match known {
+            Some(slot) => {
+                // Its devices are the new attempt's already.
+                let commitment = self.fleet.release(&request.job);
+                self.leave(slot);
+                let (held, past) = (self.job(slot).held, self.job(slot).past.clone());
+                self.forget(slot);
+                if let Some(commitment) = commitment {
+                    self.fleet.hold(commitment)?;
+                }
+                (held, past)
+            }
+            None => (false, Past::default()),
+        };
+        let slot = self.insert(request, attempt, held, past);
+        self.placed(slot, started, started, None, None);
+        Ok(())
+    }
+
+    /// Makes a job whose devices the fleet already shows as its own one that is placed.
+    pub(crate) fn placed(
+        &mut self,
+        slot: Slot,
+        started: Timestamp,
+        safe: Timestamp,
+        ends: Option<Timestamp>,
+        leaving: Option<Leaving>,
+    ) {
+        let now = self.now;
+        let job = self.job(slot);
+        let (id, queue) = (job.id.clone(), job.request.settings.queue.clone());
+        let ends = ends.unwrap_or_else(|| job.first_end(started));
+        let gang = job.request.gang.clone();
+        let devices = self.fleet.commitment(&id).map_or_else(Vec::new, |held| held.devices.clone());
+        let ranks = devices.len() as u32;
+        let charge = Arc::new(self.charge_of(&gang, &devices, now));
+        self.tree.charge(&queue, &charge, now);
+        self.ends.insert((ends, id.clone()));
+        self.placed.entry(queue).or_default().insert(id);
+        let placed = Placed { started, running: false, safe, ends, leaving, charge, ranks };
+        let cooldown_ms = self.options.cooldown_ms;
+        let job = self.job_mut(slot);
+        if let Some(last) = job.past.disrupted.last()
+            && *last <= started
+        {
+            // Who was disrupted once is left alone for a while when it runs again.
+            job.past.immune = job.past.immune.max(started.plus_ms(cooldown_ms));
+        }
+        job.stand = Stand::Placed(placed);
+    }
+
+    /// Ends a job's attempt: it holds nothing more, and waits for the next one.
+    pub(crate) fn requeue(&mut self, slot: Slot, attempt: Attempt, not_before: Timestamp) {
+        if let Some(placed) = self.job(slot).placed() {
+            let (safe_ms, leaving) = (placed.safe.since_ms(placed.started), placed.leaving.clone());
+            let job = self.job_mut(slot);
+            job.past.done_ms = job.past.done_ms.saturating_add(safe_ms);
+            if let Some(leaving) = leaving {
+                job.past.size = leaving.resize_to;
+            }
+        }
+        self.leave(slot);
+        self.job_mut(slot).attempt = attempt;
+        self.wait(slot, not_before, None);
+    }
+
+    /// Keeps devices for a waiting job.
+    pub(crate) fn keep(&mut self, job: &JobId, devices: Vec<DeviceId>, keep: Keep) {
+        let others: BTreeSet<JobId> = devices
+            .iter()
+            .filter_map(|device| self.holds.holder(device))
+            .filter(|other| *other != job)
+            .cloned()
+            .collect();
+        for other in others {
+            self.drop_hold(&other);
+        }
+        self.drop_hold(job);
+        if self.fleet.reserve(job, devices.clone()).is_ok() {
+            self.holds.keep(job, Hold { keep, devices, since: self.now });
+        }
+    }
+
+    /// Lets go of what is kept for a job.
+    pub(crate) fn drop_hold(&mut self, job: &JobId) {
+        if self.holds.drop(job).is_some() {
+            self.fleet.unreserve(job);
+            self.loosened += 1;
+        }
+    }
+
+    fn queues_changed(&mut self) {
+        self.loosened += 1;
+        self.lines.wake_all();
+    }
+
+    /// Counts a node's devices into or out of what the queues share.
+    fn count_node(&mut self, name: &drumline_types::NodeName, add: bool, now: Timestamp) {
+        let Some(state) = self.fleet.node(name) else { return };
+        let devices: Vec<_> =
+            state.node().devices.iter().map(|d| (d.kind, d.model.clone())).collect();
+        for (kind, model) in devices {
+            let model = self.tree.model(kind, &model, now);
+            let milli = u64::from(WHOLE_DEVICE);
+            let (less, more) = if add { (0, milli) } else { (milli, 0) };
+            self.tree.resize(model, less, more);
+        }
+    }
+
+    /// Returns what a gang is charged for devices. Those of one gang are of one model, but for its
+    /// leader's.
+    pub(crate) fn charge_of(
+        &mut self,
+        gang: &Gang,
+        devices: &[DeviceId],
+        now: Timestamp,
+    ) -> Charge {
+        let share = u64::from(gang.share_milli.min(WHOLE_DEVICE));
+        let mut charge: Charge = Vec::with_capacity(2);
+        let mut add = |model: ModelId, amount: u64| match charge.iter_mut().find(|c| c.0 == model) {
+            Some(entry) => entry.1 += amount,
+            None => charge.push((model, amount)),
+        };
+        let (first, rest) = match (gang.leader, devices.split_first()) {
+            (Some(kind), Some((leader, rest))) => {
+                add(self.model_of(leader, kind, now), share);
+                (rest.first(), rest.len())
+            }
+            _ => (devices.first(), devices.len()),
+        };
+        if let Some(first) = first {
+            add(self.model_of(first, gang.device, now), share * rest as u64);
+        }
+        charge.sort();
+        charge
+    }
+
+    fn model_of(
+        &mut self,
+        device: &DeviceId,
+        kind: drumline_spec::DeviceKind,
+        now: Timestamp,
+    ) -> ModelId {
+        let known = self.fleet.node(&device.node).and_then(|state| {
+            let device = state.node().devices.get(device.index as usize)?;
+            Some((device.kind, device.model.clone()))
+        });
+        match known {
+            Some((kind, model)) => self.tree.model(kind, &model, now),
+            None => Tree::unknown(kind),
+        }
+    }
+
+    /// Takes back what the last cycle decided: its plan failed the audit, or could not be stored.
+    pub fn reject(&mut self, cycle: &Cycle, why: &Explanation) {
+        let told = Arc::new(why.clone());
+        // The same plan would be made at once; a person should have the time to see it.
+        let not_before = cycle.now.plus_ms(REJECTED_MS);
+        for job in &cycle.plan.jobs {
+            if let Some(&slot) = self.ids.get(&job.job)
+                && self.job(slot).placed().is_some()
+            {
+                self.leave(slot);
+                self.wait(slot, not_before, Some(told.clone()));
+            }
+        }
+        for eviction in &cycle.evictions {
+            if let Some(&slot) = self.ids.get(&eviction.job)
+                && let Some(placed) = self.job_mut(slot).placed_mut()
+            {
+                placed.leaving = None;
+            }
+            if let Some(beneficiary) = &eviction.beneficiary {
+                self.drop_hold(beneficiary);
+            }
+        }
+        self.dirty = true;
     }
 
     /// Says where jobs would go now, and to whose cost, if they were submitted. Nothing is kept.
@@ -182,66 +509,21 @@ impl Scheduler {
         let mut cycle = trial.cycle(now);
         let asked = |job: &JobId| requests.iter().any(|request| request.job == *job);
         cycle.plan.jobs.retain(|job| asked(&job.job));
-        cycle.told.retain(|(job, _)| asked(job));
+        cycle.evictions.retain(|e| e.beneficiary.as_ref().is_some_and(asked));
+        cycle.told = requests
+            .iter()
+            .filter_map(|request| Some((request.job.clone(), trial.explain(&request.job, now)?)))
+            .collect();
         cycle
-    }
-
-    /// Explains in full why a job waits, with evidence and, where it can be had, the estimated
-    /// start. `None`: it does not wait.
-    #[must_use]
-    pub fn explain(&self, job: &JobId, _now: Timestamp) -> Option<Explanation> {
-        match &self.jobs.get(job)?.stands {
-            Stands::Waiting { told, .. } => Some(told.clone().unwrap_or_else(|| {
-                Explanation::new(Reason::NotYetConsidered, "the next cycle looks at it")
-            })),
-            Stands::Placed { .. } => None,
-        }
-    }
-
-    /// Returns the whole state.
-    #[must_use]
-    pub fn save(&self) -> Saved {
-        Saved {
-            version: Saved::VERSION,
-            now: self.now,
-            options: self.options.clone(),
-            nodes: self.fleet.nodes().map(|state| state.node().clone()).collect(),
-            commitments: self.fleet.commitments().cloned().collect(),
-            queues: self.queues.values().cloned().collect(),
-            jobs: self.jobs.clone(),
-        }
-    }
-
-    /// Returns a scheduler that decides what the saved one would have decided.
-    ///
-    /// # Errors
-    /// [`ChangeError`] when the state contradicts itself.
-    pub fn restore(saved: Saved) -> Result<Self, ChangeError> {
-        let mut scheduler = Self::new(saved.options);
-        scheduler.now = saved.now;
-        for node in saved.nodes {
-            scheduler.fleet.upsert_node(node);
-        }
-        for held in saved.commitments {
-            scheduler.fleet.commit(&held.job, held.attempt, held.devices)?;
-        }
-        scheduler.queues =
-            saved.queues.into_iter().map(|queue| (queue.name.clone(), queue)).collect();
-        scheduler.jobs = saved.jobs;
-        Ok(scheduler)
     }
 }
 
-fn waiting(job: &SavedJob) -> Option<Waiting> {
-    let Stands::Waiting { not_before, .. } = &job.stands else { return None };
-    Some(Waiting {
-        job: job.request.job.clone(),
-        attempt: job.attempt,
-        gang: job.request.gang.clone(),
-        split: job.request.split,
-        settings: job.request.settings.clone(),
-        submitted: job.request.submitted,
-        held: job.held,
-        not_before: *not_before,
-    })
+/// A rejected plan is not tried again for so long, in milliseconds.
+const REJECTED_MS: u64 = 5_000;
+
+/// Returns what each rank of a gang takes, within what can be had.
+pub(crate) fn slice(gang: &Gang) -> Slice {
+    let mut slice = Slice::of(gang);
+    slice.share_milli = slice.share_milli.clamp(1, WHOLE_DEVICE);
+    slice
 }

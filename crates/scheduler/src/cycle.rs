@@ -1,0 +1,771 @@
+//! One look at the fleet: whose turn it is, who starts, and who is kept waiting by whom.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use drumline_cluster::Snapshot;
+use drumline_mesh::Mesh;
+use drumline_placement::{Assignment, Constraints, Cycle, Eviction, JobPlan, Placed, Plan};
+use drumline_queue::{Candidate, Charge, Closed, Place, QueueId, Short, Tree, Turn};
+use drumline_spec::{DeviceKind, Gang};
+use drumline_types::{DeviceId, Explanation, JobId, QueueName, RankIndex, Reason, Timestamp};
+
+use crate::holds::Keep;
+use crate::job::{Stand, milli, sizes};
+use crate::lines::{By, ClassId, ShapeId, Standing};
+use crate::scheduler::{Scheduler, Slot, slice};
+use crate::site;
+
+/// Classes that are tried in vain in one cycle, at most; the next cycle goes on from there.
+const TRIES_MAX: u64 = 4_096;
+
+/// What a cycle has decided so far.
+pub(crate) struct Work {
+    pub(crate) now: Timestamp,
+    pub(crate) jobs: Vec<JobPlan>,
+    pub(crate) evictions: Vec<Eviction>,
+    pub(crate) told: Vec<(JobId, Explanation)>,
+    pub(crate) wake: Option<Timestamp>,
+    pub(crate) considered: u64,
+    /// Of those, the ones that did not start.
+    pub(crate) vain: u64,
+    pub(crate) unfinished: bool,
+}
+
+impl Work {
+    /// Takes note that the passing of time alone may change a decision at `at`.
+    pub(crate) fn wake(&mut self, at: Timestamp) {
+        if at > self.now && at < Timestamp(u64::MAX) {
+            self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
+        }
+    }
+}
+
+/// A queue's line during one cycle.
+#[derive(Debug)]
+struct Leaf {
+    id: QueueId,
+    /// The first jobs of the classes that are to be tried.
+    ready: BTreeSet<(Place, ClassId)>,
+    /// Jobs that wait for quota: nobody behind them in line gets devices of that kind.
+    barrier: BTreeMap<DeviceKind, Place>,
+    /// Without backfill, nobody behind the first job that waits gets anything.
+    shut: Option<Place>,
+}
+
+/// Why a job that was tried does not start.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) by: By,
+    pub(crate) why: Explanation,
+    /// The quota that is short.
+    pub(crate) short: Option<Short>,
+}
+
+impl Scheduler {
+    /// Decides who starts and who leaves now. What it decides is taken as done: the caller
+    /// launches and evicts, and reports what comes of it as changes.
+    pub fn cycle(&mut self, now: Timestamp) -> Cycle {
+        self.now = self.now.max(now);
+        let now = self.now;
+        let parent = self.fleet.revision();
+        let mut work = Work {
+            now,
+            jobs: Vec::new(),
+            evictions: Vec::new(),
+            told: Vec::new(),
+            wake: None,
+            considered: 0,
+            vain: 0,
+            unfinished: false,
+        };
+        self.correct_ends(now);
+        self.rouse(&mut work);
+        self.review_holds(&mut work);
+        self.start_nominated(&mut work);
+        self.take_turns(&mut work);
+        self.tell(&mut work);
+        self.dirty = work.unfinished;
+        let plan = Plan { parent, jobs: work.jobs, waiting: Vec::new() };
+        let (evictions, wake, considered) = (work.evictions, work.wake, work.considered);
+        Cycle { now, plan, evictions, told: work.told, wake, considered }
+    }
+
+    /// Moves the estimated ends of jobs that have run over.
+    fn correct_ends(&mut self, now: Timestamp) {
+        while let Some((at, id)) = self.ends.first().cloned() {
+            if at > now {
+                break;
+            }
+            self.ends.pop_first();
+            let Some(&slot) = self.ids.get(&id) else { continue };
+            let job = self.job(slot);
+            let Some(placed) = job.placed() else { continue };
+            let later = job.later_end(placed, now);
+            if let Some(placed) = self.job_mut(slot).placed_mut() {
+                placed.ends = later;
+            }
+            self.ends.insert((later, id));
+        }
+    }
+
+    /// Puts jobs whose rest is over into line.
+    fn rouse(&mut self, work: &mut Work) {
+        while let Some((at, id)) = self.aside.first().cloned() {
+            if at > work.now {
+                work.wake(at);
+                break;
+            }
+            self.aside.pop_first();
+            let Some(&slot) = self.ids.get(&id) else { continue };
+            let Stand::Aside { told, .. } = &self.job(slot).stand else { continue };
+            let told = told.clone();
+            self.lines.untold.remove(&id);
+            self.wait(slot, Timestamp(0), told);
+        }
+    }
+
+    /// Starts the jobs whose nominated devices are all free now.
+    fn start_nominated(&mut self, work: &mut Work) {
+        let nominated: Vec<(JobId, Vec<DeviceId>)> = self
+            .holds
+            .iter()
+            .filter(|(_, hold)| matches!(hold.keep, Keep::Nominated { .. }))
+            .map(|(job, hold)| (job.clone(), hold.devices.clone()))
+            .collect();
+        for (id, devices) in nominated {
+            let Some(&slot) = self.ids.get(&id) else { continue };
+            let Stand::InLine { class, .. } = &self.job(slot).stand else { continue };
+            let Some(class) = self.lines.class(*class) else { continue };
+            let queue = class.alike.queue.clone();
+            let Ok(leaf) = self.tree.leaf(&queue) else { continue };
+            let gang = class.alike.gang.clone();
+            let free = devices.iter().all(|device| usable(&self.fleet, device, &gang));
+            if !free {
+                continue;
+            }
+            let charge = self.charge_of(&gang, &devices, work.now);
+            if self.tree.check(leaf, &charge).is_ok() {
+                let job = self.job(slot);
+                let (split, slice) = (job.split(devices.len() as u32), slice(&gang));
+                self.start(slot, Placed { devices, split, slice }, work);
+            }
+        }
+    }
+
+    fn take_turns(&mut self, work: &mut Work) {
+        let kept = self.suppose_kept();
+        let mut turn = Turn::new(&self.tree, work.now);
+        let mut leaves = self.open_lines(work);
+        for leaf in leaves.values_mut() {
+            self.look_after_the_head(leaf, work);
+        }
+        for (id, leaf) in &leaves {
+            turn.set(&self.tree, *id, self.candidate(leaf));
+        }
+        while let Some(id) = turn.next(&self.tree) {
+            let Some(leaf) = leaves.get_mut(&id) else { break };
+            if work.vain >= TRIES_MAX {
+                work.unfinished = true;
+                break;
+            }
+            self.serve(leaf, work);
+            turn.set(&self.tree, id, self.candidate(leaf));
+        }
+        for (queue, charge) in kept {
+            self.tree.suppose(queue, &charge, false);
+        }
+    }
+
+    /// Counts what is kept for waiting jobs as used by their queues, so that nobody takes the quota
+    /// that they will need.
+    fn suppose_kept(&mut self) -> Vec<(QueueId, Charge)> {
+        let kept: Vec<(JobId, Vec<DeviceId>)> =
+            self.holds.iter().map(|(job, hold)| (job.clone(), hold.devices.clone())).collect();
+        let mut supposed = Vec::new();
+        for (job, devices) in kept {
+            let Some(job) = self.known(&job) else { continue };
+            if job.placed().is_some() {
+                // What a gang that shrinks will keep is charged already.
+                continue;
+            }
+            let gang = job.request.gang.clone();
+            let Some(queue) = self.tree.find(&job.request.settings.queue) else { continue };
+            let charge = self.charge_of(&gang, &devices, self.now);
+            self.tree.suppose(queue, &charge, true);
+            supposed.push((queue, charge));
+        }
+        supposed
+    }
+
+    /// Sees which classes of each line are to be tried.
+    fn open_lines(&mut self, work: &mut Work) -> BTreeMap<QueueId, Leaf> {
+        let mut leaves = BTreeMap::new();
+        let queues: Vec<QueueName> = self.lines.lines.keys().cloned().collect();
+        for queue in queues {
+            match self.tree.leaf(&queue) {
+                Ok(id) => {
+                    let leaf = self.open_line(&queue, id, work);
+                    leaves.insert(id, leaf);
+                }
+                Err(closed) => {
+                    let why = closed_text(&queue, &closed);
+                    let classes: Vec<ClassId> = self
+                        .lines
+                        .lines
+                        .get(&queue)
+                        .map_or_else(Vec::new, |line| line.classes.iter().copied().collect());
+                    for class in classes {
+                        self.set_why(class, &why);
+                    }
+                }
+            }
+        }
+        leaves
+    }
+
+    fn open_line(&mut self, queue: &QueueName, id: QueueId, work: &mut Work) -> Leaf {
+        let mut leaf = Leaf { id, ready: BTreeSet::new(), barrier: BTreeMap::new(), shut: None };
+        let Some(line) = self.lines.lines.get(queue) else { return leaf };
+        let classes: Vec<ClassId> = line.classes.iter().copied().collect();
+        for class_id in classes {
+            let stamps = self.stamps(class_id);
+            let Some(class) = self.lines.class_mut(class_id) else { continue };
+            if let Standing::Blocked { by, freed } = class.standing
+                && freed != stamps.of(by)
+            {
+                class.standing = Standing::Ready;
+            }
+            if let Some(asked) = &class.asked {
+                if asked.again <= work.now {
+                    class.standing = Standing::Ready;
+                } else {
+                    work.wake(asked.again);
+                }
+            }
+            let Some(first) = class.places.first().cloned() else { continue };
+            match class.standing {
+                Standing::Ready => {
+                    leaf.ready.insert((first, class_id));
+                }
+                Standing::Blocked { by, .. } => {
+                    let kind = class.alike.gang.device;
+                    leaf.blocked(by, kind, first, self.options.backfill);
+                }
+            }
+        }
+        leaf
+    }
+
+    /// Sees to a job that has become the first of its line without having been tried itself: one
+    /// like it was tried in vain.
+    fn look_after_the_head(&mut self, leaf: &mut Leaf, work: &mut Work) {
+        let queue = self.tree.spec(leaf.id).name.clone();
+        let Some((place, class_id)) = self.head(&queue) else { return };
+        let Some(class) = self.lines.class(class_id) else { return };
+        let Standing::Blocked { by: by @ (By::Devices | By::Kept), .. } = class.standing else {
+            return;
+        };
+        let Some(why) = class.why.as_deref().cloned() else { return };
+        if let Some(&slot) = self.ids.get(place.job()) {
+            let refusal = Refusal { by, why, short: None };
+            self.wait_at_the_head(slot, class_id, leaf.id, &refusal, work);
+        }
+    }
+
+    /// Returns what has been freed so far of what a class may lack.
+    pub(crate) fn stamps(&self, class: ClassId) -> Stamps {
+        let Some(class) = self.lines.class(class) else { return Stamps::default() };
+        let devices = self.freed_for(&class.alike.gang);
+        Stamps { devices, any: devices + self.loosened }
+    }
+
+    /// Returns what has been freed so far of the devices that a gang may use.
+    pub(crate) fn freed_for(&self, gang: &Gang) -> u64 {
+        site::grown(&self.fleet, gang)
+    }
+
+    fn candidate(&self, leaf: &Leaf) -> Option<Candidate> {
+        let (_, class) = leaf.next()?;
+        let class = self.lines.class(*class)?;
+        let gang = &class.alike.gang;
+        let charge = vec![(self.first_model(leaf.id, gang), milli(gang, gang.ranks))];
+        let band = i64::from(class.alike.priority)
+            .div_euclid(i64::from(self.options.priority_band.max(1)));
+        Some(Candidate { charge: Arc::new(charge), band: band as i32 })
+    }
+
+    /// Returns the model that a gang is charged for before it is known which it gets.
+    fn first_model(&self, queue: QueueId, gang: &Gang) -> drumline_queue::ModelId {
+        self.choices(queue, gang)
+            .first()
+            .map_or_else(|| Tree::unknown(gang.device), |choice| choice.charged)
+    }
+
+    /// Tries the first job of a line.
+    fn serve(&mut self, leaf: &mut Leaf, work: &mut Work) {
+        let Some((place, class_id)) = leaf.ready.first().cloned() else { return };
+        if let Some(first) = leaf.behind(&place, self.kind(class_id)) {
+            // Everyone from here on waits behind somebody.
+            let by_quota = leaf.shut.as_ref() != Some(first);
+            let why = behind_text(self.lines.class(class_id), first, by_quota);
+            leaf.ready.remove(&(place, class_id));
+            self.set_why(class_id, &why);
+            return;
+        }
+        work.considered += 1;
+        let Some(&slot) = self.ids.get(place.job()) else {
+            leaf.ready.remove(&(place, class_id));
+            return;
+        };
+        match self.attempt(slot, class_id, leaf.id, work) {
+            Ok(placed) => {
+                leaf.ready.remove(&(place, class_id));
+                self.start(slot, placed, work);
+                if let Some(next) = self.lines.class(class_id).and_then(|c| c.places.first()) {
+                    leaf.ready.insert((next.clone(), class_id));
+                }
+            }
+            Err(refusal) => {
+                work.vain += 1;
+                leaf.ready.remove(&(place.clone(), class_id));
+                let kind = self.kind(class_id);
+                self.block(class_id, &refusal);
+                let nominated = self.wait_at_the_head(slot, class_id, leaf.id, &refusal, work);
+                if !nominated {
+                    leaf.blocked(refusal.by, kind, place, self.options.backfill);
+                }
+            }
+        }
+    }
+
+    fn kind(&self, class: ClassId) -> DeviceKind {
+        self.lines.class(class).map_or(DeviceKind::Cpu, |class| class.alike.gang.device)
+    }
+
+    fn block(&mut self, class_id: ClassId, refusal: &Refusal) {
+        let freed = self.stamps(class_id).of(refusal.by);
+        if let Some(class) = self.lines.class_mut(class_id) {
+            class.standing = Standing::Blocked { by: refusal.by, freed };
+        }
+        self.set_why(class_id, &refusal.why);
+    }
+
+    /// Looks for quota and devices for one job.
+    fn attempt(
+        &mut self,
+        slot: Slot,
+        class_id: ClassId,
+        leaf: QueueId,
+        work: &mut Work,
+    ) -> Result<Placed, Refusal> {
+        let Some(class) = self.lines.class(class_id) else { return Err(gone()) };
+        let (gang, shape) = (class.alike.gang.clone(), class.shape);
+        let own = self.suppose_own(slot, leaf, false);
+        let mut refusal: Option<Refusal> = None;
+        let mut found = None;
+        for choice in self.choices(leaf, &gang) {
+            let most = match self.most_allowed(slot, leaf, &gang, choice.charged, work.now) {
+                Ok(most) => most,
+                Err(short) => {
+                    refusal.get_or_insert_with(|| self.short_refusal(leaf, &gang, short));
+                    continue;
+                }
+            };
+            let known = (most == gang.ranks && choice.models.is_none()).then_some(shape);
+            let mut chosen = gang.clone();
+            if let Some(models) = choice.models {
+                chosen.models = models;
+            }
+            match self.find(slot, &chosen, known, most, work.now) {
+                Ok(placed) => {
+                    found = Some(placed);
+                    break;
+                }
+                Err((by, why)) => {
+                    // What quota allows and devices do not is told before the reverse.
+                    if refusal.as_ref().is_none_or(|r| r.short.is_some()) {
+                        refusal = Some(Refusal { by, why, short: None });
+                    }
+                }
+            }
+        }
+        if let Some((queue, charge)) = own {
+            self.tree.suppose(queue, &charge, true);
+        }
+        if let Some(placed) = found {
+            return Ok(placed);
+        }
+        Err(refusal.unwrap_or_else(gone))
+    }
+
+    /// Returns the greatest size that quota allows.
+    fn most_allowed(
+        &mut self,
+        slot: Slot,
+        leaf: QueueId,
+        gang: &Gang,
+        model: drumline_queue::ModelId,
+        now: Timestamp,
+    ) -> Result<u32, Short> {
+        let sizes = sizes(gang);
+        let (mut low, mut high) = (0, sizes.len());
+        let mut short = None;
+        // The wanted size first: it is the rule.
+        let mut middle = high - 1;
+        while low < high {
+            match self.check(slot, leaf, &vec![(model, milli(gang, sizes[middle]))], now) {
+                Ok(()) => low = middle + 1,
+                Err(why) => {
+                    high = middle;
+                    short = Some(why);
+                }
+            }
+            middle = low.midpoint(high);
+        }
+        match (low, short) {
+            (0, Some(short)) => Err(short),
+            _ => Ok(sizes[low.max(1) - 1]),
+        }
+    }
+
+    /// Uncounts what is kept for the job itself while it is tried.
+    pub(crate) fn suppose_own(
+        &mut self,
+        slot: Slot,
+        leaf: QueueId,
+        add: bool,
+    ) -> Option<(QueueId, Charge)> {
+        let job = self.job(slot);
+        let (id, gang) = (job.id.clone(), job.request.gang.clone());
+        let devices = self.holds.of(&id)?.devices.clone();
+        let charge = self.charge_of(&gang, &devices, self.now);
+        self.tree.suppose(leaf, &charge, add);
+        Some((leaf, charge))
+    }
+
+    /// Checks quota. What is kept for later does not count against who is gone by then.
+    fn check(
+        &mut self,
+        slot: Slot,
+        leaf: QueueId,
+        charge: &Charge,
+        now: Timestamp,
+    ) -> Result<(), Short> {
+        let Err(short) = self.tree.check(leaf, charge) else { return Ok(()) };
+        let job = self.job(slot);
+        let (id, bound) = (job.id.clone(), job.bound(now));
+        let Some(bound) = bound else { return Err(short) };
+        let later: Vec<(JobId, Vec<DeviceId>)> = self
+            .holds
+            .iter()
+            .filter(|(owner, hold)| {
+                **owner != *id && matches!(hold.keep, Keep::Reserved { start } if bound <= start)
+            })
+            .map(|(owner, hold)| (owner.clone(), hold.devices.clone()))
+            .collect();
+        if later.is_empty() {
+            return Err(short);
+        }
+        let mut lifted = Vec::new();
+        for (owner, devices) in later {
+            let Some(owner) = self.known(&owner) else { continue };
+            let gang = owner.request.gang.clone();
+            let Some(queue) = self.tree.find(&owner.request.settings.queue) else { continue };
+            let charge = self.charge_of(&gang, &devices, now);
+            self.tree.suppose(queue, &charge, false);
+            lifted.push((queue, charge));
+        }
+        let checked = self.tree.check(leaf, charge);
+        for (queue, charge) in lifted {
+            self.tree.suppose(queue, &charge, true);
+        }
+        checked
+    }
+
+    /// Looks for devices: first those that are kept for nobody else, then, if it is known to be gone
+    /// in time, those that are reserved for later.
+    pub(crate) fn find(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        shape: Option<ShapeId>,
+        most: u32,
+        now: Timestamp,
+    ) -> Result<Placed, (By, Explanation)> {
+        let job = self.jobs[slot.0].as_ref().ok_or_else(|| (By::Outright, gone().why))?;
+        let split = job.request.split;
+        let bounds = self.bounds(Some(most));
+        let own = self.holds.of(&job.id).is_some();
+        let others = self.holds.len() > usize::from(own);
+        // What was found out about the same gang without devices of its own holds for this one.
+        let shape = shape.filter(|_| !own);
+        let freed = site::grown(&self.fleet, gang);
+        let any = freed + self.loosened;
+        let known = shape
+            .and_then(|shape| self.lines.misfits.get(&shape))
+            .filter(|(at, _)| *at == freed)
+            .map(|(_, why)| Explanation::clone(why));
+        let first = match known {
+            Some(why) => Err(why),
+            None if own => {
+                let mut trial = self.fleet.trial();
+                trial.unreserve(&job.id);
+                site::find(trial.snapshot(), gang, split, &bounds)
+            }
+            None => {
+                let found = site::find(&self.fleet, gang, split, &bounds);
+                if let (Some(shape), Err(why)) = (shape, &found) {
+                    self.lines.misfits.insert(shape, (freed, Arc::new(why.clone())));
+                }
+                found
+            }
+        };
+        let why = match first {
+            Ok(placed) => return Ok(placed),
+            Err(why) if !others => return Err((by_devices(&why), why)),
+            Err(why) => why,
+        };
+        let bound = job.bound(now);
+        let later: Vec<JobId> = self
+            .holds
+            .iter()
+            .filter(|(owner, hold)| {
+                **owner != *job.id
+                    && matches!(hold.keep, Keep::Reserved { start }
+                        if bound.is_some_and(|bound| bound <= start))
+            })
+            .map(|(owner, _)| owner.clone())
+            .collect();
+        let out = shape
+            .and_then(|shape| self.lines.kept_out.get(&shape))
+            .is_some_and(|(at, least)| *at == any && bound.is_some_and(|bound| bound >= *least));
+        if !later.is_empty() && !out {
+            let mut trial = self.fleet.trial();
+            trial.unreserve(&job.id);
+            for owner in &later {
+                trial.unreserve(owner);
+            }
+            match site::find(trial.snapshot(), gang, split, &bounds) {
+                Ok(placed) => return Ok(placed),
+                Err(_) => {
+                    if let (Some(shape), Some(bound)) = (shape, bound) {
+                        self.lines.kept_out.insert(shape, (any, bound));
+                    }
+                }
+            }
+        }
+        let by = if by_devices(&why) == By::Outright { By::Outright } else { By::Kept };
+        Err((by, why))
+    }
+
+    /// Returns how places are chosen.
+    pub(crate) fn bounds(&self, most: Option<u32>) -> Constraints {
+        let (scoring, seed) = (self.options.scoring, self.options.seed);
+        Constraints { scoring, seed, most, ..Constraints::default() }
+    }
+
+    /// Starts a job on devices that were found for it.
+    pub(crate) fn start(&mut self, slot: Slot, placed: Placed, work: &mut Work) {
+        let job = self.job(slot);
+        let (id, attempt, split) = (job.id.clone(), job.attempt, placed.split);
+        let ranks = placed.devices.len() as u32;
+        let mut gang = job.request.gang.clone();
+        gang.ranks = ranks;
+        self.drop_hold(&id);
+        self.leave(slot);
+        if let Err(error) = self.fleet.hold(placed.commitment(&id, attempt)) {
+            // Found free a moment ago, so this cannot be. The job waits on, and says so.
+            let why = Explanation::new(Reason::WaitingForDevices, error.to_string());
+            self.wait(slot, work.now, Some(Arc::new(why)));
+            return;
+        }
+        self.placed(slot, work.now, work.now, None, None);
+        let mesh = Mesh::new(split);
+        let assignments = (0..ranks)
+            .zip(placed.devices)
+            .map(|(rank, device)| Assignment {
+                rank: RankIndex(rank),
+                coords: mesh.coords(rank),
+                device,
+            })
+            .collect();
+        let job = JobId::clone(&id);
+        work.jobs.push(JobPlan { job, attempt, gang, split, assignments });
+    }
+
+    fn short_refusal(&self, leaf: QueueId, gang: &Gang, short: Short) -> Refusal {
+        let name = &self.tree.spec(leaf).name;
+        let why = short_text(&self.tree, name, gang, &short);
+        let by = if short.outright() { By::Outright } else { By::Quota };
+        Refusal { by, why, short: Some(short) }
+    }
+
+    /// Returns the ways in which a gang may be charged and placed, the preferred first.
+    pub(crate) fn choices(&self, leaf: QueueId, gang: &Gang) -> Vec<Choice> {
+        if !self.tree.names_models(leaf) {
+            return vec![Choice { charged: Tree::unknown(gang.device), models: None }];
+        }
+        let of_kind = self
+            .tree
+            .models()
+            .iter()
+            .filter(|(_, kind, name)| *kind == gang.device && !name.is_empty());
+        if gang.models.is_empty() {
+            return of_kind
+                .map(|(model, _, name)| Choice {
+                    charged: model,
+                    models: Some(vec![name.to_owned()]),
+                })
+                .collect();
+        }
+        gang.models
+            .iter()
+            .filter_map(|wanted| {
+                let (model, ..) = self.tree.models().iter().find(|(_, kind, name)| {
+                    *kind == gang.device && drumline_queue::means(wanted, name)
+                })?;
+                Some(Choice { charged: model, models: Some(vec![wanted.clone()]) })
+            })
+            .collect()
+    }
+}
+
+/// One way to charge and place a gang.
+#[derive(Debug, Clone)]
+pub(crate) struct Choice {
+    pub(crate) charged: drumline_queue::ModelId,
+    /// Only these; `None`: as the gang says.
+    pub(crate) models: Option<Vec<String>>,
+}
+
+/// Counts of what was freed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Stamps {
+    pub(crate) devices: u64,
+    pub(crate) any: u64,
+}
+
+impl Stamps {
+    pub(crate) fn of(self, by: By) -> u64 {
+        match by {
+            By::Devices => self.devices,
+            By::Kept | By::Quota | By::Outright => self.any,
+        }
+    }
+}
+
+impl Leaf {
+    /// Takes note of a job that waits, as far as those behind it are concerned.
+    fn blocked(&mut self, by: By, kind: DeviceKind, place: Place, backfill: bool) {
+        if by == By::Outright {
+            return;
+        }
+        if by == By::Quota {
+            let first = self.barrier.entry(kind).or_insert_with(|| place.clone());
+            if place < *first {
+                *first = place.clone();
+            }
+        }
+        if !backfill && self.shut.as_ref().is_none_or(|first| place < *first) {
+            self.shut = Some(place);
+        }
+    }
+
+    /// Returns the job behind which a job of this place has to wait.
+    fn behind(&self, place: &Place, kind: DeviceKind) -> Option<&Place> {
+        self.shut
+            .as_ref()
+            .filter(|first| *first < place)
+            .or_else(|| self.barrier.get(&kind).filter(|first| *first < place))
+    }
+
+    fn next(&self) -> Option<&(Place, ClassId)> {
+        self.ready.first()
+    }
+}
+
+/// Returns whether a device is free for a gang that it is kept for.
+fn usable(fleet: &Snapshot, device: &DeviceId, gang: &Gang) -> bool {
+    fleet.node(&device.node).is_some_and(|state| {
+        state.node().ineligible_for(&gang.tolerations).is_none()
+            && state
+                .node()
+                .devices
+                .get(device.index as usize)
+                .is_some_and(|d| d.health == drumline_cluster::Health::Healthy)
+            && state.left_milli(device.index) >= gang.share_milli
+    })
+}
+
+fn gone() -> Refusal {
+    let why = Explanation::new(Reason::NoMatchingDevice, "the fleet has no device that would do");
+    Refusal { by: By::Outright, why, short: None }
+}
+
+/// A reason that no start or end of a job changes keeps nobody waiting.
+fn by_devices(why: &Explanation) -> By {
+    match why.reason {
+        Reason::NoMatchingDevice | Reason::ExceedsCluster => By::Outright,
+        _ => By::Devices,
+    }
+}
+
+fn closed_text(queue: &QueueName, closed: &Closed) -> Explanation {
+    match closed {
+        Closed::Missing => {
+            Explanation::new(Reason::QueueMissing, format!("there is no queue {queue}"))
+        }
+        Closed::Inner(child) => Explanation::new(
+            Reason::QueueMissing,
+            format!("queue {queue} has queues below it, such as {child}; jobs name one of those"),
+        ),
+        Closed::Held(held) => Explanation::new(Reason::Held, format!("queue {held} is held")),
+    }
+}
+
+fn behind_text(class: Option<&crate::lines::Class>, first: &Place, by_quota: bool) -> Explanation {
+    let queue = class.map_or_else(String::new, |class| class.alike.queue.to_string());
+    if by_quota {
+        let message = format!("queue {queue} has {} first in line for its quota", first.job());
+        Explanation::new(Reason::WaitingForQuota, message)
+    } else {
+        let message = format!("{} is before it in queue {queue} and waits too", first.job());
+        Explanation::new(Reason::WaitingForDevices, message)
+    }
+}
+
+/// Shows thousandths of devices as devices.
+pub(crate) fn devices_text(milli: u64) -> String {
+    if milli.is_multiple_of(1000) {
+        (milli / 1000).to_string()
+    } else {
+        format!("{:.1}", milli as f64 / 1000.0)
+    }
+}
+
+fn short_text(tree: &Tree, name: &QueueName, gang: &Gang, short: &Short) -> Explanation {
+    let need = devices_text(milli(gang, gang.ranks));
+    let class = &short.class;
+    if short.queue == QueueId::FLEET {
+        let message = format!(
+            "needs {need} {class} devices; the fleet has {}, {} used and {} kept by queues that do not lend them",
+            devices_text(short.limit),
+            devices_text(short.used),
+            devices_text(short.kept),
+        );
+        return Explanation::new(Reason::WaitingForQuota, message);
+    }
+    let at = &tree.spec(short.queue).name;
+    let (limit, used) = (devices_text(short.limit), devices_text(short.used));
+    if short.outright() {
+        let message = format!("needs {need} {class} devices; queue {at} may use {limit} at most");
+        return Explanation::new(Reason::ExceedsQuota, message);
+    }
+    let above = if at == name { String::new() } else { format!(", above {name},") };
+    let left = devices_text(short.limit.saturating_sub(short.used + short.kept));
+    let message = format!(
+        "needs {need} {class} devices; queue {at}{above} uses {used} of {limit}, so {left} are left"
+    );
+    Explanation::new(Reason::WaitingForQuota, message)
+}

@@ -1,0 +1,91 @@
+//! Devices that are kept for a job that waits: those freed for it by a preemption, and those of
+//! the place where it will start when the jobs that run there have ended.
+
+use std::collections::BTreeMap;
+
+use drumline_types::{DeviceId, JobId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// Why devices are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kept", rename_all = "camelCase")]
+pub enum Keep {
+    /// Running jobs were asked to leave for it: nobody else gets them.
+    Nominated {
+        /// Given up when the jobs have not left by then.
+        until: Timestamp,
+    },
+    /// It starts there when running jobs have ended as estimated: who is gone by then may use them.
+    Reserved {
+        /// The estimated start.
+        start: Timestamp,
+    },
+}
+
+/// The devices kept for one job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    /// Why.
+    pub keep: Keep,
+    /// The devices, in rank order; some are free, others still in use.
+    pub devices: Vec<DeviceId>,
+    /// When the place was chosen.
+    pub since: Timestamp,
+}
+
+/// Every hold. A device is kept for one job at most.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Holds {
+    by_job: BTreeMap<JobId, Hold>,
+    by_device: BTreeMap<DeviceId, JobId>,
+}
+
+impl Holds {
+    pub(crate) fn of(&self, job: &JobId) -> Option<&Hold> {
+        self.by_job.get(job)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_job.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&JobId, &Hold)> {
+        self.by_job.iter()
+    }
+
+    pub(crate) fn saved(&self) -> BTreeMap<JobId, Hold> {
+        self.by_job.clone()
+    }
+
+    /// Keeps devices for a job, instead of those that were kept for it so far. A device that is kept
+    /// for another job is taken from that one's hold, which is given up whole.
+    pub(crate) fn keep(&mut self, job: &JobId, hold: Hold) {
+        self.drop(job);
+        for device in &hold.devices {
+            if let Some(other) = self.by_device.get(device).cloned() {
+                self.drop(&other);
+            }
+            self.by_device.insert(device.clone(), job.clone());
+        }
+        self.by_job.insert(job.clone(), hold);
+    }
+
+    pub(crate) fn restart(&mut self, job: &JobId, keep: Keep) {
+        if let Some(hold) = self.by_job.get_mut(job) {
+            hold.keep = keep;
+        }
+    }
+
+    pub(crate) fn drop(&mut self, job: &JobId) -> Option<Hold> {
+        let hold = self.by_job.remove(job)?;
+        for device in &hold.devices {
+            self.by_device.remove(device);
+        }
+        Some(hold)
+    }
+
+    /// Returns for whom a device is kept.
+    pub(crate) fn holder(&self, device: &DeviceId) -> Option<&JobId> {
+        self.by_device.get(device)
+    }
+}

@@ -1,0 +1,564 @@
+//! Devices taken from running gangs for one that has the better claim: who may be asked to leave,
+//! who loses least, and whether the claimant surely fits afterwards.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use drumline_cluster::{DomainAt, Snapshot};
+use drumline_placement::{Eviction, EvictionCause, Placed as Found};
+use drumline_queue::{Charge, QueueId, Short};
+use drumline_spec::{Gang, queue::Reclaim};
+use drumline_types::{DeviceId, JobId, QueueName, Timestamp, format_duration_ms};
+
+use crate::cycle::{Refusal, Work};
+use crate::holds::Keep;
+use crate::job::{Job, Placed, milli};
+use crate::saved::Leaving;
+use crate::scheduler::{Scheduler, Slot};
+use crate::site;
+
+/// Devices are held so long for a job whose victims do not leave, in milliseconds.
+const NOMINATED_MS: u64 = 15 * 60_000;
+
+/// Domains of one level in which victims are sought, the cheapest first.
+const DOMAINS_MAX: usize = 4;
+
+/// Disruptions that are remembered of one job.
+const REMEMBERED_MAX: usize = 64;
+
+/// Victims that are tried to be spared one by one.
+const SPARED_MAX: usize = 16;
+
+/// A gang that may be asked to leave.
+#[derive(Debug, Clone)]
+struct Victim {
+    job: Arc<JobId>,
+    queue: QueueId,
+    charge: Arc<Charge>,
+    cause: EvictionCause,
+    /// What decides who goes first: band, loss per device in milliseconds, priority, and of equals
+    /// who started last.
+    loss: (i32, u64, i32, std::cmp::Reverse<Timestamp>),
+    /// The whole loss, in device-milliseconds.
+    whole: u128,
+    devices: u32,
+    /// The size that it could be shrunk to.
+    least: Option<u32>,
+}
+
+impl Victim {
+    /// Returns what it gives back when it keeps so many devices.
+    fn freed(&self, kept: u32) -> Charge {
+        let devices = u64::from(self.devices.max(1));
+        let freed = u64::from(self.devices.saturating_sub(kept));
+        self.charge.iter().map(|&(model, amount)| (model, amount * freed / devices)).collect()
+    }
+}
+
+/// What taking devices would come to.
+struct Outcome {
+    devices: Vec<DeviceId>,
+    /// Victims, each with its next size if it only shrinks.
+    victims: Vec<(Victim, Option<u32>)>,
+    loss: u128,
+}
+
+impl Scheduler {
+    /// Asks gangs to leave, or to shrink, so that a job fits; keeps what they free for it. Returns
+    /// whether it did, and else when another look may help although nothing happens.
+    pub(crate) fn preempt(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        leaf: QueueId,
+        refusal: &Refusal,
+        work: &mut Work,
+    ) -> Result<(), Timestamp> {
+        let mut again = Timestamp(u64::MAX);
+        let claim: Charge = match self.choices(leaf, gang).first() {
+            Some(choice) => vec![(choice.charged, milli(gang, gang.ranks))],
+            None => return Err(again),
+        };
+        let mut victims = self.victims(slot, gang, leaf, &claim, refusal, &mut again, work.now);
+        if victims.is_empty() {
+            return Err(again);
+        }
+        victims.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
+        let own = self.suppose_own(slot, leaf, false);
+        let outcome = self.cheapest(slot, gang, leaf, &claim, &victims);
+        if let Some((queue, charge)) = own {
+            self.tree.suppose(queue, &charge, true);
+        }
+        let Some(outcome) = outcome else { return Err(again) };
+        self.carry_out(slot, outcome, work);
+        Ok(())
+    }
+
+    /// Returns the gangs that a job has a better claim than, and that may be disrupted now.
+    #[allow(clippy::too_many_arguments)]
+    fn victims(
+        &self,
+        slot: Slot,
+        gang: &Gang,
+        leaf: QueueId,
+        claim: &Charge,
+        refusal: &Refusal,
+        again: &mut Timestamp,
+        now: Timestamp,
+    ) -> Vec<Victim> {
+        let claimant = self.job(slot);
+        let mut victims = Vec::new();
+        for (queue, jobs) in &self.placed {
+            let Some(id) = self.tree.find(queue) else { continue };
+            if !self.relieves(id, refusal.short.as_ref()) {
+                continue;
+            }
+            for holder in jobs {
+                let Some(job) = self.known(holder) else { continue };
+                let Some(placed) = job.placed() else { continue };
+                if job.request.gang.device != gang.device {
+                    continue;
+                }
+                let Some(cause) = self.cause(claimant, leaf, claim, job, id, &placed.charge) else {
+                    continue;
+                };
+                match disruptable(job, placed, now) {
+                    Ok(()) => {}
+                    Err(at) => {
+                        *again = (*again).min(at);
+                        continue;
+                    }
+                }
+                victims.push(self.victim(job, placed, id, cause, now));
+            }
+        }
+        victims
+    }
+
+    fn victim(
+        &self,
+        job: &Job,
+        placed: &Placed,
+        queue: QueueId,
+        cause: EvictionCause,
+        now: Timestamp,
+    ) -> Victim {
+        let lost_ms = now.since_ms(placed.safe).saturating_add(self.options.restart_cost_ms);
+        let band = self.band(job.priority());
+        let least = job
+            .request
+            .gang
+            .elastic
+            .map(|elastic| elastic.least.max(1))
+            .filter(|least| *least < placed.ranks);
+        Victim {
+            job: job.id.clone(),
+            queue,
+            charge: placed.charge.clone(),
+            cause,
+            loss: (band, lost_ms, job.priority(), std::cmp::Reverse(placed.started)),
+            whole: u128::from(lost_ms) * u128::from(placed.ranks),
+            devices: placed.ranks,
+            least,
+        }
+    }
+
+    pub(crate) fn band(&self, priority: i32) -> i32 {
+        i64::from(priority).div_euclid(i64::from(self.options.priority_band.max(1))) as i32
+    }
+
+    /// Returns whether what a queue gives back helps where quota is short.
+    fn relieves(&self, queue: QueueId, short: Option<&Short>) -> bool {
+        short.is_none_or(|short| {
+            short.queue == QueueId::FLEET || self.tree.path(queue).any(|above| above == short.queue)
+        })
+    }
+
+    /// Returns by which rule a job may take the devices of another.
+    fn cause(
+        &self,
+        claimant: &Job,
+        leaf: QueueId,
+        claim: &Charge,
+        holder: &Job,
+        queue: QueueId,
+        held: &Charge,
+    ) -> Option<EvictionCause> {
+        let (above, below) = (claimant.priority(), holder.priority());
+        let spec = self.tree.spec(leaf);
+        if queue == leaf {
+            return (spec.preempt_within && below < above).then_some(EvictionCause::Preempted);
+        }
+        let reclaims = match spec.reclaim {
+            Reclaim::Never => false,
+            Reclaim::LowerPriority => below < above,
+            Reclaim::Any => true,
+        };
+        if reclaims && self.tree.may_reclaim(leaf, claim, queue, held) {
+            return Some(EvictionCause::Reclaimed);
+        }
+        let outranks = self.band(below) < self.band(above);
+        (outranks && self.tree.all_borrowed(leaf, queue, held)).then_some(EvictionCause::Preempted)
+    }
+
+    /// Finds the least loss that makes room: shrinking alone if that will do, in one domain if one
+    /// will do.
+    fn cheapest(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        leaf: QueueId,
+        claim: &Charge,
+        victims: &[Victim],
+    ) -> Option<Outcome> {
+        let shrinkable: Vec<Victim> =
+            victims.iter().filter(|victim| victim.least.is_some()).cloned().collect();
+        if !shrinkable.is_empty()
+            && let Some(outcome) = self.make_room(slot, gang, leaf, claim, &shrinkable, None, true)
+        {
+            return Some(outcome);
+        }
+        for domains in self.domains(gang, victims) {
+            let mut best: Option<Outcome> = None;
+            for (domain, victims) in domains {
+                let outcome =
+                    self.make_room(slot, gang, leaf, claim, &victims, Some(domain), false);
+                if let Some(outcome) = outcome
+                    && best.as_ref().is_none_or(|best| outcome.loss < best.loss)
+                {
+                    best = Some(outcome);
+                }
+            }
+            if best.is_some() {
+                return best;
+            }
+        }
+        self.make_room(slot, gang, leaf, claim, victims, None, false)
+    }
+
+    /// Returns, from the innermost level outwards, the domains whose free devices and victims would
+    /// make enough room, the cheapest first, each with the victims in it.
+    fn domains(&self, gang: &Gang, victims: &[Victim]) -> Vec<Vec<(DomainAt, Vec<Victim>)>> {
+        let topology = self.fleet.topology();
+        let mut there: BTreeMap<DomainAt, Vec<(usize, u32)>> = BTreeMap::new();
+        for (at, victim) in victims.iter().enumerate() {
+            let Some(held) = self.fleet.commitment(&victim.job) else { continue };
+            let mut last: Option<(&drumline_types::NodeName, Option<DomainAt>)> = None;
+            for device in &held.devices {
+                let place = match last {
+                    Some((name, place)) if *name == device.node => place,
+                    _ => self.fleet.node(&device.node).map(|state| state.place()),
+                };
+                last = Some((&device.node, place));
+                let Some(place) = place else { continue };
+                let list = there.entry(place).or_default();
+                match list.last_mut() {
+                    Some((same, count)) if *same == at => *count += 1,
+                    _ => list.push((at, 1)),
+                }
+            }
+        }
+        let mut levels = Vec::new();
+        for level in topology.levels_inside_out() {
+            let mut found: Vec<(u128, u64, DomainAt, Vec<usize>)> = Vec::new();
+            for &domain in topology.at_level(level) {
+                let mut counts: BTreeMap<usize, u32> = BTreeMap::new();
+                for (place, list) in &there {
+                    if topology.path(*place).any(|above| above == domain) {
+                        for (at, count) in list {
+                            *counts.entry(*at).or_default() += count;
+                        }
+                    }
+                }
+                let mut room = self.free_in(gang, domain);
+                let mut loss = 0u128;
+                let mut here = Vec::new();
+                for (at, count) in counts {
+                    if room < u64::from(gang.ranks) {
+                        room += u64::from(count);
+                        loss += victims[at].whole;
+                    }
+                    here.push(at);
+                }
+                if room >= u64::from(gang.ranks) && !here.is_empty() {
+                    found.push((loss, topology.place(domain).key(), domain, here));
+                }
+            }
+            found.sort_by_key(|(loss, key, ..)| (*loss, *key));
+            found.truncate(DOMAINS_MAX);
+            levels.push(
+                found
+                    .into_iter()
+                    .map(|(_, _, domain, here)| {
+                        (domain, here.into_iter().map(|at| victims[at].clone()).collect())
+                    })
+                    .collect(),
+            );
+        }
+        levels
+    }
+
+    fn free_in(&self, gang: &Gang, domain: DomainAt) -> u64 {
+        self.fleet
+            .pools()
+            .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)
+            .map(|(_, pool)| pool.counts(domain).free())
+            .sum()
+    }
+
+    /// Takes victims away in a trial, the least loss first, until the claimant has quota and
+    /// devices; then gives back all that it does not need.
+    #[allow(clippy::too_many_arguments)]
+    fn make_room(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        leaf: QueueId,
+        claim: &Charge,
+        victims: &[Victim],
+        within: Option<DomainAt>,
+        shrink: bool,
+    ) -> Option<Outcome> {
+        let mut gone: Vec<Victim> = Vec::new();
+        let mut found = self.try_room(slot, gang, leaf, claim, victims, within, shrink, &mut gone);
+        if let Some(placed) = &found {
+            gone = self.needed(gone, placed, leaf, claim);
+            // Whoever costs most is spared first, if the others will do.
+            for at in (0..gone.len()).rev().take(SPARED_MAX) {
+                if gone.len() <= 1 || shrink {
+                    break;
+                }
+                let mut fewer = gone.clone();
+                fewer.remove(at);
+                let mut left = Vec::new();
+                let all = self.try_room(slot, gang, leaf, claim, &fewer, within, shrink, &mut left);
+                if let Some(placed) = all {
+                    gone = self.needed(left, &placed, leaf, claim);
+                    found = Some(placed);
+                    break;
+                }
+            }
+        }
+        let placed = found?;
+        let loss = gone.iter().map(|victim| victim.whole).sum();
+        let victims = gone
+            .into_iter()
+            .map(|victim| {
+                let size = shrink.then(|| self.shrunk_size(&victim, &placed.devices));
+                (victim, size)
+            })
+            .collect();
+        Some(Outcome { devices: placed.devices, victims, loss })
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn try_room(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        leaf: QueueId,
+        claim: &Charge,
+        victims: &[Victim],
+        within: Option<DomainAt>,
+        shrink: bool,
+        gone: &mut Vec<Victim>,
+    ) -> Option<Found> {
+        let job = self.jobs[slot.0].as_ref()?;
+        let (id, split) = (job.id.clone(), job.request.split);
+        let least = gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1));
+        let mut bounds = self.bounds(Some(gang.ranks));
+        bounds.within = within;
+        let mut room = self.free_in(gang, within.unwrap_or(DomainAt::ROOT));
+        let mut supposed: Vec<(QueueId, Charge)> = Vec::new();
+        let (tree, fleet) = (&mut self.tree, &mut self.fleet);
+        let mut found = None;
+        {
+            let mut trial = fleet.trial();
+            trial.unreserve(&id);
+            let mut step = 1usize;
+            let mut since = 0usize;
+            for (at, victim) in victims.iter().enumerate() {
+                // With each victim its queue has borrowed less.
+                let right =
+                    victim.queue == leaf || tree.all_borrowed(leaf, victim.queue, &victim.charge);
+                if right {
+                    let held = trial.snapshot().commitment(&victim.job).cloned();
+                    trial.evict(&victim.job);
+                    if shrink && let (Some(mut held), Some(least)) = (held, victim.least) {
+                        held.devices.truncate(least as usize);
+                        let _ = trial.hold(held);
+                    }
+                    let kept = if shrink { victim.least.unwrap_or(0) } else { 0 };
+                    let freed = victim.freed(kept);
+                    tree.suppose(victim.queue, &freed, false);
+                    supposed.push((victim.queue, freed));
+                    gone.push(victim.clone());
+                    room += u64::from(victim.devices - kept);
+                    since += 1;
+                }
+                let last = at + 1 == victims.len();
+                if (since < step && !last) || room < u64::from(least) {
+                    continue;
+                }
+                since = 0;
+                if tree.check(leaf, claim).is_err() {
+                    continue;
+                }
+                if let Ok(placed) = site::find(trial.snapshot(), gang, split, &bounds) {
+                    found = Some(placed);
+                    break;
+                }
+                step += step.div_ceil(4);
+            }
+        }
+        for (queue, charge) in supposed {
+            self.tree.suppose(queue, &charge, true);
+        }
+        found
+    }
+
+    /// Returns those without whom the claimant has no devices, or no quota.
+    fn needed(
+        &mut self,
+        gone: Vec<Victim>,
+        placed: &Found,
+        leaf: QueueId,
+        claim: &Charge,
+    ) -> Vec<Victim> {
+        let holders = holders(&self.fleet, &placed.devices);
+        let (mut needed, others): (Vec<Victim>, Vec<Victim>) =
+            gone.into_iter().partition(|victim| holders.contains(&victim.job));
+        for victim in &needed {
+            self.tree.suppose(victim.queue, &victim.charge, false);
+        }
+        let mut more = Vec::new();
+        for victim in others {
+            if self.tree.check(leaf, claim).is_ok() {
+                break;
+            }
+            self.tree.suppose(victim.queue, &victim.charge, false);
+            more.push(victim);
+        }
+        needed.extend(more);
+        for victim in &needed {
+            self.tree.suppose(victim.queue, &victim.charge, true);
+        }
+        needed
+    }
+
+    /// Returns the size that a victim keeps: all that the claimant does not need, in whole steps.
+    fn shrunk_size(&self, victim: &Victim, taken: &[DeviceId]) -> u32 {
+        let least = victim.least.unwrap_or(victim.devices);
+        let Some(held) = self.fleet.commitment(&victim.job) else { return least };
+        let lost = held.devices.iter().filter(|device| taken.contains(device)).count() as u32;
+        let step = self
+            .known(&victim.job)
+            .and_then(|job| job.request.gang.elastic)
+            .map_or(1, |elastic| elastic.step.max(1));
+        let left = victim.devices.saturating_sub(lost);
+        (left / step * step).max(least)
+    }
+
+    fn carry_out(&mut self, slot: Slot, outcome: Outcome, work: &mut Work) {
+        let claimant = self.job(slot);
+        let (id, queue) = (claimant.id.clone(), claimant.request.settings.queue.clone());
+        let priority = claimant.priority();
+        for (victim, size) in &outcome.victims {
+            let message = message(&id, &queue, priority, victim, *size);
+            let beneficiary = Some(JobId::clone(&id));
+            if let Some(size) = size
+                && let Some(held) = self.fleet.commitment(&victim.job)
+            {
+                let taken = &outcome.devices;
+                let mut kept = held.devices.clone();
+                kept.retain(|device| !taken.contains(device));
+                kept.truncate(*size as usize);
+                let until = work.now.plus_ms(NOMINATED_MS);
+                self.keep(&victim.job, kept, Keep::Nominated { until });
+            }
+            self.evict(&victim.job, victim.cause, beneficiary, *size, message, work);
+        }
+        let until = work.now.plus_ms(NOMINATED_MS);
+        work.wake(until);
+        self.keep(&id, outcome.devices, Keep::Nominated { until });
+    }
+
+    /// Asks one gang to leave.
+    pub(crate) fn evict(
+        &mut self,
+        victim: &JobId,
+        cause: EvictionCause,
+        beneficiary: Option<JobId>,
+        resize_to: Option<u32>,
+        message: String,
+        work: &mut Work,
+    ) {
+        let now = work.now;
+        let Some(&slot) = self.ids.get(victim) else { return };
+        let job = self.job_mut(slot);
+        let attempt = job.attempt;
+        let Some(placed) = job.placed_mut() else { return };
+        placed.leaving =
+            Some(Leaving { cause, beneficiary: beneficiary.clone(), resize_to, since: now });
+        job.past.disrupted.push(now);
+        if job.past.disrupted.len() > REMEMBERED_MAX {
+            job.past.disrupted.remove(0);
+        }
+        let job = victim.clone();
+        work.evictions.push(Eviction { job, attempt, cause, beneficiary, resize_to, message });
+    }
+}
+
+fn holders(fleet: &Snapshot, devices: &[DeviceId]) -> std::collections::BTreeSet<JobId> {
+    let mut holders = std::collections::BTreeSet::new();
+    for device in devices {
+        if let Some(state) = fleet.node(&device.node) {
+            for holder in state.holders(device.index) {
+                if !holders.contains(holder) {
+                    holders.insert(holder.clone());
+                }
+            }
+        }
+    }
+    holders
+}
+
+/// Returns whether a gang may be disrupted now, and else from when on, if time alone changes that.
+pub(crate) fn disruptable(job: &Job, placed: &Placed, now: Timestamp) -> Result<(), Timestamp> {
+    let never = Timestamp(u64::MAX);
+    let settings = &job.request.settings;
+    if !settings.preemptible || placed.leaving.is_some() {
+        return Err(never);
+    }
+    let mut from = placed.started.plus_ms(settings.min_runtime_ms).max(job.past.immune);
+    if let Some(budget) = settings.disruptions {
+        let recent: Vec<&Timestamp> =
+            job.past.disrupted.iter().filter(|at| now.since_ms(**at) < budget.per_ms).collect();
+        if recent.len() >= budget.count as usize {
+            let next = recent.len() - (budget.count as usize).min(recent.len());
+            from = match recent.get(next) {
+                Some(at) => from.max(at.plus_ms(budget.per_ms)),
+                None => return Err(never),
+            };
+        }
+    }
+    if from > now { Err(from) } else { Ok(()) }
+}
+
+fn message(
+    claimant: &JobId,
+    queue: &QueueName,
+    priority: i32,
+    victim: &Victim,
+    size: Option<u32>,
+) -> String {
+    let lost = format_duration_ms(victim.loss.1);
+    let what = match (victim.cause, size) {
+        (_, Some(size)) => format!("shrinks from {} to {size} ranks for", victim.devices),
+        (EvictionCause::Reclaimed, None) => "gives borrowed devices back to".to_owned(),
+        _ => "makes room for".to_owned(),
+    };
+    format!(
+        "{what} {claimant} (queue {queue}, priority {priority}); {lost} of work and restart lost"
+    )
+}

@@ -1,0 +1,248 @@
+//! The place and the moment at which a big gang will start, kept so that others start around it
+//! without delaying it.
+
+use std::sync::Arc;
+
+use drumline_cluster::{Health, Mark};
+use drumline_queue::{Place, QueueId};
+use drumline_spec::Gang;
+use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
+
+use crate::cycle::{Refusal, Work};
+use crate::holds::{Hold, Keep};
+use crate::job::Stand;
+use crate::lines::{Asked, By, ClassId, Standing};
+use crate::scheduler::{Scheduler, Slot};
+use crate::site;
+
+/// Reservations at one time, at most: each keeps devices from long jobs.
+const RESERVED_MAX: usize = 16;
+
+impl Scheduler {
+    /// Gives up what is kept for jobs that no longer wait for it, and corrects estimated starts.
+    pub(crate) fn review_holds(&mut self, work: &mut Work) {
+        let holds: Vec<(JobId, Hold)> =
+            self.holds.iter().map(|(job, hold)| (job.clone(), hold.clone())).collect();
+        for (id, hold) in holds {
+            if !self.still_wanted(&id, &hold) {
+                self.drop_hold(&id);
+                continue;
+            }
+            match hold.keep {
+                Keep::Nominated { until } if until <= work.now => self.drop_hold(&id),
+                Keep::Nominated { until } => work.wake(until),
+                Keep::Reserved { start } => {
+                    let corrected = self.free_at(&hold.devices, work.now);
+                    if corrected > start {
+                        self.holds.restart(&id, Keep::Reserved { start: corrected });
+                        self.loosened += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    fn still_wanted(&self, id: &JobId, hold: &Hold) -> bool {
+        let Some(job) = self.known(id) else { return false };
+        let (class, place) = match &job.stand {
+            Stand::InLine { class, place, .. } => (class, place),
+            // A gang that leaves to come back smaller keeps what it will need.
+            Stand::Placed(placed) => {
+                return placed.leaving.as_ref().is_some_and(|leaving| leaving.resize_to.is_some());
+            }
+            Stand::Aside { .. } => return matches!(hold.keep, Keep::Nominated { .. }) && !job.held,
+        };
+        let Some(class) = self.lines.class(*class) else { return false };
+        let queue = &class.alike.queue;
+        if self.tree.leaf(queue).is_err() {
+            return false;
+        }
+        let gang = &class.alike.gang;
+        let sound = hold.devices.iter().all(|device| self.may_use(device, gang));
+        let first = || self.head(queue).is_none_or(|(head, _)| head == *place);
+        sound && (matches!(hold.keep, Keep::Nominated { .. }) || first())
+    }
+
+    fn may_use(&self, device: &DeviceId, gang: &Gang) -> bool {
+        self.fleet.node(&device.node).is_some_and(|state| {
+            let node = state.node();
+            let health = node.devices.get(device.index as usize).map(|device| &device.health);
+            node.ineligible_for(&gang.tolerations).is_none() && health == Some(&Health::Healthy)
+        })
+    }
+
+    /// Returns the first job of a line that things as they are do not exclude.
+    pub(crate) fn head(&self, queue: &QueueName) -> Option<(Place, ClassId)> {
+        let line = self.lines.lines.get(queue)?;
+        line.classes
+            .iter()
+            .filter_map(|&id| {
+                let class = self.lines.class(id)?;
+                let out = matches!(class.standing, Standing::Blocked { by: By::Outright, .. });
+                (!out).then_some((class.places.first()?, id))
+            })
+            .min_by(|a, b| a.0.cmp(b.0))
+            .map(|(place, id)| (place.clone(), id))
+    }
+
+    /// Returns when devices are all free, as far as estimates hold.
+    pub(crate) fn free_at(&self, devices: &[DeviceId], now: Timestamp) -> Timestamp {
+        let mut last = now;
+        let mut seen: Option<&JobId> = None;
+        for device in devices {
+            let Some(state) = self.fleet.node(&device.node) else { continue };
+            for holder in state.holders(device.index) {
+                if seen == Some(holder) {
+                    continue;
+                }
+                seen = Some(holder);
+                let placed = self.known(holder).and_then(|job| job.placed());
+                if let Some(placed) = placed.filter(|placed| placed.leaving.is_none()) {
+                    last = last.max(placed.ends);
+                }
+            }
+        }
+        last
+    }
+
+    /// Sees what can be done for a job that waits: devices taken from others, or a reservation if
+    /// it is the first of its line. Returns whether devices are being freed for it.
+    pub(crate) fn wait_at_the_head(
+        &mut self,
+        slot: Slot,
+        class_id: ClassId,
+        leaf: QueueId,
+        refusal: &Refusal,
+        work: &mut Work,
+    ) -> bool {
+        if refusal.by == By::Outright {
+            return false;
+        }
+        let id = self.job(slot).id.clone();
+        if let Some(hold) = self.holds.of(&id)
+            && matches!(hold.keep, Keep::Nominated { .. })
+        {
+            return true;
+        }
+        let freed = self.stamps(class_id).any;
+        let Some(class) = self.lines.class(class_id) else { return false };
+        if let Some(asked) = &class.asked
+            && asked.job == id
+            && asked.freed == freed
+            && asked.again > work.now
+        {
+            work.wake(asked.again);
+            return false;
+        }
+        let gang = class.alike.gang.clone();
+        let queue = class.alike.queue.clone();
+        let mut again = Timestamp(u64::MAX);
+        if self.options.preemption {
+            match self.preempt(slot, &gang, leaf, refusal, work) {
+                Ok(()) => return true,
+                Err(at) => again = at,
+            }
+        }
+        let first = self.head(&queue).is_some_and(|(head, _)| head.job() == &id);
+        let reservable = self.options.backfill
+            && first
+            && refusal.by != By::Quota
+            && gang.ranks > 1
+            && self.holds.of(&id).is_none()
+            && self.holds.len() < RESERVED_MAX;
+        if reservable && let Some((devices, start)) = self.earliest(slot, &gang, work.now) {
+            self.keep(&id, devices, Keep::Reserved { start });
+        }
+        let freed = self.stamps(class_id).any;
+        if let Some(class) = self.lines.class_mut(class_id) {
+            class.asked = Some(Asked { job: id, freed, again });
+        }
+        work.wake(again);
+        false
+    }
+
+    /// Returns where a gang can start first and when, if everyone ends as estimated and nobody new
+    /// starts there.
+    fn earliest(
+        &mut self,
+        slot: Slot,
+        gang: &Gang,
+        now: Timestamp,
+    ) -> Option<(Vec<DeviceId>, Timestamp)> {
+        let job = self.jobs[slot.0].as_ref()?;
+        let (id, split, bounds) =
+            (job.id.clone(), job.request.split, self.bounds(Some(gang.ranks)));
+        let mut ends: Vec<(Timestamp, Arc<JobId>)> = Vec::new();
+        for (at, holder) in &self.ends {
+            let Some(job) = self.known(holder) else { continue };
+            let Some(placed) = job.placed() else { continue };
+            let at = if placed.leaving.is_some() { now } else { *at };
+            let of = &job.request.gang;
+            if of.device == gang.device || Some(of.device) == gang.leader {
+                ends.push((at, holder.clone()));
+            }
+        }
+        ends.sort();
+        let mut free: u64 = self
+            .fleet
+            .pools()
+            .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)
+            .map(|(_, pool)| pool.counts(drumline_cluster::DomainAt::ROOT).free())
+            .sum();
+        let devices = {
+            let mut trial = self.fleet.trial();
+            trial.unreserve(&id);
+            let mut marks: Vec<Mark> = Vec::new();
+            let mut step = 1usize;
+            let mut failed = 0usize;
+            let found = loop {
+                let want = marks.len() + step;
+                while marks.len() < ends.len()
+                    && (marks.len() < want || free < u64::from(gang.ranks))
+                {
+                    let holder = &ends[marks.len()].1;
+                    let count = trial
+                        .snapshot()
+                        .commitment(holder)
+                        .map_or(0, |held| held.devices.len() as u64);
+                    marks.push(trial.checkpoint());
+                    trial.evict(holder);
+                    free += count;
+                }
+                match site::find(trial.snapshot(), gang, split, &bounds) {
+                    Ok(placed) => break Some(placed.devices),
+                    Err(_) if marks.len() >= ends.len() => break None,
+                    Err(_) => {
+                        failed = marks.len();
+                        step *= 2;
+                    }
+                }
+            };
+            let mut best = found?;
+            let (mut low, mut high) = (failed, marks.len());
+            while high - low > 1 {
+                let middle = low.midpoint(high);
+                trial.rollback(marks[middle]);
+                match site::find(trial.snapshot(), gang, split, &bounds) {
+                    Ok(placed) => {
+                        best = placed.devices;
+                        high = middle;
+                    }
+                    Err(_) => {
+                        low = middle;
+                    }
+                }
+                // Forward again to where it fits, if that is not here.
+                if low == middle {
+                    for at in middle..high {
+                        marks[at] = trial.checkpoint();
+                        trial.evict(&ends[at].1);
+                    }
+                }
+            }
+            best
+        };
+        let start = self.free_at(&devices, now);
+        Some((devices, start))
+    }
+}

@@ -1,0 +1,203 @@
+//! The whole state out as a value, and back in.
+
+use std::sync::Arc;
+
+use drumline_cluster::ChangeError;
+use drumline_types::{JobId, Timestamp};
+
+use crate::job::{Job, Stand};
+use crate::lines::Standing;
+use crate::saved::{Saved, SavedClass, SavedJob, SavedShape, Stands};
+use crate::scheduler::Scheduler;
+
+impl Scheduler {
+    /// Returns the whole state.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        Saved {
+            version: Saved::VERSION,
+            now: self.now,
+            options: self.options.clone(),
+            nodes: self.fleet.nodes().map(|state| state.node().clone()).collect(),
+            commitments: self.fleet.commitments().cloned().collect(),
+            queues: self.tree.specs().into_iter().cloned().collect(),
+            jobs: self
+                .ids
+                .iter()
+                .map(|(id, &slot)| (JobId::clone(id), saved(self.job(slot))))
+                .collect(),
+            holds: self.holds.saved(),
+            history: self.tree.history(),
+            classes: self.saved_classes(),
+            shapes: self.saved_shapes(),
+            dirty: self.dirty,
+        }
+    }
+
+    fn saved_classes(&self) -> Vec<SavedClass> {
+        let mut classes: Vec<SavedClass> = self
+            .lines
+            .ids()
+            .filter_map(|id| {
+                let class = self.lines.class(id)?;
+                let blocked = match class.standing {
+                    Standing::Blocked { by, freed } if freed == self.stamps(id).of(by) => Some(by),
+                    _ => None,
+                };
+                let first = class.places.first()?;
+                Some(SavedClass {
+                    job: JobId::clone(first.job()),
+                    blocked,
+                    why: class.why.as_deref().cloned(),
+                    telling: class.telling.is_some(),
+                    told_to: class
+                        .telling
+                        .as_ref()
+                        .and_then(|from| Some(JobId::clone(from.as_ref()?.job()))),
+                    // Nothing is asked twice of the same state.
+                    asked: class
+                        .asked
+                        .as_ref()
+                        .filter(|asked| asked.freed == self.stamps(id).any)
+                        .map(|asked| (JobId::clone(&asked.job), asked.again)),
+                })
+            })
+            .collect();
+        classes.sort_by(|a, b| a.job.cmp(&b.job));
+        classes
+    }
+
+    fn saved_shapes(&self) -> Vec<SavedShape> {
+        self.lines
+            .shapes()
+            .filter_map(|(gang, id)| {
+                let (freed, why) = self.lines.misfits.get(&id)?;
+                (*freed == self.freed_for(gang))
+                    .then(|| SavedShape { gang: gang.clone(), why: (**why).clone() })
+            })
+            .collect()
+    }
+
+    /// Returns a scheduler that decides what the saved one would have decided.
+    ///
+    /// # Errors
+    /// [`ChangeError`] when the state contradicts itself.
+    pub fn restore(saved: Saved) -> Result<Self, ChangeError> {
+        let mut scheduler = Self::bare(saved.options);
+        scheduler.now = saved.now;
+        for node in saved.nodes {
+            let change = drumline_cluster::Change::Node { node: Box::new(node) };
+            scheduler.apply(change, saved.now)?;
+        }
+        for held in saved.commitments {
+            scheduler.fleet.hold(held)?;
+        }
+        for queue in saved.queues {
+            let name = queue.name.clone();
+            let refused = |why| ChangeError::Queue { queue: name, why };
+            scheduler.tree.set(queue, saved.now).map_err(refused)?;
+        }
+        let mut running = Vec::new();
+        for (id, job) in saved.jobs {
+            if job.request.job != id {
+                return Err(ChangeError::UnknownJob(id));
+            }
+            let slot = scheduler.insert(job.request, job.attempt, job.held, job.past);
+            match job.stands {
+                Stands::Waiting { not_before, told } => {
+                    scheduler.wait(slot, not_before, told.map(Arc::new));
+                }
+                Stands::Placed { started, running: runs, safe, ends, leaving } => {
+                    if scheduler.fleet.commitment(&id).is_none() {
+                        return Err(ChangeError::UnknownJob(id));
+                    }
+                    let ends = (ends > Timestamp(0)).then_some(ends);
+                    scheduler.placed(slot, started, safe, ends, leaving);
+                    running.push((slot, runs));
+                }
+            }
+        }
+        for (slot, runs) in running {
+            if let Some(placed) = scheduler.job_mut(slot).placed_mut() {
+                placed.running = runs;
+            }
+        }
+        for (id, hold) in saved.holds {
+            if scheduler.known(&id).is_none() {
+                return Err(ChangeError::UnknownJob(id));
+            }
+            scheduler.fleet.reserve(&id, hold.devices.clone())?;
+            scheduler.holds.keep(&id, hold);
+        }
+        scheduler.tree.remember(saved.history);
+        scheduler.remember_classes(saved.classes);
+        scheduler.remember_shapes(saved.shapes);
+        scheduler.dirty = saved.dirty;
+        Ok(scheduler)
+    }
+
+    fn remember_classes(&mut self, classes: Vec<SavedClass>) {
+        for saved in classes {
+            let Some(Stand::InLine { class: id, .. }) = self.known(&saved.job).map(|j| &j.stand)
+            else {
+                continue;
+            };
+            let id = *id;
+            let stamps = self.stamps(id);
+            let place = |scheduler: &Self, job: &JobId| match &scheduler.known(job)?.stand {
+                Stand::InLine { place, .. } => Some(place.clone()),
+                _ => None,
+            };
+            let told_to = saved.told_to.as_ref().and_then(|job| place(self, job));
+            let telling = saved.telling.then_some(told_to);
+            if let Some(class) = self.lines.class_mut(id) {
+                if let Some(by) = saved.blocked {
+                    class.standing = Standing::Blocked { by, freed: stamps.of(by) };
+                }
+                class.why = saved.why.map(Arc::new);
+                class.telling = telling;
+                class.asked = saved.asked.map(|(job, again)| crate::lines::Asked {
+                    job: Arc::new(job),
+                    freed: stamps.any,
+                    again,
+                });
+            }
+        }
+    }
+
+    fn remember_shapes(&mut self, shapes: Vec<SavedShape>) {
+        let known: Vec<_> = self.lines.shapes().map(|(gang, id)| (id, gang.clone())).collect();
+        for (id, gang) in known {
+            if let Ok(at) = shapes.binary_search_by(|saved| saved.gang.cmp(&gang)) {
+                let freed = self.freed_for(&gang);
+                self.lines.misfits.insert(id, (freed, Arc::new(shapes[at].why.clone())));
+            }
+        }
+    }
+}
+
+fn saved(job: &Job) -> SavedJob {
+    let told = |told: &Option<Arc<_>>| told.as_deref().cloned();
+    let stands = match &job.stand {
+        Stand::Aside { not_before, told: why } => {
+            Stands::Waiting { not_before: *not_before, told: told(why) }
+        }
+        Stand::InLine { told: why, .. } => {
+            Stands::Waiting { not_before: Timestamp(0), told: told(why) }
+        }
+        Stand::Placed(placed) => Stands::Placed {
+            started: placed.started,
+            running: placed.running,
+            safe: placed.safe,
+            ends: placed.ends,
+            leaving: placed.leaving.clone(),
+        },
+    };
+    SavedJob {
+        request: (*job.request).clone(),
+        attempt: job.attempt,
+        held: job.held,
+        stands,
+        past: job.past.clone(),
+    }
+}

@@ -1,0 +1,255 @@
+//! Queues and order: a cluster in, decisions out.
+
+mod support;
+
+use drumline_scheduler::{Options, Order};
+use drumline_spec::Reclaim;
+use drumline_types::Timestamp;
+use support::{Job, MINUTE, Queue, World};
+
+#[test]
+fn priority_goes_first_then_arrival() {
+    let mut world = World::new().nodes("a", 2);
+    world.submit(Job::named("first", 1));
+    world.wait(1);
+    world.submit(Job::named("second", 1));
+    world.submit(Job::named("urgent", 1).priority(5));
+    assert_eq!(world.cycle(), ["urgent starts on a x1", "first starts on a x1"]);
+    assert!(world.why("second").starts_with("WaitingForDevices"), "{}", world.why("second"));
+}
+
+#[test]
+fn who_waits_long_enough_goes_before_a_higher_priority() {
+    let options = Options { ageing_ms: MINUTE, preemption: false, ..Options::default() };
+    let mut world = World::with(options).nodes("a", 1);
+    world.submit(Job::named("old", 1));
+    world.wait(6 * MINUTE);
+    world.submit(Job::named("urgent", 1).priority(5));
+    assert_eq!(world.cycle(), ["old starts on a x1"]);
+}
+
+#[test]
+fn a_queue_borrows_what_is_idle_and_gives_it_back() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("team-a").quota("gpu", 4));
+    world.queue(Queue::named("team-b").quota("gpu", 4));
+    for name in ["b1", "b2", "b3", "b4"] {
+        world.submit(Job::named(name, 2).queue("team-b"));
+        world.wait(MINUTE);
+    }
+    assert_eq!(world.cycle().len(), 4, "all of it starts: nobody else is there");
+    world.submit(Job::named("mine", 3).queue("team-a"));
+    let decided = world.cycle();
+    assert_eq!(decided, ["b1 is reclaimed for mine", "b2 is reclaimed for mine"]);
+    assert!(world.why("mine").starts_with("WaitingForPreempted"), "{}", world.why("mine"));
+    assert_eq!(world.cycle(), Vec::<String>::new(), "nothing more is asked while they leave");
+    world.all_leave();
+    assert_eq!(world.cycle(), ["mine starts on a x3"]);
+    // One device is idle, and whoever gave two back has no claim to more.
+    assert!(world.why("b1").starts_with("WaitingForDevices"), "{}", world.why("b1"));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
+fn two_queues_within_their_quota_take_nothing_from_each_other() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("team-a").quota("gpu", 4));
+    world.queue(Queue::named("team-b").quota("gpu", 4));
+    world.submit(Job::named("a1", 6).queue("team-a"));
+    assert_eq!(world.cycle(), ["a1 starts on a x6"]);
+    world.submit(Job::named("b1", 4).queue("team-b"));
+    assert_eq!(world.cycle(), ["a1 is reclaimed for b1"]);
+    world.all_leave();
+    assert_eq!(world.cycle(), ["b1 starts on a x4"]);
+    // It would need to borrow again, and the lender is at home: no mutual reclaim, ever.
+    for _ in 0..5 {
+        world.wait(10 * MINUTE);
+        assert_eq!(world.cycle(), Vec::<String>::new());
+    }
+    assert!(world.why("a1").starts_with("WaitingForDevices"), "{}", world.why("a1"));
+}
+
+#[test]
+fn a_lender_that_keeps_some_finds_it_idle() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("team-a").quota("gpu", 4).lends("gpu", 1));
+    for at in 0..8 {
+        world.submit(Job::named(&format!("x{at}"), 1));
+    }
+    assert_eq!(world.cycle().len(), 5);
+    assert!(world.why("x7").contains("kept by queues that do not lend"), "{}", world.why("x7"));
+    world.submit(Job::named("mine", 3).queue("team-a"));
+    assert_eq!(world.cycle(), ["mine starts on a x3"]);
+}
+
+#[test]
+fn a_borrowing_limit_is_kept_and_told() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("team").quota("gpu", 2).borrows("gpu", 1));
+    world.submit(Job::named("one", 2).queue("team"));
+    world.submit(Job::named("two", 2).queue("team"));
+    world.submit(Job::named("huge", 4).queue("team").priority(9));
+    assert_eq!(world.cycle(), ["one starts on a x2"]);
+    assert_eq!(
+        world.why("two"),
+        "WaitingForQuota: needs 2 gpu devices; queue team uses 2 of 3, so 1 are left"
+    );
+    assert_eq!(
+        world.why("huge"),
+        "ExceedsQuota: needs 4 gpu devices; queue team may use 3 at most"
+    );
+}
+
+#[test]
+fn quota_of_a_model_is_apart_from_that_of_the_kind() {
+    let mut world = World::new().nodes("a b", 2);
+    world.node("c", 2, "NVIDIA A100-SXM4-80GB");
+    let queue = Queue::named("team").quota("a100", 1).quota("gpu", 2);
+    world.queue(queue.borrows("a100", 0).borrows("gpu", 0));
+    for name in ["x1", "x2", "x3", "x4"] {
+        world.submit(Job::named(name, 1).queue("team"));
+    }
+    world.submit(Job::named("y", 1).queue("team").model("a100"));
+    let decided = world.cycle();
+    assert_eq!(decided.len(), 3, "{decided:?}");
+    assert_eq!(decided.iter().filter(|line| line.contains("on c x1")).count(), 1, "{decided:?}");
+}
+
+#[test]
+fn spare_devices_are_divided_by_weight() {
+    let mut world = World::new().nodes("a b c", 8);
+    world.queue(Queue::named("one").weight(1));
+    world.queue(Queue::named("two").weight(2));
+    for at in 0..24 {
+        world.submit(Job::named(&format!("one-{at}"), 1).queue("one"));
+        world.submit(Job::named(&format!("two-{at}"), 1).queue("two"));
+    }
+    let decided = world.cycle();
+    assert_eq!(decided.iter().filter(|line| line.starts_with("one")).count(), 8);
+    assert_eq!(decided.iter().filter(|line| line.starts_with("two")).count(), 16);
+}
+
+#[test]
+fn who_has_used_much_lately_goes_after_who_has_not() {
+    let mut world = World::new().nodes("a", 4);
+    world.queue(Queue::named("busy"));
+    world.queue(Queue::named("new"));
+    world.submit(Job::named("long", 4).queue("busy"));
+    assert_eq!(world.cycle(), ["long starts on a x4"]);
+    world.wait(600 * MINUTE);
+    world.end("long");
+    for at in 0..4 {
+        world.submit(Job::named(&format!("b{at}"), 1).queue("busy"));
+        world.submit(Job::named(&format!("n{at}"), 1).queue("new"));
+    }
+    let decided = world.cycle();
+    assert!(decided[..2].iter().all(|line| line.starts_with('n')), "{decided:?}");
+    assert!(decided.iter().filter(|line| line.starts_with('n')).count() >= 3, "{decided:?}");
+}
+
+#[test]
+fn a_held_queue_starts_nothing_and_says_so() {
+    let mut world = World::new().nodes("a", 4);
+    let mut above = Queue::named("dept");
+    above.0.held = true;
+    world.queue(above);
+    world.queue(Queue::named("team").below("dept"));
+    world.submit(Job::named("x", 1).queue("team"));
+    world.submit(Job::named("inner", 1).queue("dept"));
+    world.submit(Job::named("lost", 1).queue("nowhere"));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert_eq!(world.why("x"), "Held: queue dept is held");
+    assert_eq!(
+        world.why("inner"),
+        "QueueMissing: queue dept has queues below it, such as team; jobs name one of those"
+    );
+    assert_eq!(world.why("lost"), "QueueMissing: there is no queue nowhere");
+    world.queue(Queue::named("dept"));
+    assert_eq!(world.cycle(), ["x starts on a x1"]);
+}
+
+#[test]
+fn a_queue_that_cannot_be_is_refused() {
+    use drumline_cluster::Change;
+    let mut world = World::new();
+    let mut refused = |queue: Queue| {
+        let change = Change::Queue { queue: Box::new(queue.0) };
+        world.scheduler.apply(change, Timestamp(0)).unwrap_err().to_string()
+    };
+    assert_eq!(
+        refused(Queue::named("a").below("b")),
+        "queue a: its parent b does not exist; create that queue first"
+    );
+    assert_eq!(
+        refused(Queue::named("default").below("default")),
+        "queue default: it would be below itself, through default"
+    );
+    let mut none = Queue::named("none");
+    none.0.weight = 0;
+    assert!(refused(none).contains("weight is 0"));
+}
+
+#[test]
+fn a_quota_above_is_shared_by_those_below() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("dept").quota("gpu", 4).borrows("gpu", 0));
+    world.queue(Queue::named("one").below("dept"));
+    world.queue(Queue::named("two").below("dept"));
+    for at in 0..4 {
+        world.submit(Job::named(&format!("one-{at}"), 1).queue("one"));
+        world.submit(Job::named(&format!("two-{at}"), 1).queue("two"));
+    }
+    let decided = world.cycle();
+    assert_eq!(decided.len(), 4, "{decided:?}");
+    assert_eq!(decided.iter().filter(|line| line.starts_with("one")).count(), 2);
+}
+
+#[test]
+fn a_job_that_waits_for_quota_is_not_overtaken_in_its_queue() {
+    let mut world = World::new().nodes("a b", 8);
+    world.queue(Queue::named("team").quota("gpu", 8).borrows("gpu", 0));
+    world.submit(Job::named("runs", 5).queue("team"));
+    assert_eq!(world.cycle().len(), 1);
+    world.submit(Job::named("big", 4).queue("team"));
+    world.wait(1);
+    world.submit(Job::named("small", 1).queue("team"));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert_eq!(
+        world.why("small"),
+        "WaitingForQuota: queue team has big first in line for its quota"
+    );
+    // Nor in the next cycle, when nobody looks at the big one again.
+    world.wait(1);
+    world.submit(Job::named("other", 1).queue("team"));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
+fn baselines_order_as_they_say() {
+    let shortest = Options { order: Order::ShortestFirst, ..Options::default() };
+    let mut world = World::with(shortest).nodes("a", 1);
+    world.submit(Job::named("long", 1).takes(9 * MINUTE));
+    world.submit(Job::named("short", 1).takes(MINUTE));
+    assert_eq!(world.cycle(), ["short starts on a x1"]);
+    let fifo = Options { order: Order::Fifo, backfill: false, ..Options::default() };
+    let mut world = World::with(fifo).nodes("a", 4);
+    world.submit(Job::named("runs", 2));
+    assert_eq!(world.cycle().len(), 1);
+    world.wait(1);
+    world.submit(Job::named("big", 4));
+    world.wait(1);
+    world.submit(Job::named("small", 1).priority(9));
+    assert_eq!(world.cycle(), Vec::<String>::new(), "the first blocks those behind it");
+}
+
+#[test]
+fn a_lower_priority_may_be_reclaimed_only_by_a_higher_one_where_the_queue_says_so() {
+    let mut world = World::new().nodes("a", 4);
+    world.queue(Queue::named("meek").quota("gpu", 4).reclaim(Reclaim::LowerPriority));
+    world.submit(Job::named("guest", 4).priority(5));
+    assert_eq!(world.cycle().len(), 1);
+    world.submit(Job::named("same", 4).queue("meek").priority(5));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    world.submit(Job::named("higher", 4).queue("meek").priority(6));
+    assert_eq!(world.cycle(), ["guest is reclaimed for higher"]);
+}

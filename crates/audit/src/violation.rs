@@ -2,7 +2,7 @@
 
 use drumline_cluster::{Ineligible, Revision};
 use drumline_spec::DeviceKind;
-use drumline_types::{Attempt, DeviceId, JobId, NodeName, RankIndex};
+use drumline_types::{Attempt, DeviceId, JobId, NodeName, QueueName, RankIndex};
 use serde::{Deserialize, Serialize};
 
 /// One rule that a plan breaks.
@@ -137,5 +137,167 @@ pub enum Violation {
         job: JobId,
         /// Why it takes no new work.
         cause: Ineligible,
+    },
+    /// More of a device is given than is left of it.
+    #[error("{job} gets {asks} thousandths of {device}, of which {left} are left")]
+    DeviceOverfull {
+        /// The device.
+        device: DeviceId,
+        /// Who would get it.
+        job: JobId,
+        /// Thousandths that it would get.
+        asks: u32,
+        /// Thousandths that nobody uses.
+        left: u32,
+    },
+    /// A device of a model that the gang does not accept.
+    #[error("{device} is a {got}; {job} takes {wanted}")]
+    WrongModel {
+        /// The device.
+        device: DeviceId,
+        /// Who would get it.
+        job: JobId,
+        /// Its model.
+        got: String,
+        /// What the gang accepts.
+        wanted: String,
+    },
+    /// Ranks of one gang get devices of different models.
+    #[error("{job} gets devices of two models: {first} and {other}")]
+    MixedModels {
+        /// The job.
+        job: JobId,
+        /// The first rank's model.
+        first: String,
+        /// Another's.
+        other: String,
+    },
+    /// Ranks that must be in one domain are not.
+    #[error("ranks {first} and {rank} of {job} must share a {level} and do not")]
+    TopologyBroken {
+        /// The job.
+        job: JobId,
+        /// The level.
+        level: String,
+        /// The first rank of the run.
+        first: RankIndex,
+        /// The rank that is elsewhere, or in no domain of the level.
+        rank: RankIndex,
+    },
+    /// More processor time is given than the node has.
+    #[error("{node} has {left} thousandths of a core left and {job} gets {asks} of it")]
+    CpuOverfull {
+        /// The node.
+        node: NodeName,
+        /// Who would get it.
+        job: JobId,
+        /// What the ranks there need.
+        asks: u64,
+        /// What is left.
+        left: u64,
+    },
+    /// More memory is given than the node has.
+    #[error("{node} has {left} bytes of memory left and {job} gets {asks}")]
+    MemoryOverfull {
+        /// The node.
+        node: NodeName,
+        /// Who would get it.
+        job: JobId,
+        /// What the ranks there need, in bytes.
+        asks: u64,
+        /// What is left, in bytes.
+        left: u64,
+    },
+    /// A job is planned or told of that nobody submitted, or that is over.
+    #[error("{job} is not known")]
+    UnknownJob {
+        /// The job.
+        job: JobId,
+    },
+    /// A job starts with another gang than it asked for.
+    #[error("{job} starts with another gang or split than it asked for")]
+    OtherGang {
+        /// The job.
+        job: JobId,
+    },
+    /// A gang starts at a size that it may not have.
+    #[error("{job} starts with {ranks} ranks, which is not one of its sizes")]
+    IllegalSize {
+        /// The job.
+        job: JobId,
+        /// The size.
+        ranks: u32,
+    },
+    /// An attempt starts that is not the next one.
+    #[error("{job} starts attempt {planned}, and its next is {next}")]
+    WrongAttempt {
+        /// The job.
+        job: JobId,
+        /// The attempt in the plan.
+        planned: Attempt,
+        /// The attempt that is due.
+        next: Attempt,
+    },
+    /// A job starts that is held, or before its time.
+    #[error("{job} starts and {why}")]
+    NotYet {
+        /// The job.
+        job: JobId,
+        /// Why it may not.
+        why: String,
+    },
+    /// A job starts from a queue that takes none.
+    #[error("{job} starts from queue {queue}, which {why}")]
+    QueueClosed {
+        /// The job.
+        job: JobId,
+        /// The queue.
+        queue: QueueName,
+        /// Why it takes none.
+        why: String,
+    },
+    /// Starts carry a queue past what it may use.
+    #[error(
+        "queue {queue} would use {used} thousandths of {class} devices; it may use {limit} at most"
+    )]
+    QuotaBroken {
+        /// The queue.
+        queue: QueueName,
+        /// The class of devices.
+        class: String,
+        /// What it would use, with what is kept from others below it.
+        used: u64,
+        /// What it may use.
+        limit: u64,
+    },
+    /// Starts use idle quota that its queue does not lend.
+    #[error(
+        "{used} thousandths of {class} devices would be used or kept by queues; there are {has}"
+    )]
+    LentTooMuch {
+        /// The class of devices.
+        class: String,
+        /// What is used, and what is kept by those who do not lend it.
+        used: u64,
+        /// What the fleet has.
+        has: u64,
+    },
+    /// A gang is asked to leave that may not be.
+    #[error("{job} is asked to leave and {why}")]
+    MayNotLeave {
+        /// The gang.
+        job: JobId,
+        /// Why it may not be asked.
+        why: String,
+    },
+    /// A gang is asked to leave and nobody gains by it.
+    #[error("{job} is asked to leave for {beneficiary} without need: {why}")]
+    NeedlessVictim {
+        /// The gang.
+        job: JobId,
+        /// Who should gain.
+        beneficiary: String,
+        /// What shows that there is no need.
+        why: String,
     },
 }

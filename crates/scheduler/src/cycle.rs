@@ -68,6 +68,7 @@ impl Scheduler {
     pub fn cycle(&mut self, now: Timestamp) -> Cycle {
         self.now = self.now.max(now);
         let now = self.now;
+        self.cycles += 1;
         let parent = self.fleet.revision();
         let mut work = Work {
             now,
@@ -154,7 +155,7 @@ impl Scheduler {
     }
 
     fn take_turns(&mut self, work: &mut Work) {
-        let kept = self.suppose_kept();
+        self.suppose_kept();
         let mut turn = Turn::new(&self.tree, work.now);
         let mut leaves = self.open_lines(work);
         for leaf in leaves.values_mut() {
@@ -172,30 +173,7 @@ impl Scheduler {
             self.serve(leaf, work);
             turn.set(&self.tree, id, self.candidate(leaf));
         }
-        for (queue, charge) in kept {
-            self.tree.suppose(queue, &charge, false);
-        }
-    }
-
-    /// Counts what is kept for waiting jobs as used by their queues, so that nobody takes the quota
-    /// that they will need.
-    fn suppose_kept(&mut self) -> Vec<(QueueId, Charge)> {
-        let kept: Vec<(JobId, Vec<DeviceId>)> =
-            self.holds.iter().map(|(job, hold)| (job.clone(), hold.devices.clone())).collect();
-        let mut supposed = Vec::new();
-        for (job, devices) in kept {
-            let Some(job) = self.known(&job) else { continue };
-            if job.placed().is_some() {
-                // What a gang that shrinks will keep is charged already.
-                continue;
-            }
-            let gang = job.request.gang.clone();
-            let Some(queue) = self.tree.find(&job.request.settings.queue) else { continue };
-            let charge = self.charge_of(&gang, &devices, self.now);
-            self.tree.suppose(queue, &charge, true);
-            supposed.push((queue, charge));
-        }
-        supposed
+        self.suppose_nothing();
     }
 
     /// Sees which classes of each line are to be tried.
@@ -361,7 +339,7 @@ impl Scheduler {
     ) -> Result<Placed, Refusal> {
         let Some(class) = self.lines.class(class_id) else { return Err(gone()) };
         let (gang, shape) = (class.alike.gang.clone(), class.shape);
-        let own = self.suppose_own(slot, leaf, false);
+        let own = self.uncount_own(slot);
         let mut refusal: Option<Refusal> = None;
         let mut found = None;
         for choice in self.choices(leaf, &gang) {
@@ -390,9 +368,7 @@ impl Scheduler {
                 }
             }
         }
-        if let Some((queue, charge)) = own {
-            self.tree.suppose(queue, &charge, true);
-        }
+        self.count_again(&own);
         if let Some(placed) = found {
             return Ok(placed);
         }
@@ -429,21 +405,6 @@ impl Scheduler {
         }
     }
 
-    /// Uncounts what is kept for the job itself while it is tried.
-    pub(crate) fn suppose_own(
-        &mut self,
-        slot: Slot,
-        leaf: QueueId,
-        add: bool,
-    ) -> Option<(QueueId, Charge)> {
-        let job = self.job(slot);
-        let (id, gang) = (job.id.clone(), job.request.gang.clone());
-        let devices = self.holds.of(&id)?.devices.clone();
-        let charge = self.charge_of(&gang, &devices, self.now);
-        self.tree.suppose(leaf, &charge, add);
-        Some((leaf, charge))
-    }
-
     /// Checks quota. What is kept for later does not count against who is gone by then.
     fn check(
         &mut self,
@@ -456,29 +417,22 @@ impl Scheduler {
         let job = self.job(slot);
         let (id, bound) = (job.id.clone(), job.bound(now));
         let Some(bound) = bound else { return Err(short) };
-        let later: Vec<(JobId, Vec<DeviceId>)> = self
+        let later: Vec<JobId> = self
             .holds
             .iter()
             .filter(|(owner, hold)| {
                 **owner != *id && matches!(hold.keep, Keep::Reserved { start } if bound <= start)
             })
-            .map(|(owner, hold)| (owner.clone(), hold.devices.clone()))
+            .map(|(owner, _)| owner.clone())
             .collect();
         if later.is_empty() {
             return Err(short);
         }
-        let mut lifted = Vec::new();
-        for (owner, devices) in later {
-            let Some(owner) = self.known(&owner) else { continue };
-            let gang = owner.request.gang.clone();
-            let Some(queue) = self.tree.find(&owner.request.settings.queue) else { continue };
-            let charge = self.charge_of(&gang, &devices, now);
-            self.tree.suppose(queue, &charge, false);
-            lifted.push((queue, charge));
-        }
+        let lifted: Vec<JobId> =
+            later.into_iter().filter(|owner| self.suppose_without(owner)).collect();
         let checked = self.tree.check(leaf, charge);
-        for (queue, charge) in lifted {
-            self.tree.suppose(queue, &charge, true);
+        for owner in lifted {
+            self.suppose_with(&owner);
         }
         checked
     }
@@ -494,7 +448,7 @@ impl Scheduler {
         now: Timestamp,
     ) -> Result<Placed, (By, Explanation)> {
         let job = self.jobs[slot.0].as_ref().ok_or_else(|| (By::Outright, gone().why))?;
-        let split = job.request.split;
+        let split = job.split(gang.ranks);
         let bounds = self.bounds(Some(most));
         let own = self.holds.of(&job.id).is_some();
         let others = self.holds.len() > usize::from(own);
@@ -581,6 +535,12 @@ impl Scheduler {
             return;
         }
         self.placed(slot, work.now, work.now, None, None);
+        // Who was disrupted once is left alone for a while when it runs again.
+        let immune = work.now.plus_ms(self.options.cooldown_ms);
+        let past = &mut self.job_mut(slot).past;
+        if !past.disrupted.is_empty() {
+            past.immune = immune;
+        }
         let mesh = Mesh::new(split);
         let assignments = (0..ranks)
             .zip(placed.devices)

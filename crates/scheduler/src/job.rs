@@ -40,6 +40,8 @@ pub(crate) struct Placed {
     pub(crate) charge: Arc<Charge>,
     /// Its present size in ranks.
     pub(crate) ranks: u32,
+    /// The cycle that started it.
+    pub(crate) cycle: u64,
 }
 
 /// A job.

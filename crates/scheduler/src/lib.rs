@@ -11,6 +11,7 @@
 mod cycle;
 mod holds;
 mod job;
+mod keep;
 mod lines;
 pub mod options;
 mod preempt;

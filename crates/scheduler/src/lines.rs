@@ -112,12 +112,17 @@ impl Lines {
         self.shapes.iter().map(|(gang, id)| (gang, *id))
     }
 
+    /// Returns the number of a gang.
+    pub(crate) fn shape(&mut self, gang: &Gang) -> ShapeId {
+        let shapes = self.shapes.len();
+        *self.shapes.entry(gang.clone()).or_insert(ShapeId(shapes))
+    }
+
     /// Puts a job into its class. Returns the class.
     pub(crate) fn join(&mut self, alike: Alike, place: Place, untold: bool) -> ClassId {
         let known = self.ids.get(&alike).copied();
         let id = known.unwrap_or_else(|| {
-            let shapes = self.shapes.len();
-            let shape = *self.shapes.entry(alike.gang.clone()).or_insert(ShapeId(shapes));
+            let shape = self.shape(&alike.gang);
             let alike = Arc::new(alike);
             let class = Class {
                 alike: alike.clone(),

@@ -84,11 +84,9 @@ impl Scheduler {
             return Err(again);
         }
         victims.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
-        let own = self.suppose_own(slot, leaf, false);
+        let own = self.uncount_own(slot);
         let outcome = self.cheapest(slot, gang, leaf, &claim, &victims);
-        if let Some((queue, charge)) = own {
-            self.tree.suppose(queue, &charge, true);
-        }
+        self.count_again(&own);
         let Some(outcome) = outcome else { return Err(again) };
         self.carry_out(slot, outcome, work);
         Ok(())
@@ -116,7 +114,7 @@ impl Scheduler {
             for holder in jobs {
                 let Some(job) = self.known(holder) else { continue };
                 let Some(placed) = job.placed() else { continue };
-                if job.request.gang.device != gang.device {
+                if job.request.gang.device != gang.device || placed.cycle == self.cycles {
                     continue;
                 }
                 let Some(cause) = self.cause(claimant, leaf, claim, job, id, &placed.charge) else {
@@ -364,7 +362,7 @@ impl Scheduler {
         gone: &mut Vec<Victim>,
     ) -> Option<Found> {
         let job = self.jobs[slot.0].as_ref()?;
-        let (id, split) = (job.id.clone(), job.request.split);
+        let (id, split) = (job.id.clone(), job.split(gang.ranks));
         let least = gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1));
         let mut bounds = self.bounds(Some(gang.ranks));
         bounds.within = within;

@@ -10,7 +10,7 @@ use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
 
 use crate::cycle::{Refusal, Work};
 use crate::holds::{Hold, Keep};
-use crate::job::Stand;
+use crate::job::{Stand, milli};
 use crate::lines::{Asked, By, ClassId, Standing};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
@@ -150,6 +150,14 @@ impl Scheduler {
             && gang.ranks > 1
             && self.holds.of(&id).is_none()
             && self.holds.len() < RESERVED_MAX;
+        // What is lent until another's reserved start is not this job's to count on.
+        let reservable = reservable && {
+            let claim = self
+                .choices(leaf, &gang)
+                .first()
+                .map(|c| vec![(c.charged, milli(&gang, gang.ranks))]);
+            claim.is_some_and(|claim| self.tree.check(leaf, &claim).is_ok())
+        };
         if reservable && let Some((devices, start)) = self.earliest(slot, &gang, work.now) {
             self.keep(&id, devices, Keep::Reserved { start });
         }
@@ -171,7 +179,7 @@ impl Scheduler {
     ) -> Option<(Vec<DeviceId>, Timestamp)> {
         let job = self.jobs[slot.0].as_ref()?;
         let (id, split, bounds) =
-            (job.id.clone(), job.request.split, self.bounds(Some(gang.ranks)));
+            (job.id.clone(), job.split(gang.ranks), self.bounds(Some(gang.ranks)));
         let mut ends: Vec<(Timestamp, Arc<JobId>)> = Vec::new();
         for (at, holder) in &self.ends {
             let Some(job) = self.known(holder) else { continue };

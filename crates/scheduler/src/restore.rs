@@ -166,12 +166,10 @@ impl Scheduler {
     }
 
     fn remember_shapes(&mut self, shapes: Vec<SavedShape>) {
-        let known: Vec<_> = self.lines.shapes().map(|(gang, id)| (id, gang.clone())).collect();
-        for (id, gang) in known {
-            if let Ok(at) = shapes.binary_search_by(|saved| saved.gang.cmp(&gang)) {
-                let freed = self.freed_for(&gang);
-                self.lines.misfits.insert(id, (freed, Arc::new(shapes[at].why.clone())));
-            }
+        for saved in shapes {
+            let freed = self.freed_for(&saved.gang);
+            let id = self.lines.shape(&saved.gang);
+            self.lines.misfits.insert(id, (freed, Arc::new(saved.why)));
         }
     }
 }

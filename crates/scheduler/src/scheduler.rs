@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use drumline_cluster::{Change, ChangeError, Commitment, Request, Slice, Snapshot};
 use drumline_placement::Cycle;
-use drumline_queue::{Charge, ModelId, Tree};
+use drumline_queue::{Charge, ModelId, QueueId, Tree};
 use drumline_spec::{Gang, QueueSpec, WHOLE_DEVICE};
 use drumline_types::{Attempt, DeviceId, Explanation, JobId, QueueName, Timestamp};
 
-use crate::holds::{Hold, Holds, Keep};
+use crate::holds::Holds;
 use crate::job::{Job, Placed, Stand};
 use crate::lines::Lines;
 use crate::options::Options;
@@ -40,9 +40,13 @@ pub struct Scheduler {
     /// Jobs that hold devices, by queue.
     pub(crate) placed: BTreeMap<QueueName, BTreeSet<Arc<JobId>>>,
     pub(crate) holds: Holds,
+    /// What is counted as used because it is kept; nothing between two cycles.
+    pub(crate) supposed: Option<BTreeMap<JobId, (QueueId, Charge)>>,
     /// Grows whenever quota may have become free, or an order may have changed.
     pub(crate) loosened: u64,
     pub(crate) dirty: bool,
+    /// Counts cycles, so that nobody starts and leaves in the same one.
+    pub(crate) cycles: u64,
 }
 
 impl Scheduler {
@@ -70,8 +74,10 @@ impl Scheduler {
             ends: BTreeSet::new(),
             placed: BTreeMap::new(),
             holds: Holds::default(),
+            supposed: None,
             loosened: 0,
             dirty: true,
+            cycles: 0,
         }
     }
 
@@ -355,16 +361,9 @@ impl Scheduler {
         self.tree.charge(&queue, &charge, now);
         self.ends.insert((ends, id.clone()));
         self.placed.entry(queue).or_default().insert(id);
-        let placed = Placed { started, running: false, safe, ends, leaving, charge, ranks };
-        let cooldown_ms = self.options.cooldown_ms;
-        let job = self.job_mut(slot);
-        if let Some(last) = job.past.disrupted.last()
-            && *last <= started
-        {
-            // Who was disrupted once is left alone for a while when it runs again.
-            job.past.immune = job.past.immune.max(started.plus_ms(cooldown_ms));
-        }
-        job.stand = Stand::Placed(placed);
+        let cycle = self.cycles;
+        let placed = Placed { started, running: false, safe, ends, leaving, charge, ranks, cycle };
+        self.job_mut(slot).stand = Stand::Placed(placed);
     }
 
     /// Ends a job's attempt: it holds nothing more, and waits for the next one.
@@ -380,31 +379,6 @@ impl Scheduler {
         self.leave(slot);
         self.job_mut(slot).attempt = attempt;
         self.wait(slot, not_before, None);
-    }
-
-    /// Keeps devices for a waiting job.
-    pub(crate) fn keep(&mut self, job: &JobId, devices: Vec<DeviceId>, keep: Keep) {
-        let others: BTreeSet<JobId> = devices
-            .iter()
-            .filter_map(|device| self.holds.holder(device))
-            .filter(|other| *other != job)
-            .cloned()
-            .collect();
-        for other in others {
-            self.drop_hold(&other);
-        }
-        self.drop_hold(job);
-        if self.fleet.reserve(job, devices.clone()).is_ok() {
-            self.holds.keep(job, Hold { keep, devices, since: self.now });
-        }
-    }
-
-    /// Lets go of what is kept for a job.
-    pub(crate) fn drop_hold(&mut self, job: &JobId) {
-        if self.holds.drop(job).is_some() {
-            self.fleet.unreserve(job);
-            self.loosened += 1;
-        }
     }
 
     fn queues_changed(&mut self) {

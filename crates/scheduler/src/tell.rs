@@ -124,7 +124,7 @@ impl Scheduler {
                         if freed == self.freed_for(&class.alike.gang) =>
                     {
                         let (gang, bounds) = (&class.alike.gang, self.bounds(None));
-                        site::find(&self.fleet, gang, job.request.split, &bounds)
+                        site::find(&self.fleet, gang, job.split(gang.ranks), &bounds)
                             .err()
                             .filter(|now| now.reason == why.reason)
                             .map_or_else(|| why.message.clone(), |now| now.message)

@@ -40,9 +40,10 @@ impl Scheduler {
             .ids()
             .filter_map(|id| {
                 let class = self.lines.class(id)?;
+                let stamps = self.stamps(id);
                 let blocked = match class.standing {
-                    Standing::Blocked { by, freed } if freed == self.stamps(id).of(by) => Some(by),
-                    _ => None,
+                    Standing::Blocked { by, freed } => Some((by, freed == stamps.of(by))),
+                    Standing::Ready => None,
                 };
                 let first = class.places.first()?;
                 Some(SavedClass {
@@ -54,12 +55,9 @@ impl Scheduler {
                         .telling
                         .as_ref()
                         .and_then(|from| Some(JobId::clone(from.as_ref()?.job()))),
-                    // Nothing is asked twice of the same state.
-                    asked: class
-                        .asked
-                        .as_ref()
-                        .filter(|asked| asked.freed == self.stamps(id).any)
-                        .map(|asked| (JobId::clone(&asked.job), asked.again)),
+                    asked: class.asked.as_ref().map(|asked| {
+                        (JobId::clone(&asked.job), asked.again, asked.freed == stamps.any)
+                    }),
                 })
             })
             .collect();
@@ -151,14 +149,16 @@ impl Scheduler {
             let told_to = saved.told_to.as_ref().and_then(|job| place(self, job));
             let telling = saved.telling.then_some(told_to);
             if let Some(class) = self.lines.class_mut(id) {
-                if let Some(by) = saved.blocked {
-                    class.standing = Standing::Blocked { by, freed: stamps.of(by) };
+                // A count that is never reached stands for one that is past.
+                if let Some((by, fresh)) = saved.blocked {
+                    let freed = if fresh { stamps.of(by) } else { u64::MAX };
+                    class.standing = Standing::Blocked { by, freed };
                 }
                 class.why = saved.why.map(Arc::new);
                 class.telling = telling;
-                class.asked = saved.asked.map(|(job, again)| crate::lines::Asked {
+                class.asked = saved.asked.map(|(job, again, fresh)| crate::lines::Asked {
                     job: Arc::new(job),
-                    freed: stamps.any,
+                    freed: if fresh { stamps.any } else { u64::MAX },
                     again,
                 });
             }

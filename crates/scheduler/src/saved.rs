@@ -123,16 +123,17 @@ pub struct Saved {
 pub struct SavedClass {
     /// The first of its jobs.
     pub job: JobId,
-    /// What it lacks, if nothing of that has been freed since it was tried.
-    pub blocked: Option<By>,
+    /// What it lacked when it was tried, and whether nothing of that has been freed since.
+    pub blocked: Option<(By, bool)>,
     /// What its jobs are told.
     pub why: Option<Explanation>,
     /// Whether its reason is news.
     pub telling: bool,
     /// The last job that has been told the news.
     pub told_to: Option<JobId>,
-    /// The job that looked for victims or a reservation in vain, and when it looks again.
-    pub asked: Option<(JobId, Timestamp)>,
+    /// The job that looked for victims or a reservation in vain, when it looks again, and whether
+    /// nothing has been freed since.
+    pub asked: Option<(JobId, Timestamp, bool)>,
 }
 
 /// A gang that fits nowhere as things are.

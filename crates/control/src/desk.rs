@@ -1,12 +1,12 @@
 //! The scheduler's desk: every change of fleet and jobs is laid on it once, and what the scheduler
 //! decides leaves it audited, or not at all.
 
-use drumline_audit::{CheckedPlan, check};
+use drumline_audit::{Auditor, CheckedPlan};
 use drumline_cluster::{Change, Node, Snapshot};
 use drumline_placement::{Cycle, Seed};
 use drumline_scheduler::{Options, Saved, Scheduler};
 use drumline_spec::QueueSpec;
-use drumline_types::{Explanation, NodeName, Reason, Timestamp};
+use drumline_types::{DeviceId, Explanation, NodeName, Reason, Timestamp};
 
 /// What one look at the fleet led to.
 pub(crate) struct Decided {
@@ -23,6 +23,8 @@ pub(crate) struct Decided {
 /// The scheduler and its auditor.
 pub(crate) struct Desk {
     scheduler: Scheduler,
+    /// Keeps books of its own, from the same changes.
+    auditor: Auditor,
     /// When the passing of time alone may change a decision.
     wake: Option<Timestamp>,
 }
@@ -30,7 +32,7 @@ pub(crate) struct Desk {
 impl Desk {
     pub(crate) fn new(term: u64) -> Self {
         let options = Options { seed: Seed(term), ..Options::default() };
-        Self { scheduler: Scheduler::new(options), wake: None }
+        Self { scheduler: Scheduler::new(options), auditor: Auditor::new(), wake: None }
     }
 
     /// Returns the fleet and who holds what.
@@ -40,7 +42,7 @@ impl Desk {
 
     /// Lays one change on the desk.
     pub(crate) fn apply(&mut self, change: Change, now: Timestamp) {
-        if let Err(error) = self.scheduler.apply(change, now) {
+        if let Err(error) = self.try_apply(change, now) {
             // The ledger never lets it come to that: what it holds has been decided here.
             tracing::error!(%error, "the scheduler refuses what has happened");
         }
@@ -52,7 +54,9 @@ impl Desk {
         change: Change,
         now: Timestamp,
     ) -> Result<(), drumline_cluster::ChangeError> {
-        self.scheduler.apply(change, now)
+        self.scheduler.apply(change.clone(), now)?;
+        self.auditor.apply(&change);
+        Ok(())
     }
 
     pub(crate) fn upsert_node(&mut self, node: Node, now: Timestamp) {
@@ -79,11 +83,12 @@ impl Desk {
 
     /// Decides, and has it audited.
     pub(crate) fn decide(&mut self, now: Timestamp) -> Decided {
-        let before = self.scheduler.fleet().clone();
         let cycle = self.scheduler.cycle(now);
         self.wake = cycle.wake;
         let started = std::time::Instant::now();
-        let checked = check(&before, &cycle.plan);
+        let fleet = self.scheduler.fleet();
+        let kept = |device: &DeviceId| fleet.node(&device.node)?.reserved(device.index).cloned();
+        let checked = self.auditor.check(&cycle, kept);
         let audit = started.elapsed();
         match checked {
             Ok(checked) => Decided {

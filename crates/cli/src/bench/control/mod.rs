@@ -149,7 +149,7 @@ fn queues(cohorts: u32) -> String {
         let all = QUEUES * QUOTA;
         text += &format!(
             "---\napiVersion: {api}\nkind: Queue\nmetadata: {{name: cohort-{cohort}}}\n\
-             spec: {{quota: {{cpu: {all}}}}}\n"
+             spec: {{quota: {{cpu: {all}}}, borrowingLimit: {{cpu: 0}}}}\n"
         );
         for queue in 0..QUEUES {
             text += &format!(

@@ -103,10 +103,11 @@ impl Auditor {
         let plan = &cycle.plan;
         check_once(plan, found);
         let starts: BTreeSet<&JobId> = plan.jobs.iter().map(|job| &job.job).collect();
+        let told: BTreeSet<&JobId> = cycle.told.iter().map(|(job, _)| job).collect();
         for (job, _) in cycle.told.iter().chain(&plan.waiting) {
             match self.ledger.jobs.get(job) {
                 None => found.push(Violation::UnknownJob { job: job.clone() }),
-                Some(_) if cycle.told.iter().any(|(told, _)| told == job) => {
+                Some(_) if told.contains(job) => {
                     if starts.contains(job) {
                         found.push(Violation::JobTwice { job: job.clone() });
                     }

@@ -356,3 +356,24 @@ fn ffn_widths(model: &Model) -> (f64, f64) {
     });
     ((1.0 - share) * f64::from(model.ffn), experts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::Catalogue;
+
+    #[test]
+    fn the_engines_operators_are_counted_by_hand() {
+        // GPT-2: 768 wide, 3,072 inside, 12 heads of 64, biases, learned positions.
+        let gpt2 = Catalogue::builtin().model("gpt2").unwrap();
+        // Forward: 2 x (2 read + 2 written) of 768, GELU reads and writes 3,072.
+        // Backward: 2 x (3 read + 1 written) of 768, GELU's gradient 3 x 3,072, the columns of
+        // biases 768 x 3 + 768 + 3,072 + 768.
+        let counted = native_operators(&gpt2, 3072.0, 768.0, 768.0);
+        assert_eq!(counted, (6144.0 + 6144.0, 6144.0 + 9216.0 + 6912.0));
+        // LLaMA: the same norms, rotary positions of queries and keys, three and five widths.
+        let llama = Catalogue::builtin().model("llama2-7b").unwrap();
+        let counted = native_operators(&llama, 11_008.0, 4096.0, 4096.0);
+        assert_eq!(counted, (32_768.0 + 16_384.0 + 33_024.0, 32_768.0 + 16_384.0 + 55_040.0));
+    }
+}

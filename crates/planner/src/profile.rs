@@ -262,6 +262,24 @@ impl Profile {
         Machines { gpu, network }
     }
 
+    /// Returns how far the fitted products are off the measured ones, as a share: the median.
+    #[must_use]
+    pub fn matmul_fit_error(&self) -> f64 {
+        let machines = self.machines();
+        let Ok(peak) = machines.gpu.peak(self.dtype) else { return f64::NAN };
+        let device = Device::new(&machines.gpu, self.dtype, peak);
+        let mut errors: Vec<f64> = self
+            .matmul
+            .iter()
+            .map(|p| {
+                let time = device.matmul(f64::from(p.m), f64::from(p.n), f64::from(p.k), 0.0);
+                (time / p.seconds - 1.0).abs()
+            })
+            .collect();
+        errors.sort_by(f64::total_cmp);
+        errors.get(errors.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+
     /// Returns the share of the matrix peak that attention reaches: operations of the causal half,
     /// 2 forward and 5 backward of `T^2 E` each a head, over the measured time.
     fn attention_efficiency(&self, fitted: &Device) -> f64 {

@@ -151,7 +151,7 @@ pub fn assemble(
     if split.pipeline > 1 {
         let neighbours = Group::new(machines, split.pipeline, split.tensor * split.context);
         let bytes = a * tokens * d;
-        let deepspeed = batch.stack != Stack::Overlapped && split.zero >= 1;
+        let deepspeed = batch.stack < Stack::Overlapped && split.zero >= 1;
         let mut one = neighbours.send(if deepspeed { bytes } else { bytes / t });
         if split.tensor > 1 && !split.sequence_parallel && !deepspeed {
             one += Group::new(machines, split.tensor, 1).all_gather(bytes);
@@ -307,7 +307,7 @@ fn data_time(
         let (reduce, fetch) = match split.zero {
             0 => (both(&Group::all_reduce, g), 0.0),
             // DeepSpeed's pipeline engine sums all gradients and then gathers parameters.
-            1 | 2 if split.pipeline > 1 && batch.stack != Stack::Overlapped => {
+            1 | 2 if split.pipeline > 1 && batch.stack < Stack::Overlapped => {
                 (both(&Group::all_reduce, g), gather)
             }
             1 => (scatter, gather),
@@ -339,7 +339,9 @@ fn data_time(
     if split.pipeline > 1 && model.tie_embeddings {
         // First and last stage sum the gradients of their two copies of the embedding.
         let bytes = g * f64::from(model.vocab) * f64::from(model.hidden) / f64::from(split.tensor);
-        time += Group::new(machines, 2, machines.domain()).all_reduce(bytes);
+        // They lie almost a whole copy of the model apart.
+        let apart = (split.tensor * split.context * split.pipeline).div_ceil(2);
+        time += Group::new(machines, 2, apart).all_reduce(bytes);
     }
     time
 }
@@ -421,6 +423,33 @@ mod tests {
             + s.overhead;
         assert!((sum / s.step - 1.0).abs() < 1e-12);
         assert!(s.hfu > s.mfu);
+    }
+
+    #[test]
+    fn ranks_that_share_cores_take_the_sum_of_their_work() {
+        let catalogue = Catalogue::builtin();
+        let model = catalogue.model("gpt2").unwrap();
+        let gpu = catalogue.gpu("cpu").unwrap();
+        let own = Machines { network: catalogue.default_network(&gpu), gpu };
+        let mut shared = own.clone();
+        shared.gpu.at_once = 2;
+        let batch = Batch { sequence: 256, global: 8, dtype: Dtype::Fp32, stack: Stack::Native };
+        // Four copies on two cores: each takes twice its computation, and its messages once.
+        let copies = Split { data: 4, ..Split::SINGLE };
+        let alone = step_time(&model, &copies, &batch, &own).unwrap();
+        let together = step_time(&model, &copies, &batch, &shared).unwrap();
+        let computed = alone.layers.total() + alone.embedding_and_loss + alone.optimizer;
+        assert!(((together.step - alone.step) / computed - 1.0).abs() < 1e-9);
+        assert_eq!(together.sharing, together.step - alone.step);
+        // A bubble costs nothing while another stage has work for the core.
+        let stages = Split { pipeline: 4, ..Split::SINGLE };
+        let alone = step_time(&model, &stages, &batch, &own).unwrap();
+        let together = step_time(&model, &stages, &batch, &shared).unwrap();
+        assert!(together.step < 2.0 * alone.step - alone.bubble);
+        // Two ranks have a core each.
+        let two = Split { data: 2, ..Split::SINGLE };
+        let [a, b] = [&own, &shared].map(|m| step_time(&model, &two, &batch, m).unwrap());
+        assert_eq!((a.step, b.sharing), (b.step, 0.0));
     }
 
     #[test]

@@ -352,3 +352,52 @@ fn activations_of_the_175b_run_match_korthikanti_with_and_without_sequence_paral
         assert!(error.abs() < 0.1, "{got} {published}");
     }
 }
+
+#[test]
+fn a_sweep_needs_no_number_of_gpus() {
+    let args =
+        TrainArgs { sweep: Some("gpus=8..1024".into()), ..train_args("gpt3-175b", "h100-sxm") };
+    let output = train(&args, &Inputs::default()).unwrap();
+    // 8 and 16 GPUs cannot hold it: the plan is of the first number that can.
+    let first = output.json["sweep"][0]["gpus"].as_u64().unwrap();
+    assert_eq!(output.json["gpus"], first);
+    assert!(first > 8 && output.plot.is_some());
+    let none = TrainArgs { sweep: Some("gpus=1..2".into()), ..args };
+    assert!(train(&none, &Inputs::default()).unwrap_err().to_string().contains("GiB short"));
+}
+
+#[test]
+fn a_profile_takes_the_place_of_the_catalogue() {
+    let product = |m: u32, n: u32, k: u32| {
+        let seconds = 2.0 * f64::from(m) * f64::from(n) * f64::from(k) / 80e9 + 2e-6;
+        format!(r#"{{"m":{m},"n":{n},"k":{k},"seconds":{seconds:e}}}"#)
+    };
+    let products: Vec<String> =
+        [(512, 512, 512), (128, 1024, 256), (1024, 1024, 1024), (32, 512, 512)]
+            .map(|(m, n, k)| product(m, n, k))
+            .to_vec();
+    let text = format!(
+        r#"{{"name":"this node","dtype":"fp32","threads":1,"at_once":2,"memory_bytes":8e9,
+        "memory_bandwidth":1e10,"devices":4,"matmul":[{}],
+        "all_reduce":[{{"ranks":2,"bytes":4096,"seconds":1e-5}},
+                      {{"ranks":2,"bytes":16777216,"seconds":1e-2}}]}}"#,
+        products.join(",")
+    );
+    let inputs =
+        Inputs { profile: Some(TextFile { name: "node.json".into(), text }), ..Inputs::default() };
+    let args = |gpus| TrainArgs {
+        gpus: Some(gpus),
+        tokens: Some("1B".into()),
+        global_batch: Some(8),
+        sequence: Some(512),
+        ..train_args("gpt2", "h100-sxm")
+    };
+    let of = |gpus| train(&args(gpus), &inputs).unwrap().json["found"]["best"]["time"].clone();
+    let [one, two, four] = [1, 2, 4].map(of);
+    let step = |v: &serde_json::Value| v["step"].as_f64().unwrap();
+    // 6 x 124 million parameters x 4,096 tokens and attention at 80 GFLOP/s or less: 38 s or more.
+    assert!((38.0..80.0).contains(&step(&one)), "{one}");
+    assert!(step(&two) < 0.6 * step(&one), "{two}");
+    // Four devices share two cores: no faster than two.
+    assert!(step(&four) >= 0.99 * step(&two) && four["sharing"].as_f64().unwrap() > 0.0, "{four}");
+}

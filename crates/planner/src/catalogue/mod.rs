@@ -99,9 +99,13 @@ impl Gpu {
         })
     }
 
-    /// Returns the 16-bit training format it has: bf16, else fp16, else fp32.
+    /// Returns the 16-bit training format it has: bf16, else fp16, else fp32. On a CPU, which has
+    /// one processor here, the engine trains in fp32 unless asked.
     #[must_use]
     pub fn training_dtype(&self) -> Dtype {
+        if self.sms == 1 && self.peak_flops.contains_key(&Dtype::Fp32) {
+            return Dtype::Fp32;
+        }
         [Dtype::Bf16, Dtype::Fp16]
             .into_iter()
             .find(|d| self.peak_flops.contains_key(d))

@@ -50,7 +50,8 @@ pub struct TrainArgs {
     /// Number format of the products: bf16, fp16, fp8, fp32; default: the GPU's.
     #[cfg_attr(feature = "clap", arg(long, value_name = "DTYPE"))]
     pub dtype: Option<String>,
-    /// What the software fuses and overlaps: eager, fused, overlapped (default).
+    /// What the software fuses and overlaps: eager, fused, overlapped, native; default:
+    /// overlapped, and native with a profile.
     #[cfg_attr(feature = "clap", arg(long, value_name = "STACK"))]
     pub stack: Option<String>,
     /// Days allowed: finds the fewest GPUs.

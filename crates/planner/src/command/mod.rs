@@ -88,8 +88,10 @@ pub(crate) fn dtype(text: Option<&str>, gpu: &Gpu) -> Result<Dtype, PlanError> {
     Ok(dtype)
 }
 
-pub(crate) fn stack(text: Option<&str>) -> Result<Stack, PlanError> {
-    text.map_or(Ok(Stack::Overlapped), Stack::parse)
+/// Reads the stack; a measured profile is of this project's own engine.
+pub(crate) fn stack(text: Option<&str>, inputs: &Inputs) -> Result<Stack, PlanError> {
+    let default = if inputs.profile.is_some() { Stack::Native } else { Stack::Overlapped };
+    text.map_or(Ok(default), Stack::parse)
 }
 
 /// Breaks words into lines of at most 100 columns; the first follows `head`, the others an

@@ -142,6 +142,7 @@ fn prepare<'a>(
         Some("manifest") => true,
         Some(other) => return Err(PlanError::unknown("emit", other, ["manifest"])),
     };
+    let stack = super::stack(args.stack.as_deref(), inputs)?;
     let pins = Pins {
         tensor: args.tensor,
         pipeline: args.pipeline,
@@ -152,13 +153,14 @@ fn prepare<'a>(
         zero: args.zero,
         recompute: args.recompute.as_deref().map(Recompute::parse).transpose()?,
         micro_batch: args.micro_batch,
-        manifest_only: emits,
+        // Our own engine does what a manifest can say.
+        manifest_only: emits || stack == Stack::Native,
     };
     let batch = Batch {
         sequence,
         global: args.global_batch.or(from_manifest.map(|(_, b)| b)).unwrap_or(0),
         dtype: super::dtype(args.dtype.as_deref(), &machines.gpu)?,
-        stack: super::stack(args.stack.as_deref())?,
+        stack,
     };
     positive("deadline_days", args.deadline_days)?;
     positive("achieved_tflops", args.achieved_tflops)?;
@@ -187,7 +189,7 @@ pub fn train(args: &TrainArgs, inputs: &Inputs) -> Result<Output, PlanError> {
     let searched = found.as_ref().map(|f| days(&f.best, job.batch.sequence, job.tokens));
     let took = at_achieved.map(|a| a.days).or(searched).unwrap_or(f64::NAN);
     let report = finish(&job, gpus, found, at_achieved, took, &catalogue)?;
-    let manifest = match (&report.found, job.pins.manifest_only) {
+    let manifest = match (&report.found, args.emit.is_some()) {
         (Some(found), true) => Some(crate::manifest::emit(
             &job.model,
             &found.best,
@@ -257,6 +259,19 @@ fn choose(job: &Job<'_>, warnings: &mut Vec<String>) -> Result<(u32, Option<Foun
         (deadline, true) => cheapest(&request, job.tokens, deadline, args.max_gpus)?,
         (Some(deadline), false) => fewest(&request, job.tokens, deadline, args.max_gpus)?,
         (None, false) => {
+            // A sweep alone asks for a curve; the plan beside it is of its first point that works.
+            if let Some(text) = &args.sweep {
+                let (_, points) = sweep(text)?;
+                let works = |n: u32| best(&request, n).ok().map(|found| (n, Some(found)));
+                return match points.iter().find_map(|n| works(*n)) {
+                    Some(found) => Ok(found),
+                    None => {
+                        Err(best(&request, points.last().copied().unwrap_or(1)).err().unwrap_or(
+                            PlanError::invalid("sweep", format!("no point of {text} fits")),
+                        ))
+                    }
+                };
+            }
             return Err(PlanError::invalid(
                 "gpus",
                 "give a number of GPUs, a deadline in days, or ask for the cheapest",

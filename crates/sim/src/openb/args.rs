@@ -26,6 +26,10 @@ pub struct OpenbArgs {
     /// Seeds, both ends included.
     #[arg(long, default_value = "42..51")]
     pub seeds: Seeds,
+    /// File that keeps what the policy `drumline` learns for this workload: used if it is there,
+    /// else written.
+    #[arg(long, value_name = "FILE")]
+    pub values: Option<PathBuf>,
     /// Threads; 0 for one per core.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,

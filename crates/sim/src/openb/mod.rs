@@ -13,10 +13,12 @@ pub mod report;
 pub mod rng;
 pub mod run;
 pub mod typical;
+pub mod values;
 pub mod workload;
 
 pub use input::{InputError, Trace};
 pub use policy::PolicyName;
 pub use report::{ClassFailures, PolicyReport, Report};
-pub use run::{Options, run};
+pub use run::{Kept, Options, RunError, run, run_kept};
+pub use values::ValuesError;
 pub use workload::Seeds;

@@ -16,6 +16,7 @@ use crate::openb::policy::{PolicyName, Scorer};
 use crate::openb::report::{ClassFailures, PolicyReport, Report};
 use crate::openb::rng::Rng;
 use crate::openb::typical::typical;
+use crate::openb::values::{self, ValuesError};
 use crate::openb::workload::{Seeds, arrivals};
 
 /// The share of pods that the typical pods cover, as in the published experiment.
@@ -64,12 +65,61 @@ impl Default for Options {
 /// [`InputError`] when a file is malformed.
 pub fn run(nodes_csv: &str, pods_csv: &str, options: &Options) -> Result<Report, InputError> {
     let trace = Trace::read((&options.files.0, nodes_csv), (&options.files.1, pods_csv))?;
-    let policies = options.policies.iter().map(|&name| run_policy(&trace, name, options)).collect();
-    Ok(Report {
+    Ok(run_all(&trace, options, None).0)
+}
+
+/// What was learned for a workload in an earlier run, as a file's name and its text.
+pub type Kept<'a> = (&'a str, &'a str);
+
+/// Why a run with kept values ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// The trace is malformed.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// The kept values are not for this workload.
+    #[error(transparent)]
+    Values(#[from] ValuesError),
+}
+
+/// Runs the experiment with what an earlier run learned, or returns, beside the report, the text to
+/// keep for the next: none if no policy of these learns, or if nothing was learned anew.
+///
+/// # Errors
+/// [`RunError`] when a file is malformed, or the values were learned for another workload.
+pub fn run_kept(
+    nodes_csv: &str,
+    pods_csv: &str,
+    options: &Options,
+    kept: Option<Kept<'_>>,
+) -> Result<(Report, Option<String>), RunError> {
+    let trace = Trace::read((&options.files.0, nodes_csv), (&options.files.1, pods_csv))?;
+    let known = kept.map(|(file, text)| values::from_text(&trace, file, text)).transpose()?;
+    let (report, learned) = run_all(&trace, options, known);
+    let to_keep = learned.filter(|_| kept.is_none());
+    Ok((report, to_keep.map(|worth| values::to_text(&trace, &worth))))
+}
+
+fn run_all(trace: &Trace, options: &Options, known: Option<Worth>) -> (Report, Option<Worth>) {
+    let mut worth = known;
+    let mut learning = 0.0;
+    if worth.is_none() && options.policies.contains(&PolicyName::Drumline) {
+        let started = Instant::now();
+        worth = Some(learn_worth(trace, &Tuning::default()));
+        learning = started.elapsed().as_secs_f64();
+    }
+    let policies = options.policies.iter();
+    let report = Report {
         workload: options.workload.clone(),
         impossible: trace.impossible().map(|pod| pod.name.clone()).collect(),
-        policies,
-    })
+        policies: policies
+            .map(|&name| {
+                let learning = if name == PolicyName::Drumline { learning } else { 0.0 };
+                run_policy(trace, name, options, worth.as_ref(), learning)
+            })
+            .collect(),
+    };
+    (report, worth)
 }
 
 /// What one run of one policy ended with.
@@ -83,10 +133,13 @@ pub struct Outcome {
     cpu_only: (i64, i64),
 }
 
-fn run_policy(trace: &Trace, name: PolicyName, options: &Options) -> PolicyReport {
-    let started = Instant::now();
-    let worth = (name == PolicyName::Drumline).then(|| learn_worth(trace, &Tuning::default()));
-    let learning = started.elapsed().as_secs_f64();
+fn run_policy(
+    trace: &Trace,
+    name: PolicyName,
+    options: &Options,
+    worth: Option<&Worth>,
+    learning: f64,
+) -> PolicyReport {
     let seeds = options.seeds.list();
     let next = AtomicUsize::new(0);
     let mut outcomes: Vec<(usize, Outcome)> = std::thread::scope(|scope| {
@@ -97,7 +150,7 @@ fn run_policy(trace: &Trace, name: PolicyName, options: &Options) -> PolicyRepor
                     loop {
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(&seed) = seeds.get(at) else { return done };
-                        done.push((at, run_seed(trace, name, worth.as_ref(), options.ratio, seed)));
+                        done.push((at, run_seed(trace, name, worth, options.ratio, seed)));
                     }
                 })
             })

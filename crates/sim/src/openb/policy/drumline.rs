@@ -40,8 +40,12 @@ pub struct Tuning {
     pub room_start: f64,
     /// How fast the worth of room for pods without GPUs follows what they lack, per round.
     pub room_step: f64,
-    /// By how much more of these pods are to be placed than under fragmentation gradient descent.
+    /// By how much more of these pods are to be placed than under fragmentation gradient descent,
+    /// while learning, where pods go astray.
     pub room_margin: f64,
+    /// The same for what is finally chosen, where none go astray; fillings flatter us a little less
+    /// than the other.
+    pub room_spare: f64,
     /// How much what single shapes would leave counts beside what was learned.
     pub rest_weight: f64,
     /// Changes of waste closer than this, in thousandths of a GPU, are equals.
@@ -69,8 +73,9 @@ impl Default for Tuning {
             fill_cores: 0.7,
             price_weight: 0.7,
             room_start: 0.12,
-            room_step: 1.5,
-            room_margin: 0.01,
+            room_step: 0.8,
+            room_margin: 0.03,
+            room_spare: -0.005,
             rest_weight: 0.15,
             grain_milli: 10.0,
             whole_node_prior: (2.0, 400.0),

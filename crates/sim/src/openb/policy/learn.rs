@@ -47,22 +47,17 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
     }
     let grid = sums.grid().clone();
     let mut room = Room::new(nodes, typical, &draw, tuning);
+    let mut tried: Vec<Worth> = Vec::new();
     for round in 0..tuning.rounds {
-        // Each filling has its own random numbers, and the results are added in their order: the
-        // outcome does not depend on the number of threads.
-        let fillings: Vec<Filling> = std::thread::scope(|scope| {
-            let (draw, worth, grid) = (&draw, &worth, &grid);
-            let started: Vec<_> = (0..tuning.fillings)
-                .map(|i| {
-                    let rng = Rng::stream(tuning.seed, (round * tuning.fillings + i) as u64);
-                    scope.spawn(move || fill(nodes.to_vec(), draw, worth, grid, tuning, rng))
-                })
-                .collect();
-            let joined = started.into_iter().map(|thread| thread.join());
-            joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        let first = round * tuning.fillings;
+        let fillings = fill_all(nodes, &draw, &worth, &grid, tuning, |i| {
+            Rng::stream(tuning.seed, (first + i) as u64)
         });
         sums.fade(tuning.keep);
         room.adjust(fillings.iter().map(|f| f.no_gpu), tuning);
+        if round >= tuning.rounds / 3 {
+            tried.push(worth);
+        }
         let mut late = vec![(0.0, 0.0); draw.shapes.len()];
         for filling in fillings {
             for (cell, wasted) in filling.seen {
@@ -85,7 +80,64 @@ pub fn learn(nodes: &[Node], typical: &[Typical], tuning: &Tuning) -> Worth {
         }
         worth = sums.estimate(typical, tuning);
     }
-    worth
+    // Where all pods without GPUs find room, what was learned last is best. Elsewhere their room
+    // and the GPUs are at odds, and the last round need not have met both.
+    if !room.scarce {
+        return worth;
+    }
+    choose(worth, tried, nodes, &draw, tuning, &room)
+}
+
+/// Chooses what wastes least of that which places enough pods without GPUs, each tried on the
+/// arrivals that fragmentation gradient descent was tried on, and with no pod astray.
+fn choose(
+    last: Worth,
+    others: Vec<Worth>,
+    nodes: &[Node],
+    draw: &Draw,
+    tuning: &Tuning,
+    room: &Room,
+) -> Worth {
+    let straight = Tuning { explore: 0.0, ..tuning.clone() };
+    let mark = |worth: &Worth| {
+        let fillings = fill_all(nodes, draw, worth, worth.grid(), &straight, |i| {
+            Rng::stream(!tuning.seed, i as u64)
+        });
+        let short = room.short(fillings.iter().map(|f| f.no_gpu), tuning.room_spare).max(0.0);
+        (short, fillings.iter().map(|f| f.wasted).sum::<f64>())
+    };
+    let mut best = (mark(&last), last);
+    for worth in others {
+        let marked = mark(&worth);
+        if marked < best.0 {
+            best = (marked, worth);
+        }
+    }
+    best.1
+}
+
+/// Fills the fleet as often as the tuning says, on all cores.
+///
+/// Each filling has its own random numbers and the results are in order: the outcome does not
+/// depend on the number of threads.
+fn fill_all(
+    nodes: &[Node],
+    draw: &Draw,
+    worth: &Worth,
+    grid: &Grid,
+    tuning: &Tuning,
+    rng: impl Fn(usize) -> Rng,
+) -> Vec<Filling> {
+    std::thread::scope(|scope| {
+        let started: Vec<_> = (0..tuning.fillings)
+            .map(|i| {
+                let rng = rng(i);
+                scope.spawn(move || fill(nodes.to_vec(), draw, worth, grid, tuning, rng))
+            })
+            .collect();
+        let joined = started.into_iter().map(|thread| thread.join());
+        joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
 }
 
 /// What one filling of the fleet showed.
@@ -96,6 +148,8 @@ struct Filling {
     late: Vec<(f64, f64)>,
     /// The pods without GPUs.
     no_gpu: Tally,
+    /// Thousandths of a GPU left.
+    wasted: f64,
 }
 
 /// Counts pods without GPUs.
@@ -146,6 +200,8 @@ struct Room {
     least: (f64, f64),
     /// GPUs over cores of the fleet.
     exchange: f64,
+    /// Some pods without GPUs found no place.
+    scarce: bool,
 }
 
 impl Room {
@@ -161,6 +217,8 @@ impl Room {
             let mut placer = Placer::new(order, fgd, draw.shapes.len());
             while arrived < FILL_TO * capacity {
                 let id = draw.next(&mut rng);
+                // As in a filling, where it decides on going astray: the arrivals are the same.
+                rng.unit();
                 arrived += draw.shapes[id].gpu_total() as f64;
                 let placed = placer.place(id, &draw.shapes[id], 0).is_some();
                 tally.count(&draw.shapes[id], placed);
@@ -169,15 +227,24 @@ impl Room {
         let cores: f64 = nodes.iter().map(|n| f64::from(n.cpu)).sum();
         let gpus: f64 = nodes.iter().map(|n| n.gpu_left() as f64).sum();
         let exchange = if cores > 0.0 { gpus / cores } else { 0.0 };
-        Self { worth_per_core: tuning.room_start * exchange, least: tally.shares(), exchange }
+        let least = tally.shares();
+        let worth_per_core = tuning.room_start * exchange;
+        Self { worth_per_core, least, exchange, scarce: least.0 < 1.0 }
     }
 
-    fn adjust(&mut self, tallies: impl Iterator<Item = Tally>, tuning: &Tuning) {
+    /// Returns by how much too small a share was placed, if it is to be so much above the least.
+    fn short(&self, tallies: impl Iterator<Item = Tally>, above: f64) -> f64 {
         let (pods, cores) = tallies.fold(Tally::default(), Tally::add).shares();
-        let short = (self.least.0 - pods).max(self.least.1 - cores) + tuning.room_margin;
         // All of them placed cannot be bettered, whatever the margin asks for.
-        let short = if pods >= 1.0 { short.min(0.0) } else { short };
-        let step = tuning.room_step * short * self.exchange;
+        let wanted = |least: f64| (least + above).min(1.0);
+        (wanted(self.least.0) - pods).max(wanted(self.least.1) - cores)
+    }
+
+    /// Follows what a round placed.
+    fn adjust(&mut self, tallies: impl Iterator<Item = Tally> + Clone, tuning: &Tuning) {
+        let placed = tallies.clone().fold(Tally::default(), Tally::add);
+        self.scarce |= placed.pods_placed < placed.pods;
+        let step = tuning.room_step * self.short(tallies, tuning.room_margin) * self.exchange;
         self.worth_per_core = (self.worth_per_core + step).max(0.0);
     }
 }
@@ -265,7 +332,8 @@ fn fill(
             });
         }
     }
-    Filling { seen, late, no_gpu }
+    let wasted = last.iter().map(|node| node.gpu_left() as f64).sum();
+    Filling { seen, late, no_gpu, wasted }
 }
 
 /// Charges a pod's price to the devices that it took.

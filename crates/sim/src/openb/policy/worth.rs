@@ -75,7 +75,14 @@ impl Grid {
 
     /// Returns the number of cells for devices; those for free cores follow.
     fn devices(&self) -> usize {
-        PERIODS.len() * self.models * self.columns() * KINDS
+        PERIODS.len() * self.stride()
+    }
+
+    /// Returns how many cells a period has for devices: the same device one period earlier is so
+    /// many cells before.
+    #[must_use]
+    pub fn stride(&self) -> usize {
+        self.models * self.columns() * KINDS
     }
 
     /// Returns whether there is no cell.
@@ -184,7 +191,7 @@ impl Sums {
     #[must_use]
     pub fn estimate(&self, typical: &[Typical], tuning: &Tuning) -> Worth {
         let grid = self.grid.clone();
-        let mut wasted = vec![0.0; grid.len()];
+        let mut tenths = vec![0; grid.len()];
         for period in 0..PERIODS.len() {
             for column in 0..grid.columns() {
                 for kind in 0..KINDS {
@@ -199,15 +206,15 @@ impl Sums {
                         let guess = self.guesses[grid.cell(0, model, column, kind)];
                         let pooled = (sum + pull * guess) / (weight + pull);
                         let (own, own_sum) = self.cells[cell];
-                        wasted[cell] = ((own_sum + pull * pooled) / (own + pull)) as f32;
+                        tenths[cell] = to_tenths((own_sum + pull * pooled) / (own + pull));
                     }
                 }
             }
         }
         for (cell, (weight, sum)) in self.cells.iter().enumerate().skip(grid.devices()) {
-            wasted[cell] = (sum / (weight + tuning.pull)) as f32;
+            tenths[cell] = to_tenths(sum / (weight + tuning.pull));
         }
-        Worth { grid, wasted, rest: Rest::new(typical), cores_per_gpu: cores_per_gpu(typical) }
+        Worth::new(grid, &tenths, typical)
     }
 }
 
@@ -245,7 +252,33 @@ pub struct Worth {
     cores_per_gpu: f64,
 }
 
+/// What is kept is whole tenths, so that what is read back is what was learned.
+const TENTHS: f32 = 10.0;
+
+fn to_tenths(milli: f64) -> i32 {
+    (milli * f64::from(TENTHS)).round() as i32
+}
+
 impl Worth {
+    /// Takes the values of the cells, in tenths of a thousandth of a GPU.
+    #[must_use]
+    pub fn new(grid: Grid, tenths: &[i32], typical: &[Typical]) -> Self {
+        let wasted = tenths.iter().map(|&tenths| tenths as f32 / TENTHS).collect();
+        Self { grid, wasted, rest: Rest::new(typical), cores_per_gpu: cores_per_gpu(typical) }
+    }
+
+    /// Returns the values of the cells, in tenths of a thousandth of a GPU.
+    #[must_use]
+    pub fn tenths(&self) -> Vec<i32> {
+        self.wasted.iter().map(|&milli| to_tenths(f64::from(milli))).collect()
+    }
+
+    /// Returns the cells.
+    #[must_use]
+    pub fn grid(&self) -> &Grid {
+        &self.grid
+    }
+
     /// Returns the thousandths of a core that typical pods ask for with each GPU.
     #[must_use]
     pub fn cores_per_gpu(&self) -> f64 {

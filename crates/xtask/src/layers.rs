@@ -34,6 +34,7 @@ pub(crate) const LAYERS: &[(&str, u8)] = &[
     ("drumline-rank", 4),
     ("drumline-gateway", 4),
     ("drumline-dashboard", 4),
+    ("drumline-operator", 4),
     ("drumline-cli", 5),
     ("xtask", 5),
 ];

@@ -1,0 +1,137 @@
+//! What is applied to run the operator: its account, what it may do, and its Deployment.
+
+use serde_json::{Value, json};
+
+use crate::crd::GROUP;
+
+/// The operator's name: of its account, its roles and its Deployment.
+pub const NAME: &str = "drumline-operator";
+
+/// Returns the cluster role: what the operator does, and nothing more.
+///
+/// It reads nodes and pods of all namespaces, because it accounts for what others use. It writes no
+/// node, reads no secret, and cannot change its own resources' specs.
+#[must_use]
+pub fn cluster_role() -> Value {
+    let rule = |group: &str, resources: &[&str], verbs: &[&str]| json!({ "apiGroups": [group], "resources": resources, "verbs": verbs });
+    let jobs = ["trainingjobs", "modelservices", "commandjobs"];
+    let of = |sub: &str| jobs.map(|job| format!("{job}/{sub}"));
+    let (status, finalizers) = (of("status"), of("finalizers"));
+    let texts = |names: &[String; 3]| -> Vec<String> { names.to_vec() };
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": { "name": NAME, "labels": labels() },
+        "rules": [
+            // `patch` puts the finalizer on; the CRDs' rules keep what decides a gang as it is.
+            rule(GROUP, &jobs, &["get", "list", "watch", "patch"]),
+            { "apiGroups": [GROUP], "resources": texts(&status), "verbs": ["patch"] },
+            // Owner references that block deletion need it where that admission plugin is on.
+            { "apiGroups": [GROUP], "resources": texts(&finalizers), "verbs": ["update"] },
+            rule(GROUP, &["queues"], &["get", "list", "watch"]),
+            rule("", &["nodes"], &["get", "list", "watch"]),
+            // `patch` takes the scheduling gate off.
+            rule("", &["pods"], &["get", "list", "watch", "create", "patch", "delete"]),
+            rule("", &["pods/binding"], &["create"]),
+            rule("", &["services"], &["get", "create", "delete"]),
+            rule("events.k8s.io", &["events"], &["create", "patch"]),
+        ],
+    })
+}
+
+/// Returns the role in the operator's own namespace: its lease.
+#[must_use]
+pub fn lease_role(namespace: &str) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "Role",
+        "metadata": { "name": NAME, "namespace": namespace, "labels": labels() },
+        "rules": [
+            { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"] },
+            { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"],
+              "resourceNames": [crate::lease::NAME], "verbs": ["get", "update"] },
+        ],
+    })
+}
+
+/// Returns everything but the custom resources, in the order in which it is applied.
+#[must_use]
+pub fn all(namespace: &str, image: &str) -> Vec<Value> {
+    let account = json!({ "kind": "ServiceAccount", "name": NAME, "namespace": namespace });
+    let binding = |kind: &str, role: &str, metadata: Value| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": kind,
+            "metadata": metadata,
+            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": role, "name": NAME },
+            "subjects": [account.clone()],
+        })
+    };
+    vec![
+        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }),
+        json!({ "apiVersion": "v1", "kind": "ServiceAccount",
+                "metadata": { "name": NAME, "namespace": namespace, "labels": labels() } }),
+        cluster_role(),
+        binding("ClusterRoleBinding", "ClusterRole", json!({ "name": NAME, "labels": labels() })),
+        lease_role(namespace),
+        binding(
+            "RoleBinding",
+            "Role",
+            json!({
+                "name": NAME, "namespace": namespace, "labels": labels(),
+            }),
+        ),
+        deployment(namespace, image),
+    ]
+}
+
+fn labels() -> Value {
+    json!({ "app.kubernetes.io/name": NAME, "app.kubernetes.io/part-of": "drumline" })
+}
+
+fn deployment(namespace: &str, image: &str) -> Value {
+    let selector = json!({ "app.kubernetes.io/name": NAME });
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": { "name": NAME, "namespace": namespace, "labels": labels() },
+        "spec": {
+            // One leads, the other takes over.
+            "replicas": 2,
+            "selector": { "matchLabels": selector },
+            "template": {
+                "metadata": { "labels": labels() },
+                "spec": {
+                    "serviceAccountName": NAME,
+                    "securityContext": {
+                        "runAsNonRoot": true, "runAsUser": 65_532,
+                        "seccompProfile": { "type": "RuntimeDefault" },
+                    },
+                    "containers": [{
+                        "name": "operator",
+                        "image": image,
+                        "args": ["operator", "--namespace", namespace, "--image", image],
+                        "resources": {
+                            "requests": { "cpu": "100m", "memory": "128Mi" },
+                            "limits": { "memory": "512Mi" },
+                        },
+                        "securityContext": {
+                            "allowPrivilegeEscalation": false,
+                            "readOnlyRootFilesystem": true,
+                            "capabilities": { "drop": ["ALL"] },
+                        },
+                    }],
+                    "affinity": { "podAntiAffinity": {
+                        "preferredDuringSchedulingIgnoredDuringExecution": [{
+                            "weight": 1,
+                            "podAffinityTerm": {
+                                "topologyKey": "kubernetes.io/hostname",
+                                "labelSelector": { "matchLabels": selector },
+                            },
+                        }],
+                    }},
+                },
+            },
+        },
+    })
+}

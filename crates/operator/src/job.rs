@@ -1,0 +1,174 @@
+//! A job as the operator holds it: a custom resource, its spec parsed by the one parser.
+
+use drumline_spec::manifest::parse;
+use drumline_spec::{JobKind, JobSpec};
+use drumline_types::JobId;
+use kube::api::{ApiResource, DynamicObject};
+use kube::core::GroupVersionKind;
+use serde_json::{Value, json};
+
+use crate::crd::status::JobStatus;
+use crate::crd::{GROUP, VERSION, define};
+
+/// Keeps a job's object until its pods are gone.
+pub const FINALIZER: &str = "drumline.dev/gang";
+/// Annotation: the container image of the job's ranks.
+pub const IMAGE: &str = "drumline.dev/image";
+/// Annotation: names of image pull secrets, separated by commas.
+pub const PULL_SECRETS: &str = "drumline.dev/image-pull-secrets";
+
+/// Returns how a kind is called in the API.
+#[must_use]
+pub fn resource(kind: JobKind) -> ApiResource {
+    resource_named(kind.as_str())
+}
+
+/// Returns how a kind of manifest is called in the API.
+#[must_use]
+pub fn resource_named(kind: &str) -> ApiResource {
+    let gvk = GroupVersionKind::gvk(GROUP, VERSION, kind);
+    ApiResource::from_gvk_with_plural(&gvk, &define::plural(kind))
+}
+
+/// One job of the cluster.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Which kind of work.
+    pub kind: JobKind,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name, unique in its namespace and kind.
+    pub name: String,
+    /// Unique for all time.
+    pub uid: String,
+    /// What the decision core calls it: the name and the start of the uid.
+    pub id: JobId,
+    /// Counts changes of the spec.
+    pub generation: i64,
+    /// The revision that a write is fenced by.
+    pub resource_version: String,
+    /// When it was accepted, milliseconds since 1970.
+    pub created_ms: u64,
+    /// Whether its deletion was asked for.
+    pub is_deleting: bool,
+    /// Whether the operator's finalizer is on it.
+    pub has_finalizer: bool,
+    /// Every finalizer, ours included.
+    pub finalizers: Vec<String>,
+    /// The container image, when the job names one.
+    pub image: Option<String>,
+    /// Image pull secrets.
+    pub pull_secrets: Vec<String>,
+    /// What it asks for, or every mistake in it, in one line.
+    pub spec: Result<JobSpec, String>,
+    /// What is known of it.
+    pub status: JobStatus,
+    /// Whether it has a status at all.
+    pub has_status: bool,
+}
+
+impl Job {
+    /// Reads an object of the API server. `None`: it lacks what every stored object has.
+    #[must_use]
+    pub fn read(kind: JobKind, object: &DynamicObject) -> Option<Self> {
+        let metadata = &object.metadata;
+        let name = metadata.name.clone()?;
+        let uid = metadata.uid.clone()?;
+        let finalizers = metadata.finalizers.clone().unwrap_or_default();
+        let annotation =
+            |key: &str| metadata.annotations.as_ref().and_then(|all| all.get(key)).cloned();
+        let status = object.data.get("status");
+        Some(Self {
+            kind,
+            namespace: metadata.namespace.clone()?,
+            id: job_id(&name, &uid)?,
+            generation: metadata.generation.unwrap_or_default(),
+            resource_version: metadata.resource_version.clone()?,
+            created_ms: metadata
+                .creation_timestamp
+                .as_ref()
+                .and_then(|time| u64::try_from(time.0.as_millisecond()).ok())
+                .unwrap_or_default(),
+            is_deleting: metadata.deletion_timestamp.is_some(),
+            has_finalizer: finalizers.iter().any(|one| one == FINALIZER),
+            finalizers,
+            image: annotation(IMAGE),
+            pull_secrets: annotation(PULL_SECRETS)
+                .unwrap_or_default()
+                .split(',')
+                .map(|name| name.trim().to_owned())
+                .filter(|name| !name.is_empty())
+                .collect(),
+            spec: spec(kind, &name, object),
+            status: status
+                .and_then(|status| serde_json::from_value(status.clone()).ok())
+                .unwrap_or_default(),
+            has_status: status.is_some(),
+            name,
+            uid,
+        })
+    }
+
+    /// Returns the name of the service that gives the job's ranks their addresses.
+    #[must_use]
+    pub fn service(&self) -> String {
+        format!("{}-{}", self.name, letter(self.kind))
+    }
+
+    /// Returns the name of a rank's pod. No two kinds, attempts or ranks share one.
+    #[must_use]
+    pub fn pod(&self, attempt: u32, rank: u32) -> String {
+        format!("{}-{}{attempt}-{rank}", self.name, letter(self.kind))
+    }
+}
+
+fn letter(kind: JobKind) -> char {
+    match kind {
+        JobKind::TrainingJob => 't',
+        JobKind::ModelService => 's',
+        JobKind::CommandJob => 'c',
+    }
+}
+
+fn job_id(name: &str, uid: &str) -> Option<JobId> {
+    let start: String = uid.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+    let name: String = name.chars().take(50).collect();
+    format!("{name}-{start}").to_ascii_lowercase().parse().ok()
+}
+
+/// Parses the object as the manifest that it was applied from.
+fn spec(kind: JobKind, name: &str, object: &DynamicObject) -> Result<JobSpec, String> {
+    let manifest = json!({
+        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "kind": kind.as_str(),
+        "metadata": { "name": name },
+        "spec": object.data.get("spec").unwrap_or(&Value::Null),
+    });
+    let parsed = parse(&manifest.to_string(), name).map_err(|mistakes| {
+        let told = mistakes.iter().map(|mistake| format!("{}: {}", mistake.path, mistake.message));
+        told.collect::<Vec<_>>().join("; ")
+    })?;
+    parsed.into_iter().next().ok_or_else(|| "the object holds no manifest".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_is_parsed_by_the_parser_of_manifests() {
+        let mut object = DynamicObject::new("demo", &resource(JobKind::CommandJob));
+        object.metadata.namespace = Some("team".to_owned());
+        object.metadata.uid = Some("0f3a1b2c-1111-2222-3333-444455556666".to_owned());
+        object.metadata.resource_version = Some("7".to_owned());
+        object.data = json!({ "spec": { "argv": ["true"], "ranks": 3 } });
+        let job = Job::read(JobKind::CommandJob, &object).unwrap();
+        assert_eq!(job.id.as_str(), "demo-0f3a1b2c1111");
+        assert_eq!(job.spec.as_ref().unwrap().gang().ranks, 3);
+        assert_eq!(job.pod(2, 1), "demo-c2-1");
+        object.data = json!({ "spec": { "argv": [], "ranks": 0 } });
+        let job = Job::read(JobKind::CommandJob, &object).unwrap();
+        let told = job.spec.unwrap_err();
+        assert!(told.contains("spec.argv") && told.contains("spec.ranks"), "{told}");
+    }
+}

@@ -1,0 +1,329 @@
+//! Carries out what was decided for one gang: all its pods created gated, then all bound; or taken
+//! back whole.
+
+use std::time::Duration;
+
+use drumline_types::Explanation;
+use futures::{TryStreamExt, stream};
+use k8s_openapi::api::core::v1::{Binding, Pod, Service};
+use kube::Client;
+use kube::api::{
+    Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
+};
+use kube::core::Status;
+use kube::runtime::events::{Event, EventType, Recorder};
+use serde_json::{Value, json};
+
+use crate::crd::status::JobStatus;
+use crate::gang::{ATTEMPT, UID};
+use crate::job::{FINALIZER, Job, resource};
+use crate::lease::{Leadership, NotLeading};
+use crate::pods::{self, PodRules, Seat};
+use crate::step::Doomed;
+
+/// Calls to the API server that one gang has under way at a time.
+const CALLS_MAX: usize = 16;
+/// Longest time that the pods of a gang that is taken back may take to go.
+const GONE_DEADLINE: Duration = Duration::from_secs(60);
+/// Between two looks at whether they are gone.
+const GONE_POLL: Duration = Duration::from_millis(100);
+
+/// Why something was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The API server refused, or was not reached.
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    /// This process does not lead any more.
+    #[error(transparent)]
+    NotLeading(#[from] NotLeading),
+    /// The parts do not make an object.
+    #[error("not an object of the API: {0}")]
+    Object(#[from] serde_json::Error),
+    /// Pods are still there.
+    #[error("{0} pods are still there after {GONE_DEADLINE:?}")]
+    StillThere(usize),
+}
+
+impl LaunchError {
+    /// Returns whether somebody else changed the object first.
+    #[must_use]
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Api(kube::Error::Api(status)) if status.code == 409)
+    }
+}
+
+fn is_missing(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
+}
+
+/// Writes to the API server, as long as this process leads.
+#[derive(Clone)]
+pub struct Writer {
+    /// The way to the API server.
+    pub client: Client,
+    /// Whether this process may write.
+    pub leadership: Leadership,
+    /// How pods are made.
+    pub rules: PodRules,
+    /// Tells people what happens.
+    pub recorder: Recorder,
+}
+
+impl Writer {
+    fn jobs(&self, job: &Job) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), &job.namespace, &resource(job.kind))
+    }
+
+    fn pods(&self, job: &Job) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), &job.namespace)
+    }
+
+    /// Writes a job's status, fenced by the revision that it was decided on, and tells people when
+    /// phase or reason changed.
+    ///
+    /// # Errors
+    /// [`LaunchError`]; a conflict when the job has changed since.
+    pub async fn status(
+        &self,
+        job: &Job,
+        status: &JobStatus,
+    ) -> Result<DynamicObject, LaunchError> {
+        self.leadership.check()?;
+        let mut value = serde_json::to_value(status)?;
+        if status.step.is_none() {
+            value["step"] = Value::Null;
+        }
+        let patch = json!({
+            "metadata": { "resourceVersion": job.resource_version },
+            "status": value,
+        });
+        let written = self
+            .jobs(job)
+            .patch_status(&job.name, &PatchParams::default(), &Patch::Merge(&patch))
+            .await?;
+        if (&job.status.phase, &job.status.reason) != (&status.phase, &status.reason) {
+            self.tell(job, status).await;
+        }
+        Ok(written)
+    }
+
+    async fn tell(&self, job: &Job, status: &JobStatus) {
+        let is_bad = matches!(status.phase.as_str(), "failed" | "restarting");
+        let event = Event {
+            type_: if is_bad { EventType::Warning } else { EventType::Normal },
+            reason: if status.reason.is_empty() { "Running".into() } else { status.reason.clone() },
+            note: Some(status.message.chars().take(1000).collect()),
+            action: format!("Phase{}", status.phase),
+            secondary: None,
+        };
+        let reference = k8s_openapi::api::core::v1::ObjectReference {
+            api_version: Some(resource(job.kind).api_version),
+            kind: Some(job.kind.as_str().to_owned()),
+            name: Some(job.name.clone()),
+            namespace: Some(job.namespace.clone()),
+            uid: Some(job.uid.clone()),
+            ..Default::default()
+        };
+        if let Err(error) = self.recorder.publish(&event, &reference).await {
+            tracing::warn!(%error, job = %job.id, "an event could not be told");
+        }
+    }
+
+    /// Puts the finalizer on a job.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn adopt(&self, job: &Job) -> Result<DynamicObject, LaunchError> {
+        let all = job.finalizers.iter().map(String::as_str).chain([FINALIZER]);
+        self.finalizers(job, all.collect()).await
+    }
+
+    /// Deletes a job's service and, once no pod of it is there, takes the finalizer off.
+    ///
+    /// # Errors
+    /// [`LaunchError`]; [`LaunchError::StillThere`] when pods turn up that the caller did not see.
+    pub async fn release(&self, job: &Job) -> Result<(), LaunchError> {
+        let left = self.list(job, None).await?.len();
+        if left > 0 {
+            return Err(LaunchError::StillThere(left));
+        }
+        self.leadership.check()?;
+        let services: Api<Service> = Api::namespaced(self.client.clone(), &job.namespace);
+        match services.delete(&job.service(), &DeleteParams::default()).await {
+            Ok(_) => {}
+            Err(error) if is_missing(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let others = job.finalizers.iter().map(String::as_str).filter(|one| *one != FINALIZER);
+        match self.finalizers(job, others.collect()).await {
+            Err(LaunchError::Api(error)) if is_missing(&error) => Ok(()),
+            done => done.map(drop),
+        }
+    }
+
+    async fn finalizers(&self, job: &Job, all: Vec<&str>) -> Result<DynamicObject, LaunchError> {
+        self.leadership.check()?;
+        let patch = json!({ "metadata": {
+            "resourceVersion": job.resource_version, "finalizers": all,
+        }});
+        Ok(self.jobs(job).patch(&job.name, &PatchParams::default(), &Patch::Merge(&patch)).await?)
+    }
+
+    /// Starts an attempt: writes it down, creates every pod gated, then binds every one. `written`
+    /// is the job's object once the attempt is written down.
+    ///
+    /// # Errors
+    /// [`LaunchError`]. The caller takes the gang back.
+    pub async fn launch(
+        &self,
+        job: &Job,
+        attempt: u32,
+        status: &JobStatus,
+        seats: &[Seat],
+        written: &mut Option<DynamicObject>,
+    ) -> Result<(), LaunchError> {
+        // Fenced: of two operators that both believe they lead, one gets a conflict here.
+        *written = Some(self.status(job, status).await?);
+        self.ensure_service(job).await?;
+        let Ok(spec) = &job.spec else { return Ok(()) };
+        let pods = self.pods(job);
+        let made: Vec<Pod> = seats
+            .iter()
+            .map(|seat| pods::pod(&self.rules, job, spec, attempt, seat))
+            .collect::<Result<_, _>>()?;
+        stream::iter(made.iter().map(Ok::<_, LaunchError>))
+            .try_for_each_concurrent(CALLS_MAX, |pod| async {
+                self.leadership.check()?;
+                pods.create(&PostParams::default(), pod).await?;
+                Ok(())
+            })
+            .await?;
+        // Every pod is there, so every quota and admission rule is passed: now they may run.
+        stream::iter(seats.iter().map(Ok::<_, LaunchError>))
+            .try_for_each_concurrent(CALLS_MAX, |seat| self.bind(job, attempt, seat))
+            .await
+    }
+
+    async fn ensure_service(&self, job: &Job) -> Result<(), LaunchError> {
+        self.leadership.check()?;
+        let services: Api<Service> = Api::namespaced(self.client.clone(), &job.namespace);
+        match services.create(&PostParams::default(), &pods::service(job)?).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                let there = services.get(&job.service()).await?;
+                let owners = there.metadata.owner_references.iter().flatten();
+                if owners.into_iter().any(|owner| owner.uid == job.uid) {
+                    Ok(())
+                } else {
+                    Err(kube::Error::Api(status).into())
+                }
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn bind(&self, job: &Job, attempt: u32, seat: &Seat) -> Result<(), LaunchError> {
+        self.leadership.check()?;
+        let name = job.pod(attempt, seat.rank);
+        let pods = self.pods(job);
+        let ungate = json!({ "spec": { "schedulingGates": null } });
+        pods.patch(&name, &PatchParams::default(), &Patch::Merge(&ungate)).await?;
+        self.leadership.check()?;
+        let mut binding = Binding::default();
+        binding.metadata.name = Some(name.clone());
+        binding.target.kind = Some("Node".to_owned());
+        binding.target.name = Some(seat.node.clone());
+        let _: Status =
+            pods.create_subresource("binding", &name, &PostParams::default(), &binding).await?;
+        Ok(())
+    }
+
+    /// Deletes pods. One that is gone already is no error.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn remove(&self, job: &Job, doomed: &[Doomed]) -> Result<(), LaunchError> {
+        let namespace = job.namespace.clone();
+        self.remove_in(&namespace, doomed).await
+    }
+
+    /// Deletes pods of a namespace.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn remove_in(&self, namespace: &str, doomed: &[Doomed]) -> Result<(), LaunchError> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        stream::iter(doomed.iter().map(Ok::<_, LaunchError>))
+            .try_for_each_concurrent(CALLS_MAX, |one| async {
+                self.leadership.check()?;
+                let params = DeleteParams {
+                    grace_period_seconds: one.is_lost.then_some(0),
+                    preconditions: Some(Preconditions {
+                        uid: Some(one.uid.clone()),
+                        ..Preconditions::default()
+                    }),
+                    ..DeleteParams::default()
+                };
+                match pods.delete(&one.name, &params).await {
+                    Ok(_) => Ok(()),
+                    Err(error) if is_missing(&error) => Ok(()),
+                    // Another pod of that name: ours is gone.
+                    Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+                    Err(error) => Err(error.into()),
+                }
+            })
+            .await
+    }
+
+    /// Returns the pods of a job as the API server has them at this moment, of one attempt or all.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn list(&self, job: &Job, attempt: Option<u32>) -> Result<Vec<Pod>, LaunchError> {
+        let selector = match attempt {
+            Some(attempt) => format!("{UID}={},{ATTEMPT}={attempt}", job.uid),
+            None => format!("{UID}={}", job.uid),
+        };
+        Ok(self.pods(job).list(&ListParams::default().labels(&selector)).await?.items)
+    }
+
+    /// Takes an attempt back: deletes every pod of it, and waits until the API server has none.
+    ///
+    /// # Errors
+    /// [`LaunchError`]. The devices stay promised until it succeeds.
+    pub async fn take_back(&self, job: &Job, attempt: u32) -> Result<(), LaunchError> {
+        let deadline = tokio::time::Instant::now() + GONE_DEADLINE;
+        loop {
+            let left = self.list(job, Some(attempt)).await?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            let doomed: Vec<Doomed> = left
+                .iter()
+                .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+                .filter_map(|pod| {
+                    Some(Doomed {
+                        name: pod.metadata.name.clone()?,
+                        uid: pod.metadata.uid.clone()?,
+                        is_lost: false,
+                    })
+                })
+                .collect();
+            self.remove(job, &doomed).await?;
+            if tokio::time::Instant::now() >= deadline {
+                return Err(LaunchError::StillThere(left.len()));
+            }
+            tokio::time::sleep(GONE_POLL).await;
+        }
+    }
+}
+
+/// Says why a gang was taken back.
+#[must_use]
+pub fn taken_back(attempt: u32, error: &LaunchError) -> Explanation {
+    Explanation::new(
+        drumline_types::Reason::NotYetConsidered,
+        format!("attempt {attempt} was taken back whole: {error}"),
+    )
+}

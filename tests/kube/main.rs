@@ -1,0 +1,8 @@
+//! The operator against a real API server: etcd and kube-apiserver on loopback, with certificates
+//! and RBAC, built by `tests/kube/build`. Without them each test says so and passes.
+
+mod cluster;
+mod crds;
+mod gangs;
+mod kubelet;
+mod operator;

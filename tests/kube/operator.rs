@@ -1,0 +1,51 @@
+//! An operator under test: inside this process, or as a process of its own that can be killed.
+
+use std::time::Duration;
+
+use drumline_operator::{FleetRules, LeaseRules, Options, PodRules};
+use kube::Config;
+use tokio_util::sync::CancellationToken;
+
+/// An operator that stops when it is dropped.
+pub(crate) struct Operator {
+    stop: CancellationToken,
+    task: Option<tokio::task::JoinHandle<()>>,
+}
+
+/// Returns what an operator of a test needs.
+pub(crate) fn options(client: Config, identity: &str) -> Options {
+    Options {
+        client,
+        namespace: "drumline-system".to_owned(),
+        lease: LeaseRules { identity: identity.to_owned(), duration: Duration::from_secs(3) },
+        fleet: FleetRules::default(),
+        pods: PodRules { image: "test".to_owned(), ..PodRules::default() },
+    }
+}
+
+impl Operator {
+    /// Starts one.
+    pub(crate) fn start(client: Config, identity: &str) -> Self {
+        let stop = CancellationToken::new();
+        let options = options(client, identity);
+        let asked = stop.clone();
+        let task = tokio::spawn(async move {
+            drumline_operator::run(options, asked).await.expect("the operator starts");
+        });
+        Self { stop, task: Some(task) }
+    }
+
+    /// Stops it, and waits until it has handed its lease back.
+    pub(crate) async fn stop(mut self) {
+        self.stop.cancel();
+        if let Some(task) = self.task.take() {
+            tokio::time::timeout(Duration::from_secs(10), task).await.unwrap().unwrap();
+        }
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}

@@ -14,7 +14,6 @@ use drumline_tensor::reference::Random;
 
 use crate::error::EngineError;
 use crate::groups::Groups;
-use crate::infer::{Leader, Model, ModelOptions, Request, Sampling};
 use crate::probe::Probe;
 use crate::train::{Batch, Trainer};
 
@@ -186,83 +185,6 @@ pub fn train<P: Probe + Clone>(
             losses.first().copied().unwrap_or(f32::NAN),
             losses.last().copied().unwrap_or(f32::NAN),
         ),
-    })
-}
-
-/// What a serving measurement found, on one rank, without gateway or network.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ServingRate {
-    /// Tokens of prompts per second.
-    pub prefill_tokens_per_second: f64,
-    /// Tokens per second of the whole batch while decoding.
-    pub decode_tokens_per_second: f64,
-    /// Bytes of weights that a second of decoding reads if each step reads each once.
-    pub weight_bytes_per_second: f64,
-}
-
-/// Serves `batch` prompts of `prompt` tokens and makes `made` tokens for each, greedily, with
-/// untrained weights. `seconds` is the caller's monotonic clock.
-///
-/// # Errors
-/// [`EngineError`] when memory or threads cannot be had or the context is too short.
-pub fn serve(
-    model: &ModelConfig,
-    threads: usize,
-    batch: usize,
-    prompt: usize,
-    made: usize,
-    seconds: &(dyn Fn() -> f64 + Sync),
-) -> Result<ServingRate, EngineError> {
-    let mesh = Mesh::new(Parallelism::SINGLE);
-    let groups = local_groups(mesh).swap_remove(0);
-    let options = ModelOptions {
-        max_batch: batch,
-        max_context: prompt + made,
-        max_queue: batch,
-        prefill_tokens: 512,
-        blocks: 0,
-    };
-    let backend = Cpu::new(threads)?;
-    let mut served =
-        Model::new(model, Parallelism::SINGLE, mesh.coords(0), groups, backend, options)?;
-    let weights = served.load(|shard, values| {
-        crate::init::fill(1, crate::init::matrix(), shard, values);
-        Ok::<_, std::convert::Infallible>(())
-    });
-    match weights {
-        Ok(()) => {}
-        Err(never) => match never {},
-    }
-    let mut leader = Leader::new(served);
-    for i in 0..batch {
-        let mut random = Random::new(i as u64);
-        let prompt = (0..prompt).map(|_| random.below(model.vocab as usize) as u32).collect();
-        let request = Request {
-            prompt,
-            max_tokens: made,
-            sampling: Sampling::GREEDY,
-            stop_tokens: Vec::new(),
-        };
-        leader.submit(request).map_err(|refusal| EngineError::Split {
-            field: "max_context",
-            message: refusal.to_string(),
-        })?;
-    }
-    let (mut prefill, mut decode) = ((0usize, 0.0), (0usize, 0usize, 0.0));
-    while !leader.is_idle() {
-        let start = seconds();
-        let output = leader.step()?;
-        let took = seconds() - start;
-        if output.prefilled > 0 {
-            prefill = (prefill.0 + output.prefilled, prefill.1 + took);
-        } else {
-            decode = (decode.0 + output.decoded, decode.1 + 1, decode.2 + took);
-        }
-    }
-    Ok(ServingRate {
-        prefill_tokens_per_second: prefill.0 as f64 / prefill.1,
-        decode_tokens_per_second: decode.0 as f64 / decode.2,
-        weight_bytes_per_second: decode.1 as f64 * model.parameters() as f64 * 4.0 / decode.2,
     })
 }
 

@@ -11,7 +11,7 @@ use drumline_engine::infer::{
 };
 use drumline_mesh::Mesh;
 use drumline_spec::{Family, ModelConfig, Parallelism};
-use drumline_tensor::{Cpu, KV_BLOCK};
+use drumline_tensor::{Cpu, DType, KV_BLOCK};
 use support::{Whole, job, micros, split, tiny};
 
 /// A model that has learned a little, so that its answers are not all alike.
@@ -189,6 +189,71 @@ fn an_answer_is_the_same_alone_in_company_and_on_every_split() {
                 results
             });
             assert_eq!(ranks[0], alone, "{family:?} {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn a_prefix_from_the_cache_gives_the_same_answers_to_the_bit() {
+    for (family, tie) in [(Family::Gpt2, true), (Family::Llama, false)] {
+        let (mut config, _, _) = trained(family, tie);
+        config.context = 64;
+        let mut job = job(config.clone(), Parallelism::SINGLE);
+        job.sequence = 20;
+        let mesh = Mesh::new(Parallelism::SINGLE);
+        let groups = local_groups(mesh).remove(0);
+        let t = Trainer::new(&job, mesh.coords(0), groups, Cpu::new(1).unwrap()).unwrap();
+        let mut weights = Whole::default();
+        weights.add(&t.snapshot(None));
+        let request = |tail: u32| Request {
+            prompt: (0..40).map(|i| (i * 7 % 60) as u32).chain([tail]).collect(),
+            max_tokens: 6,
+            sampling: Sampling { logprobs: Some(3), ..Sampling::GREEDY },
+            stop_tokens: Vec::new(),
+        };
+        let events = |leader: &mut Leader<Cpu>, request: Request| {
+            leader.submit(request).unwrap();
+            let mut events = Vec::new();
+            while !leader.is_idle() {
+                events.extend(leader.step().unwrap().events);
+            }
+            events.into_iter().map(|e| (e.token, e.logprob.map(f32::to_bits), e.top)).collect()
+        };
+        let mut leader = Leader::new(single(&config, &weights, small()));
+        for (turn, tail) in [5, 5, 9].into_iter().enumerate() {
+            let got: Vec<_> = events(&mut leader, request(tail));
+            assert_eq!(leader.load().reused_tokens, 32 * turn as u64, "{family:?}");
+            let mut fresh = Leader::new(single(&config, &weights, ModelOptions::default()));
+            assert_eq!(got, events(&mut fresh, request(tail)), "{family:?}, turn {turn}");
+        }
+    }
+}
+
+#[test]
+fn stored_weights_change_the_scores_by_no_more_than_their_rounding() {
+    for (family, tie) in [(Family::Gpt2, true), (Family::Llama, false)] {
+        let (config, weights, _) = trained(family, tie);
+        let segment = Segment {
+            blocks: vec![0, 1],
+            position: 0,
+            tokens: (0..20).map(|i| i * 3 % 61).collect(),
+            sample: true,
+        };
+        let logits = |dtype| {
+            let options = ModelOptions { weights: dtype, ..ModelOptions::default() };
+            let mut model = single(&config, &weights, options);
+            let bytes = model.memory().weights;
+            (model.run(std::slice::from_ref(&segment)).unwrap().to_vec(), bytes)
+        };
+        let (want, full) = logits(DType::F32);
+        let scale = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        // bf16 rounds by 2^-9, f16 by 2^-12 and int8 by half a step of 1/127 of the greatest; a few
+        // layers add up to a few times that.
+        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::Bf16, 2e-2), (DType::I8, 6e-2)] {
+            let (got, bytes) = logits(dtype);
+            let worst = want.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+            assert!(worst > 0.0 && worst <= tolerance * scale, "{family:?} {dtype:?}: {worst}");
+            assert!(bytes < full, "{dtype:?}: {bytes} of {full} bytes");
         }
     }
 }

@@ -32,5 +32,5 @@ pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use scheduling::Wishes;
 pub use schema::schema;
-pub use service::ModelService;
+pub use service::{ModelService, WeightStorage};
 pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};

@@ -10,7 +10,7 @@ use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
 use crate::queue::QueueSpec;
 use crate::scheduling::{self, Wishes, wishes};
-use crate::service::ModelService;
+use crate::service::{ModelService, WeightStorage};
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
 use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
 use crate::walk::{Checked, Walk};
@@ -514,6 +514,12 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
         max_batch: walk.u32("spec.maxBatch")?,
         max_context: walk.u32("spec.maxContext").unwrap_or(0),
         max_queue: walk.u32("spec.maxQueue")?,
+        weights: match walk.text("spec.weights")?.as_str() {
+            "bf16" => WeightStorage::Bf16,
+            "f16" => WeightStorage::F16,
+            "int8" => WeightStorage::Int8,
+            _ => WeightStorage::F32,
+        },
     });
     wrap(walk, work, wishes)
 }

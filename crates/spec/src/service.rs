@@ -4,6 +4,34 @@ use serde::{Deserialize, Serialize};
 
 use crate::gang::Parallelism;
 
+/// How a served model's matrices are stored. Activations, sums and the cache are f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightStorage {
+    /// f32, as they were trained.
+    #[default]
+    F32,
+    /// bf16; what they are multiplied by is rounded to bf16 too.
+    Bf16,
+    /// f16, multiplied by f32.
+    F16,
+    /// Signed bytes with a scale for each output; what they are multiplied by is rounded to bf16.
+    Int8,
+}
+
+impl WeightStorage {
+    /// Returns the word used in manifests.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
 /// A served model, checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelService {
@@ -20,4 +48,7 @@ pub struct ModelService {
     pub max_context: u32,
     /// Requests that may wait for a place in the batch before the gateway answers 429.
     pub max_queue: u32,
+    /// How matrices are stored.
+    #[serde(default)]
+    pub weights: WeightStorage,
 }

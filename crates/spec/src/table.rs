@@ -488,6 +488,21 @@ const SERVICE: &[Field] = &[
         "requests",
         "Requests that may wait for a place in the batch before the gateway answers 429.",
     ),
+    default(
+        "weights",
+        Kind::Choice(&[
+            ("f32", "As they were trained."),
+            (
+                "bf16",
+                "Half the memory, twice the speed; inputs of products are rounded to bf16 too.",
+            ),
+            ("f16", "Half the memory and finer than bf16; slower than it with many rows."),
+            ("int8", "A quarter of the memory, one scale for each output; inputs as with bf16."),
+        ]),
+        "f32",
+        "",
+        "How matrices are stored while they are served. Activations, sums and the cache are f32.",
+    ),
     RESOURCES,
     TOPOLOGY,
     SCHEDULING,

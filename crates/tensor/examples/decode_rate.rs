@@ -29,8 +29,12 @@ fn main() {
     let mut random = Random::new(1);
     let w = random.values(s.input * s.output);
     let kinds = [DType::F32, DType::F16, DType::Bf16, DType::I8];
-    let matrices = kinds
-        .map(|dtype| (0..40).map(|_| cpu.store_matrix(dtype, s, &w).unwrap()).collect::<Vec<_>>());
+    let matrix = |dtype| {
+        let mut matrix = cpu.alloc_matrix(dtype, s).unwrap();
+        cpu.write_matrix(&w, &mut matrix);
+        matrix
+    };
+    let matrices = kinds.map(|dtype| (0..40).map(|_| matrix(dtype)).collect::<Vec<_>>());
     let counts = [1usize, 2, 4, 8, 16, 32, 256];
     let x = random.values(256 * s.input);
     let mut y = vec![0.0; 256 * s.output];

@@ -138,20 +138,18 @@ pub trait Backend: Send + Sync + 'static {
         accumulate: bool,
     );
 
-    /// Stores the matrix of a linear layer for products alone, as `dtype`. Rows of `s` do not
-    /// matter; `values` is `[output, input]` or `[input, output]`, as its layout says.
+    /// Allocates the matrix of a linear layer, zeros, for products alone, stored as `dtype`. Rows of
+    /// `s` do not matter.
     ///
     /// f16 and f32 are multiplied by f32. With bf16 and int8 the other factor is rounded to bf16;
     /// int8 has one scale for each output, its greatest weight over 127. Sums are f32.
     ///
     /// # Errors
     /// [`TensorError::OutOfMemory`].
-    fn store_matrix(
-        &self,
-        dtype: DType,
-        s: Linear,
-        values: &[f32],
-    ) -> Result<Self::Matrix, TensorError>;
+    fn alloc_matrix(&self, dtype: DType, s: Linear) -> Result<Self::Matrix, TensorError>;
+
+    /// Stores host values, `[output, input]` or `[input, output]` as the matrix's layout says.
+    fn write_matrix(&self, from: &[f32], to: &mut Self::Matrix);
 
     /// Returns the memory that a stored matrix takes, scales included.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;

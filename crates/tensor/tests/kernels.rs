@@ -192,7 +192,8 @@ fn stored_matrices_multiply_as_what_they_were_rounded_to() {
             let what = format!("{what}, {dtype:?}, {s:?}");
             let (w2, x2) = (stored(dtype, s, &w), rounded(&x));
             let x2 = if matches!(dtype, DType::Bf16 | DType::I8) { &x2 } else { &x };
-            let matrix = cpu.store_matrix(dtype, s, &w).unwrap();
+            let mut matrix = cpu.alloc_matrix(dtype, s).unwrap();
+            cpu.write_matrix(&w, &mut matrix);
             let mut y = vec![9.0; rows * s.output];
             cpu.linear_stored(rows, &x, &matrix, bias, &mut y);
             assert_close(&y, &plain::linear(s, x2, &w2, bias), 3e-5, &what);
@@ -226,7 +227,8 @@ fn a_row_of_a_stored_product_does_not_depend_on_the_others_nor_on_threads() {
             eprintln!("not tested: this processor has no kernels for panels");
             return;
         }
-        let matrix = one.store_matrix(dtype, s, &w).unwrap();
+        let mut matrix = one.alloc_matrix(dtype, s).unwrap();
+        one.write_matrix(&w, &mut matrix);
         let mut all = vec![0.0; s.rows * s.output];
         three.linear_stored(s.rows, &x, &matrix, None, &mut all);
         for rows in [1, 2, 5, 16, 33] {

@@ -39,6 +39,9 @@ pub struct ServeArgs {
     /// Tokens to make for each.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..=4096))]
     pub max_tokens: u32,
+    /// How matrices are stored.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "int8"])]
+    pub weights: String,
 }
 
 /// What every request asks the model to continue.
@@ -70,11 +73,12 @@ pub(super) async fn run(args: &ServeArgs) -> Result<Measured, Failure> {
     let (first, each) = (sorted(|s| s.first_ms), sorted(|s| s.each_ms));
     let tokens: u64 = samples.iter().map(|sample| sample.tokens).sum();
     let setting = format!(
-        "{} requests, {} at a time, {} tokens each, tensor {}; {}",
+        "{} requests, {} at a time, {} tokens each, tensor {}, weights {}; {}",
         args.requests,
         args.concurrency,
         args.max_tokens,
         args.tensor,
+        args.weights,
         args.model.as_deref().unwrap_or("an untrained LLaMA of 10 million parameters")
     );
     let figures = vec![
@@ -110,6 +114,7 @@ async fn measure(
         "spec": {
             "model": model, "servedName": "bench", "parallelism": { "tensor": args.tensor },
             "maxBatch": args.concurrency, "maxQueue": args.concurrency,
+            "weights": args.weights,
         },
     });
     finish(&access, manifest).await?;

@@ -38,6 +38,9 @@ pub struct ServeArgs {
     /// Most tokens of prompt and completion; 0 is the model's context.
     #[arg(long, default_value_t = 0)]
     pub max_context: u32,
+    /// How matrices are stored: bf16 and f16 take half the memory of f32, int8 a quarter.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "int8"])]
+    pub weights: String,
     /// Longest wait until it is ready.
     #[arg(long, default_value = "2m", value_parser = crate::args::duration)]
     pub timeout: Duration,
@@ -119,6 +122,7 @@ fn manifest(args: &ServeArgs) -> Value {
         ("maxBatch", json!(args.max_batch)),
         ("maxContext", json!(args.max_context)),
         ("maxQueue", json!(args.max_queue)),
+        ("weights", json!(args.weights)),
     ] {
         spec.insert(name.to_owned(), value);
     }

@@ -2,8 +2,9 @@
 //!
 //! Pure: no device, no clock. Every step decodes all running sequences by one token and, in the
 //! same batch, prefills prompts up to a budget, so that a long prompt delays nobody by more than
-//! one chunk. A sequence reserves its blocks when it is admitted, so that none has to be thrown
-//! out later.
+//! one chunk; while sequences decode, the chunk is smaller. A sequence reserves its blocks when it is
+//! admitted, so that none has to be thrown out later; those that hold the beginning of its prompt
+//! already are shared with whoever computed them.
 
 use std::collections::VecDeque;
 
@@ -41,6 +42,8 @@ pub struct Limits {
     pub max_queue: usize,
     /// Tokens of prompts computed in one step.
     pub prefill_tokens: usize,
+    /// The same in a step that also decodes: what bounds the time between two tokens.
+    pub prefill_beside_decode: usize,
     /// Cache blocks, of [`KV_BLOCK`] tokens each.
     pub blocks: usize,
     /// The size of the vocabulary.
@@ -135,6 +138,8 @@ pub struct Load {
     pub blocks_used: usize,
     /// Cache blocks that exist.
     pub blocks_total: usize,
+    /// Tokens of prompts, since the beginning, that were in the cache already.
+    pub reused_tokens: u64,
 }
 
 /// What one step did.
@@ -165,6 +170,7 @@ pub struct Batcher {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     next: u64,
+    reused_tokens: u64,
     /// What the last plan asked for: sequence, tokens, whether to sample.
     planned: Vec<(RequestId, usize, bool)>,
 }
@@ -179,6 +185,7 @@ impl Batcher {
             waiting: VecDeque::new(),
             running: Vec::new(),
             next: 0,
+            reused_tokens: 0,
             planned: Vec::new(),
         }
     }
@@ -240,6 +247,7 @@ impl Batcher {
             waiting: self.waiting.len(),
             blocks_used: self.blocks.total() - self.blocks.free(),
             blocks_total: self.blocks.total(),
+            reused_tokens: self.reused_tokens,
         }
     }
 
@@ -255,18 +263,24 @@ impl Batcher {
         while self.running.len() < self.limits.max_batch {
             let Some(next) = self.waiting.front() else { break };
             let needed = Blocks::needed(next.tokens.len() + next.request.max_tokens);
-            let Some(blocks) = self.blocks.take(needed) else { break };
+            let Some((blocks, reused)) = self.blocks.take(needed, &next.tokens) else { break };
             if let Some(mut sequence) = self.waiting.pop_front() {
                 sequence.blocks = blocks;
+                sequence.cached = reused * KV_BLOCK;
+                self.reused_tokens += sequence.cached as u64;
                 self.running.push(sequence);
             }
         }
         self.planned.clear();
-        let mut budget = self.limits.prefill_tokens.max(1);
+        let Limits { prefill_tokens, prefill_beside_decode, .. } = self.limits;
+        let mut budget = match self.running.iter().any(Sequence::decodes) {
+            true => prefill_beside_decode.min(prefill_tokens).max(1),
+            false => prefill_tokens.max(1),
+        };
         let mut segments = Vec::new();
         for s in &self.running {
             let missing = s.tokens.len() - s.cached;
-            let decoding = s.tokens.len() > s.request.prompt.len();
+            let decoding = s.decodes();
             let count = if decoding { missing } else { missing.min(budget) };
             if count == 0 {
                 continue;
@@ -300,6 +314,9 @@ impl Batcher {
             } else {
                 output.decoded += 1;
             }
+            for index in s.cached / KV_BLOCK..(s.cached + count) / KV_BLOCK {
+                self.blocks.publish(&s.blocks, index, &s.tokens);
+            }
             s.cached += count;
             let Some(row) = row else { continue };
             let event = s.choose(row);
@@ -315,6 +332,11 @@ impl Batcher {
 }
 
 impl Sequence {
+    /// Returns whether its prompt is done.
+    fn decodes(&self) -> bool {
+        self.tokens.len() > self.request.prompt.len()
+    }
+
     /// Samples the next token and appends it.
     fn choose(&mut self, logits: &[f32]) -> Event {
         let made = self.tokens.len() - self.request.prompt.len();
@@ -358,6 +380,7 @@ mod tests {
             max_context: 64,
             max_queue: 2,
             prefill_tokens: 10,
+            prefill_beside_decode: 6,
             blocks,
             vocab: VOCAB,
         })
@@ -399,12 +422,30 @@ mod tests {
         let short = b.submit(request(3, 8)).unwrap();
         assert_eq!(step(&mut b, 2).events[0].token, Some(2));
         b.submit(request(25, 4)).unwrap();
-        for prefilled in [10, 10, 5] {
+        for prefilled in [6, 6, 6, 6, 1] {
             let output = step(&mut b, 3);
             assert_eq!((output.prefilled, output.decoded), (prefilled, 1));
             assert_eq!(output.events[0].request, short);
         }
         assert_eq!(step(&mut b, 3).decoded, 2);
+    }
+
+    #[test]
+    fn the_beginning_of_a_prompt_that_was_seen_before_is_not_computed_again() {
+        let mut b = batcher(4, 16);
+        b.submit(request(35, 20)).unwrap();
+        while !b.is_idle() {
+            step(&mut b, 2);
+        }
+        assert_eq!(b.load(), Load { blocks_total: 16, ..Load::default() });
+        // The same prompt and the first tokens of the answer: a second turn.
+        let prompt = [vec![1; 35], vec![2; 14], vec![3; 2]].concat();
+        b.submit(Request { prompt, ..request(1, 4) }).unwrap();
+        let mut computed = 0;
+        while !b.is_idle() {
+            computed += step(&mut b, 4).prefilled;
+        }
+        assert_eq!((computed, b.load().reused_tokens), (3, 48));
     }
 
     #[test]

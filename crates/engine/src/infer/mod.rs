@@ -8,11 +8,13 @@ pub mod batcher;
 pub mod blocks;
 pub mod model;
 pub mod plan;
+pub mod rate;
 pub mod sampler;
+mod weights;
 
 pub use batcher::{
     Admission, Batcher, Event, FinishReason, Limits, Load, Request, RequestId, StepOutput,
 };
-pub use model::{Follower, Leader, Model, ModelOptions};
+pub use model::{Follower, Leader, MemoryUse, Model, ModelOptions};
 pub use plan::{Segment, StepPlan};
 pub use sampler::{Sampling, TokenScore};

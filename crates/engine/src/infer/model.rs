@@ -4,19 +4,19 @@ use std::sync::Arc;
 
 use drumline_mesh::{Coords, ShardSpec};
 use drumline_spec::{Family, ModelConfig, Parallelism};
-use drumline_tensor::{Backend, CachedAttention, CachedSegment, KV_BLOCK};
+use drumline_tensor::{Backend, CachedAttention, CachedSegment, DType, KV_BLOCK};
 
 use super::batcher::{
     Admission, Batcher, Limits, Load, Request, RequestId, StepOutput, blocks_for,
 };
 use super::plan::{Segment, StepPlan};
+use super::weights::Weights;
 use crate::activations::{Dims, rotary_table};
 use crate::error::EngineError;
 use crate::groups::Groups;
 use crate::layer::{Stage, all, all_mut};
 use crate::layout::{Layout, LinearAt, Split};
 use crate::probe::{NoProbe, Probe, Span, timed};
-use crate::shards::scatter;
 
 /// What a served model may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +29,37 @@ pub struct ModelOptions {
     pub max_queue: usize,
     /// Tokens of prompts computed in one step.
     pub prefill_tokens: usize,
+    /// The same in a step that also decodes; at most `prefill_tokens`.
+    pub prefill_beside_decode: usize,
     /// Cache blocks of 16 tokens; 0: enough for `max_batch` sequences of `max_context`.
     pub blocks: usize,
+    /// How matrices are stored. Vectors, activations and the cache are f32.
+    pub weights: DType,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { max_batch: 16, max_context: 0, max_queue: 64, prefill_tokens: 256, blocks: 0 }
+        Self {
+            max_batch: 16,
+            max_context: 0,
+            max_queue: 64,
+            prefill_tokens: 256,
+            prefill_beside_decode: 64,
+            blocks: 0,
+            weights: DType::F32,
+        }
     }
+}
+
+/// The memory of one rank of a served model, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Weights, as they are stored.
+    pub weights: usize,
+    /// Blocks of keys and values.
+    pub cache: usize,
+    /// Everything else that was planned: the buffers of a step.
+    pub buffers: usize,
 }
 
 /// Buffers of one step, for as many rows as a step can have.
@@ -59,9 +82,8 @@ pub struct Model<B: Backend, P: Probe = NoProbe> {
     config: ModelConfig,
     split: Split,
     groups: Groups,
-    layout: Layout,
     limits: Limits,
-    parameters: B::Buffer,
+    weights: Weights<B>,
     keys: Vec<B::Buffer>,
     values: Vec<B::Buffer>,
     memory: Memory<B>,
@@ -136,16 +158,15 @@ impl<B: Backend, P: Probe> Model<B, P> {
         } else {
             None
         };
-        let parameters = b.alloc(layout.elements)?;
+        let weights = Weights::new(b, layout, dims.hidden, options.weights)?;
         Ok(Self {
             backend: Arc::new(backend),
             probe,
             config: config.clone(),
             split,
             groups,
-            layout,
             limits,
-            parameters,
+            weights,
             keys,
             values,
             memory,
@@ -174,15 +195,23 @@ impl<B: Backend, P: Probe> Model<B, P> {
     /// What `source` returns; the model is then half loaded.
     pub fn load<E>(
         &mut self,
-        mut source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
+        source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut values = Vec::new();
-        for p in &self.layout.parameters {
-            values.resize(p.shard.elements(), 0.0);
-            source(&p.shard, &mut values)?;
-            scatter(&*self.backend, p, &values, &mut self.parameters);
+        self.weights.load(&*self.backend, source)
+    }
+
+    /// Returns the memory that this rank takes.
+    #[must_use]
+    pub fn memory(&self) -> MemoryUse {
+        let b = &*self.backend;
+        let bytes = |buffer: &B::Buffer| b.elements(buffer) * size_of::<f32>();
+        let m = &self.memory;
+        let step = [&m.x, &m.normal, &m.qkv, &m.attended, &m.branch, &m.up, &m.act, &m.stats];
+        MemoryUse {
+            weights: self.weights.bytes(b),
+            cache: self.keys.iter().chain(&self.values).map(bytes).sum(),
+            buffers: step.into_iter().chain(&m.logits).chain(&self.rotary).map(bytes).sum(),
         }
-        Ok(())
     }
 
     /// Runs one step's segments. Every rank passes the same plan; the leader gets the logits after
@@ -232,27 +261,28 @@ impl<B: Backend, P: Probe> Model<B, P> {
             probe: &self.probe,
             tensor: &*self.groups.tensor,
             dims,
-            layout: &self.layout,
-            parameters: &self.parameters,
+            layout: &self.weights.layout,
+            parameters: &self.weights.vectors,
             rotary: self.rotary.as_ref(),
             positions: &rows.positions,
         };
         let (pipeline, split, m) = (&*self.groups.pipeline, self.split, &mut self.memory);
         let width = n * dims.hidden;
         if split.is_first() {
-            stage.embed(&rows.tokens, &mut m.x)?;
+            stage.embed_stored(&self.weights, &rows.tokens, &mut m.x)?;
         } else {
             timed(&self.probe, Span::PipelineWait, || {
                 b.on_host(b.view_mut(&mut m.x, 0..width), |v| pipeline.recv(v, split.stage - 1))
             })?;
         }
-        for index in 0..self.layout.layers.len() {
+        for index in 0..self.weights.layout.layers.len() {
             let cache = (&mut self.keys[index], &mut self.values[index]);
-            stage.serve_layer(index, &rows, m, cache)?;
+            stage.serve_layer(index, &self.weights, &rows, m, cache)?;
         }
         self.logits.clear();
         if split.is_last() {
             stage.project(
+                &self.weights,
                 &rows,
                 m,
                 self.config.vocab as usize,
@@ -292,6 +322,7 @@ fn limits(config: &ModelConfig, options: ModelOptions) -> Limits {
         max_context,
         max_queue: options.max_queue,
         prefill_tokens: options.prefill_tokens.max(1),
+        prefill_beside_decode: options.prefill_beside_decode.max(1),
         blocks,
         vocab: config.vocab as usize,
     }
@@ -344,10 +375,50 @@ impl<'a> StepRows<'a> {
 }
 
 impl<B: Backend, P: Probe> Stage<'_, B, P> {
+    /// Looks tokens up, and positions where they are learned, into `x`.
+    fn embed_stored(
+        &self,
+        w: &Weights<B>,
+        tokens: &[u32],
+        x: &mut B::Buffer,
+    ) -> Result<(), EngineError> {
+        let (b, d) = (self.backend, self.dims.hidden);
+        let Some(table) = &self.layout.embedding else { return Ok(()) };
+        let n = tokens.len() * d;
+        timed(self.probe, Span::Other, || {
+            let to = b.view_mut(x, 0..n);
+            b.embed_stored(tokens, self.layout.vocab_offset, w.matrix(table), to);
+        });
+        self.add_partial(b.view_mut(x, 0..n))?;
+        if let Some(table) = &self.layout.positions {
+            timed(self.probe, Span::Other, || {
+                let table = b.view(self.parameters, table.clone());
+                b.embed(d, self.positions, 0, table, b.view_mut(x, 0..n), true);
+            });
+        }
+        Ok(())
+    }
+
+    /// Computes the linear layer `at`, as [`Stage::linear`] does.
+    fn linear_stored(
+        &self,
+        w: &Weights<B>,
+        at: &LinearAt,
+        x: B::View<'_>,
+        y: B::ViewMut<'_>,
+        with_bias: bool,
+    ) {
+        let bias = if with_bias { self.bias(at) } else { None };
+        timed(self.probe, Span::Matmul, || {
+            self.backend.linear_stored(self.dims.rows, x, w.matrix(&at.weight), bias, y);
+        });
+    }
+
     /// One layer of a serving step: `m.x` in, `m.x` out.
     fn serve_layer(
         &self,
         index: usize,
+        w: &Weights<B>,
         rows: &StepRows<'_>,
         m: &mut Memory<B>,
         (keys, values): (&mut B::Buffer, &mut B::Buffer),
@@ -360,7 +431,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let stats = b.view_mut(&mut m.stats, 0..2 * n);
         self.norm(&at.norm1, n, b.view(&m.x, hidden.clone()), normal, stats);
         let out = b.view_mut(&mut m.qkv, qkv.clone());
-        self.linear(&at.qkv, (n, d.hidden), b.view(&m.normal, hidden.clone()), out, true);
+        self.linear_stored(w, &at.qkv, b.view(&m.normal, hidden.clone()), out, true);
         if let Some(table) = self.rotary {
             timed(self.probe, Span::Other, || {
                 let x = b.view_mut(&mut m.qkv, qkv.clone());
@@ -376,17 +447,17 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         });
         let branch = b.view_mut(&mut m.branch, hidden.clone());
         let input = b.view(&m.attended, attended);
-        self.linear(&at.project, (n, d.attention_width()), input, branch, false);
+        self.linear_stored(w, &at.project, input, branch, false);
         self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
         self.add_branch(&at.project, m, hidden.clone());
         let normal = b.view_mut(&mut m.normal, hidden.clone());
         let stats = b.view_mut(&mut m.stats, 0..2 * n);
         self.norm(&at.norm2, n, b.view(&m.x, hidden.clone()), normal, stats);
         let up = b.view_mut(&mut m.up, 0..n * d.up);
-        self.linear(&at.up, (n, d.hidden), b.view(&m.normal, hidden.clone()), up, true);
+        self.linear_stored(w, &at.up, b.view(&m.normal, hidden.clone()), up, true);
         self.activate(b.view(&m.up, 0..n * d.up), b.view_mut(&mut m.act, 0..n * d.ffn));
         let branch = b.view_mut(&mut m.branch, hidden.clone());
-        self.linear(&at.down, (n, d.ffn), b.view(&m.act, 0..n * d.ffn), branch, false);
+        self.linear_stored(w, &at.down, b.view(&m.act, 0..n * d.ffn), branch, false);
         self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
         self.add_branch(&at.down, m, hidden);
         Ok(())
@@ -408,6 +479,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     /// `logits`.
     fn project(
         &self,
+        w: &Weights<B>,
         rows: &StepRows<'_>,
         m: &mut Memory<B>,
         vocab: usize,
@@ -432,9 +504,8 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let columns = self.layout.vocab_rows;
         let size = count * columns;
         timed(self.probe, Span::Matmul, || {
-            let w = b.view(self.parameters, head.clone());
             let x = b.view(&m.normal, range);
-            b.linear(self.head_shape(count), x, w, None, b.view_mut(out, 0..size));
+            b.linear_stored(count, x, w.matrix(head), None, b.view_mut(out, 0..size));
         });
         let ranks = self.tensor.size();
         if ranks == 1 {

@@ -13,8 +13,8 @@ use drumline_checkpoint::{ModelSource, open_model};
 use drumline_data::Tokenizer;
 use drumline_engine::EngineError;
 use drumline_engine::infer::{Model, ModelOptions};
-use drumline_spec::ModelService;
-use drumline_tensor::Cpu;
+use drumline_spec::{ModelService, WeightStorage};
+use drumline_tensor::{Cpu, DType};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 
@@ -26,6 +26,9 @@ use crate::world::{self, World};
 
 /// Tokens of prompts computed in one step: what bounds the wait of those that decode meanwhile.
 const PREFILL_TOKENS: usize = 256;
+/// The same in a step that also decodes: enough rows that weights are not what a step waits for, few
+/// enough that a token takes no more than a few times what it takes alone.
+const PREFILL_BESIDE_DECODE: usize = 64;
 
 /// Serves until the gang is stopped.
 ///
@@ -55,7 +58,14 @@ pub fn run(
         max_context: service.max_context as usize,
         max_queue: service.max_queue as usize,
         prefill_tokens: PREFILL_TOKENS,
+        prefill_beside_decode: PREFILL_BESIDE_DECODE,
         blocks: 0,
+        weights: match service.weights {
+            WeightStorage::F32 => DType::F32,
+            WeightStorage::Bf16 => DType::Bf16,
+            WeightStorage::F16 => DType::F16,
+            WeightStorage::Int8 => DType::I8,
+        },
     };
     let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
     let mut model =
@@ -63,7 +73,16 @@ pub fn run(
     let reader = source.reader;
     model.load(|shard, values| reader.read(shard, values))?;
     drop(reader);
+    let memory = model.memory();
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     println!("serves {} from {}", service.served_name, source.path.display());
+    println!(
+        "memory: weights as {} {:.1} MiB, KV blocks {:.1} MiB, buffers of a step {:.1} MiB",
+        service.weights.as_str(),
+        mib(memory.weights),
+        mib(memory.cache),
+        mib(memory.buffers)
+    );
     match front {
         Some(front) => front.lead(context, host, model, runtime),
         None => leader::follow(model),

@@ -4,7 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::panels::multiply::{Extent, multiply_stored};
 use super::panels::narrow::round_to_bf16;
-use super::panels::{Format, GROUP, expand};
+use super::panels::{Format, GROUP, PANEL, expand};
 use super::pool::{Pool, Rows};
 use super::simd::{Level, level};
 use super::tile::{Tile, product};
@@ -17,6 +17,8 @@ use crate::shape::{Linear, WeightLayout};
 pub struct CpuMatrix {
     input: usize,
     output: usize,
+    /// How the values lie that it is written from.
+    layout: WeightLayout,
     storage: Storage,
     /// The panels' bytes, or the matrix as it came.
     values: CpuBuffer,
@@ -24,10 +26,11 @@ pub struct CpuMatrix {
     scales: Option<CpuBuffer>,
 }
 
+#[derive(Clone, Copy)]
 enum Storage {
     Panels(Format),
     /// f32 where there is no kernel for panels.
-    AsItCame(WeightLayout),
+    AsItCame,
 }
 
 #[allow(unsafe_code, reason = "numbers are seen as their bytes")]
@@ -43,54 +46,63 @@ fn bytes(values: &[f32]) -> &[u8] {
 }
 
 impl CpuMatrix {
-    /// Stores `values`; see [`Backend::store_matrix`].
-    pub(super) fn new(
-        cpu: &Cpu,
-        dtype: DType,
-        s: Linear,
-        values: &[f32],
-    ) -> Result<Self, TensorError> {
+    /// Allocates zeros; see [`Backend::alloc_matrix`].
+    pub(super) fn new(cpu: &Cpu, dtype: DType, s: Linear) -> Result<Self, TensorError> {
         let (input, output) = (s.input, s.output);
-        assert_eq!(values.len(), input * output, "matrix to store");
-        let format = match dtype {
-            DType::F32 => Format::F32,
-            DType::F16 => Format::F16,
-            DType::Bf16 => Format::Bf16,
-            DType::I8 => Format::I8,
+        let storage = match dtype {
+            DType::F32 if level() < Level::Avx512 => Storage::AsItCame,
+            DType::F32 => Storage::Panels(Format::F32),
+            DType::F16 => Storage::Panels(Format::F16),
+            DType::Bf16 => Storage::Panels(Format::Bf16),
+            DType::I8 => Storage::Panels(Format::I8),
         };
-        if dtype == DType::F32 && level() < Level::Avx512 {
-            let mut own = cpu.alloc(values.len())?;
-            own.as_mut_slice().copy_from_slice(values);
-            let storage = Storage::AsItCame(s.layout);
-            return Ok(Self { input, output, storage, values: own, scales: None });
-        }
-        let at = |row: usize, column: usize| match s.layout {
-            WeightLayout::OutIn => values[column * input + row],
-            WeightLayout::InOut => values[row * output + column],
+        let values = cpu.alloc(match storage {
+            Storage::AsItCame => input * output,
+            Storage::Panels(format) => format.bytes(input, output) / size_of::<f32>(),
+        })?;
+        let scales = if dtype == DType::I8 { Some(cpu.alloc(output)?) } else { None };
+        Ok(Self { input, output, layout: s.layout, storage, values, scales })
+    }
+
+    /// Takes new values; see [`Backend::write_matrix`].
+    pub(super) fn write(&mut self, pool: &Pool, from: &[f32]) {
+        let (input, output, layout) = (self.input, self.output, self.layout);
+        assert_eq!(from.len(), input * output, "matrix to store");
+        let Storage::Panels(format) = self.storage else {
+            self.values.as_mut_slice().copy_from_slice(from);
+            return;
         };
-        let scales = match dtype {
-            DType::I8 => {
-                let mut scales = cpu.alloc(output)?;
-                for (column, scale) in scales.as_mut_slice().iter_mut().enumerate() {
-                    let greatest = (0..input).fold(0.0f32, |m, row| m.max(at(row, column).abs()));
-                    *scale = greatest / 127.0;
-                }
-                Some(scales)
+        let at = |row: usize, column: usize| match layout {
+            WeightLayout::OutIn => from[column * input + row],
+            WeightLayout::InOut => from[row * output + column],
+        };
+        if let Some(scales) = &mut self.scales {
+            for (column, scale) in scales.as_mut_slice().iter_mut().enumerate() {
+                let greatest = (0..input).fold(0.0f32, |m, row| m.max(at(row, column).abs()));
+                *scale = greatest / 127.0;
             }
-            _ => None,
-        };
-        let inverse = |column: usize| match scales.as_ref().map(|s| s.as_slice()[column]) {
+        }
+        let scales = self.scales.as_ref();
+        let inverse = |column: usize| match scales.map(|s| s.as_slice()[column]) {
             None => 1.0,
             Some(scale) if scale > 0.0 => 1.0 / scale,
             Some(_) => 0.0,
         };
-        let mut panels = cpu.alloc(format.bytes(input, output).div_ceil(size_of::<f32>()))?;
-        let to = bytes_of(panels.as_mut_slice());
-        for column in 0..output {
-            let factor = inverse(column);
-            format.store_column(input, output, column, |row| at(row, column) * factor, to);
-        }
-        Ok(Self { input, output, storage: Storage::Panels(format), values: panels, scales })
+        // A task for each panel: the bytes of panels do not overlap.
+        let groups = output.div_ceil(GROUP);
+        let words = format.steps(input) * format.line() / size_of::<f32>();
+        let panels = Rows::new(self.values.as_mut_slice(), words);
+        pool.split(groups, PANEL, |part| {
+            let first = part.start * GROUP;
+            // SAFETY: parts are disjoint.
+            let to = bytes_of(unsafe { panels.part(part) });
+            let columns = output.min(first + PANEL * GROUP) - first;
+            for column in 0..columns {
+                let factor = inverse(first + column);
+                let value = |row: usize| at(row, first + column) * factor;
+                format.store_column(input, columns, column, value, to);
+            }
+        });
     }
 
     /// Returns the memory that it takes.
@@ -113,8 +125,8 @@ impl CpuMatrix {
         assert!(bias.is_none_or(|b| b.len() == n), "stored linear: bias");
         let format = match self.storage {
             Storage::Panels(format) => format,
-            Storage::AsItCame(layout) => {
-                let s = Linear { rows, input: k, output: n, layout };
+            Storage::AsItCame => {
+                let s = Linear { rows, input: k, output: n, layout: self.layout };
                 let w = self.values.as_slice();
                 matmul::linear(pool, MatmulPrecision::F32, s, x, w, bias, y);
                 return;
@@ -192,18 +204,18 @@ impl CpuMatrix {
                 continue;
             };
             let values = self.values.as_slice();
-            match self.storage {
-                Storage::Panels(format) => {
+            match (self.storage, self.layout) {
+                (Storage::Panels(format), _) => {
                     format.load_column(k, n, column, bytes(values), out);
                     if let Some(scales) = &self.scales {
                         let scale = scales.as_slice()[column];
                         out.iter_mut().for_each(|x| *x *= scale);
                     }
                 }
-                Storage::AsItCame(WeightLayout::OutIn) => {
+                (Storage::AsItCame, WeightLayout::OutIn) => {
                     out.copy_from_slice(&values[column * k..(column + 1) * k]);
                 }
-                Storage::AsItCame(WeightLayout::InOut) => {
+                (Storage::AsItCame, WeightLayout::InOut) => {
                     for (row, to) in out.iter_mut().enumerate() {
                         *to = values[row * n + column];
                     }

@@ -203,13 +203,12 @@ impl Backend for Cpu {
         matmul::linear_grad_weight(&self.pool, self.matmul, s, x, dy, dw, accumulate);
     }
 
-    fn store_matrix(
-        &self,
-        dtype: DType,
-        s: Linear,
-        values: &[f32],
-    ) -> Result<CpuMatrix, TensorError> {
-        CpuMatrix::new(self, dtype, s, values)
+    fn alloc_matrix(&self, dtype: DType, s: Linear) -> Result<CpuMatrix, TensorError> {
+        CpuMatrix::new(self, dtype, s)
+    }
+
+    fn write_matrix(&self, from: &[f32], to: &mut CpuMatrix) {
+        to.write(&self.pool, from);
     }
 
     fn matrix_bytes(&self, matrix: &CpuMatrix) -> usize {

@@ -74,13 +74,13 @@ unsafe fn step<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// `M` rows by `N` vectors, all in registers; `U` running sums each, so that few rows do not wait
-/// for one another's additions.
+/// `M` rows by `N` vectors, all in registers. Sums run along k in order, so that a row's result does
+/// not depend on how many rows there are.
 ///
 /// # Safety
 /// The block lies inside the operands, which were checked.
 #[inline(always)]
-unsafe fn block<S: Simd, const M: usize, const N: usize, const U: usize>(
+unsafe fn block<S: Simd, const M: usize, const N: usize>(
     s: S,
     t: &Tile,
     a: *const f32,
@@ -89,25 +89,9 @@ unsafe fn block<S: Simd, const M: usize, const N: usize, const U: usize>(
 ) {
     // SAFETY: by this function's contract.
     unsafe {
-        let mut parts = [[[s.splat(0.0); N]; M]; U];
-        let mut p = 0;
-        while p + U <= t.k {
-            for (u, sums) in parts.iter_mut().enumerate() {
-                step(s, t, a, b, p + u, sums);
-            }
-            p += U;
-        }
-        while p < t.k {
-            step(s, t, a, b, p, &mut parts[0]);
-            p += 1;
-        }
-        let mut sums = parts[0];
-        for part in &parts[1..] {
-            for (sums, part) in sums.iter_mut().zip(part) {
-                for (sum, part) in sums.iter_mut().zip(part) {
-                    *sum = s.add(*sum, *part);
-                }
-            }
+        let mut sums = [[s.splat(0.0); N]; M];
+        for p in 0..t.k {
+            step(s, t, a, b, p, &mut sums);
         }
         for (i, sums) in sums.into_iter().enumerate() {
             for (j, mut sum) in sums.into_iter().enumerate() {
@@ -139,12 +123,12 @@ unsafe fn columns<S: Simd, const N: usize>(
         while i < t.m {
             let (a, c) = (a.add(i * t.a_row), c.add(i * t.c_row));
             match t.m - i {
-                1 => block::<S, 1, N, 4>(s, t, a, b, c),
-                2 => block::<S, 2, N, 2>(s, t, a, b, c),
-                3 => block::<S, 3, N, 1>(s, t, a, b, c),
-                4 => block::<S, 4, N, 1>(s, t, a, b, c),
-                5 => block::<S, 5, N, 1>(s, t, a, b, c),
-                _ => block::<S, 6, N, 1>(s, t, a, b, c),
+                1 => block::<S, 1, N>(s, t, a, b, c),
+                2 => block::<S, 2, N>(s, t, a, b, c),
+                3 => block::<S, 3, N>(s, t, a, b, c),
+                4 => block::<S, 4, N>(s, t, a, b, c),
+                5 => block::<S, 5, N>(s, t, a, b, c),
+                _ => block::<S, 6, N>(s, t, a, b, c),
             }
             i += 6;
         }

@@ -208,6 +208,9 @@ pub fn submitted(view: &v1::SubmittedJob, dry_run: bool) -> Value {
     let mut out = json!({
         "id": view.id, "kind": view.kind, "name": view.name, "ranks": view.ranks,
     });
+    if let (false, Some(entries)) = (view.split.is_empty(), out.as_object_mut()) {
+        entries.insert("split".to_owned(), json!(view.split));
+    }
     if let (true, Some(entries)) = (dry_run, out.as_object_mut()) {
         entries.insert("placement".to_owned(), view.placement.iter().map(rank).collect());
         entries.insert("reason".to_owned(), json!(view.reason));

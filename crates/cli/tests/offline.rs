@@ -165,3 +165,26 @@ fn a_reader_that_goes_away_is_no_failure() {
     assert_eq!(out.status.code(), Some(0), "{out:?}");
     assert!(out.stderr.is_empty(), "{}", text(&out.stderr));
 }
+
+#[test]
+fn an_open_split_is_valid_and_said_to_be_chosen_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("auto.yaml");
+    let demo = std::fs::read_to_string("../../docs/examples/train-demo.yaml").unwrap();
+    // The demo's split is an object of its own lines: the word takes its place.
+    let start = demo.find("  parallelism:").unwrap();
+    let end = start
+        + demo[start..]
+            .match_indices('\n')
+            .find(|(at, _)| !demo[start + at + 1..].starts_with("    "))
+            .unwrap()
+            .0;
+    let open = format!("{}  parallelism: auto{}", &demo[..start], &demo[end..]);
+    std::fs::write(&file, open).unwrap();
+    let out = drumline(&["validate", file.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(0), "{out:?}");
+    assert!(text(&out.stdout).contains("chosen at submit"), "{out:?}");
+    let out = drumline(&["validate", file.to_str().unwrap(), "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(json["manifests"][0]["parallelism"], "auto");
+}

@@ -3,6 +3,9 @@
 mod collective;
 mod control;
 mod launch;
+mod node;
+mod predict;
+mod profile;
 mod serve;
 mod store;
 mod train;
@@ -16,6 +19,7 @@ use crate::output::{self, Format};
 pub use collective::CollectiveArgs;
 pub use control::ControlArgs;
 pub use launch::LaunchArgs;
+pub use profile::{PlanArgs, ProfileArgs};
 pub use serve::ServeArgs;
 pub use store::StoreArgs;
 pub use train::TrainArgs;
@@ -43,7 +47,11 @@ pub enum Bench {
     Launch(LaunchArgs),
     /// The whole control path in real time: queues, thousands of jobs, simulated agents.
     Control(ControlArgs),
-    /// All of these but the last, with their usual settings.
+    /// What the planner asks of a node: products, memory, operators, attention, collectives.
+    Profile(ProfileArgs),
+    /// The planner's predictions against the engine's steps, over sizes and splits.
+    Plan(PlanArgs),
+    /// All of these but the last three, with their usual settings.
     All,
 }
 
@@ -74,6 +82,8 @@ impl Figure {
 /// Failed, when a measurement did.
 pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
     let results = match &args.what {
+        Bench::Profile(args) => vec![profile::run(args).await?],
+        Bench::Plan(args) => return profile::plan(args, format).await,
         Bench::Train(args) => vec![train::run(args).await?],
         Bench::Serve(args) => vec![serve::run(args).await?],
         Bench::Collective(args) => vec![collective::run(args).await?],

@@ -87,6 +87,10 @@ fn summary(spec: &JobSpec) -> Value {
         "ranks": spec.gang().ranks,
         "device": spec.device.as_str(),
     });
+    if let (true, Some(entries)) = (spec.split.is_open(), value.as_object_mut()) {
+        entries.insert("ranks".to_owned(), Value::Null);
+        entries.insert("parallelism".to_owned(), json!("auto"));
+    }
     if let (Work::TrainingJob(job), Some(entries)) = (&spec.work, value.as_object_mut()) {
         entries.insert("parameters".to_owned(), json!(job.model.parameters()));
         let tokens = job.tokens_per_step().saturating_mul(job.steps);
@@ -98,13 +102,13 @@ fn summary(spec: &JobSpec) -> Value {
 fn sentence(spec: &JobSpec) -> String {
     let gang = spec.gang();
     let ranks = if gang.ranks == 1 { "rank" } else { "ranks" };
-    let mut text = format!(
-        "{} {}: valid; {} {ranks} on {} devices",
-        spec.kind(),
-        spec.name,
-        gang.ranks,
-        gang.device.as_str()
-    );
+    let device = gang.device.as_str();
+    let mut text = format!("{} {}: valid; ", spec.kind(), spec.name);
+    text.push_str(&if spec.split.is_open() {
+        format!("split over {device} devices chosen at submit, for the cluster as it is then")
+    } else {
+        format!("{} {ranks} on {device} devices", gang.ranks)
+    });
     if let Work::TrainingJob(job) = &spec.work {
         let millions = job.model.parameters() as f64 / 1e6;
         let tokens = job.tokens_per_step().saturating_mul(job.steps) as f64 / 1e6;

@@ -46,6 +46,11 @@ pub async fn run(args: &SubmitArgs, access: &Access, format: Format) -> Result<(
             if args.dry_run { "is as it should be" } else { "stored" }
         ));
     }
+    if !args.dry_run {
+        for job in jobs.iter().filter(|job| !job.split.is_empty()) {
+            note(&format!("{}: {}", job.id, job.split));
+        }
+    }
     let value = Value::Array(jobs.iter().map(|job| views::submitted(job, args.dry_run)).collect());
     output::value(format, &value, || {
         if args.dry_run {
@@ -111,6 +116,9 @@ fn planned(job: &v1::SubmittedJob) -> String {
         for rank in &job.placement {
             text.push_str(&format!("  rank {} on {}/{}\n", rank.rank, rank.node, rank.device));
         }
+    }
+    if !job.split.is_empty() {
+        text.push_str(&format!("  split: {}\n", job.split));
     }
     text
 }

@@ -53,8 +53,10 @@ pub(crate) fn check_evictions(
             continue;
         }
         // That the beneficiary has room without anybody leaving is found once for all its victims.
+        // Where a limit may be what it lacks, free devices show nothing.
         if let Some(id) = &eviction.beneficiary
             && let Some(beneficiary) = ledger.jobs.get(id)
+            && !limited(ledger, &quota, &beneficiary.request.settings.queue)
             && *idle.entry(id).or_insert_with(|| fits_idle(ledger, cycle, beneficiary, kept))
         {
             found.push(Violation::NeedlessVictim {
@@ -160,13 +162,18 @@ fn needless(
         _ => {}
     }
     // Its devices are kept for the beneficiary, unless what was short is quota.
-    let limited = ledger.queues.values().any(|queue| queue.lending_limit.is_some())
-        || quota.path(other).iter().any(|queue| queue.borrowing_limit.is_some());
+    let limited = limited(ledger, quota, other);
     let used = devices.iter().any(|device| kept(device).as_ref() == Some(id));
     if !used && !limited {
         return told("none of its devices is kept for that job".to_owned());
     }
     None
+}
+
+/// Returns whether jobs of a queue may lack quota while devices are free.
+fn limited(ledger: &Ledger, quota: &Quota<'_>, queue: &drumline_types::QueueName) -> bool {
+    ledger.queues.values().any(|queue| queue.lending_limit.is_some())
+        || quota.path(queue).iter().any(|queue| queue.borrowing_limit.is_some())
 }
 
 /// Returns whether a job surely fits on what nobody holds, once this cycle's starts have theirs.

@@ -106,7 +106,12 @@ impl<'l> Quota<'l> {
             let has = self.ledger.devices.iter().filter(|((k, _), _)| *k == kind);
             let has = has.map(|(_, devices)| devices).sum::<u64>() * u64::from(WHOLE_DEVICE);
             let used = all(true);
-            if used > has && used > all(false) {
+            // Where nothing is kept at present, nothing that is kept can be taken; and jobs may hold
+            // devices of nodes that are gone.
+            let roots = self.below.get(&None).into_iter().flatten();
+            let held: u64 =
+                roots.map(|root| self.in_and_below(root, word, &counts, true)).sum();
+            if used > has && used > all(false) && used > held {
                 found.push(Violation::LentTooMuch { class: word.to_owned(), used, has });
             }
         }

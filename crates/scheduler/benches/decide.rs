@@ -17,6 +17,10 @@ fn main() {
 
 fn run(nodes: u32) -> Result<(), Wrong> {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1000.0;
+    let both = |times: &world::Times| {
+        let cpu = times.cycle_cpu.map_or(f64::NAN, ms);
+        format!("{:.3} ms, {cpu:.3} ms of processor", ms(times.cycle))
+    };
     let mut world = World::busy(nodes, 2, 1);
     world.submit(nodes * 10, 0, &single());
     let burst = world.settle()?;
@@ -27,16 +31,17 @@ fn run(nodes: u32) -> Result<(), Wrong> {
     let rate = churn.started as f64 / churn.cycle.as_secs_f64();
     let whole = churn.started as f64 / (churn.cycle + churn.apply).as_secs_f64();
     println!("churn of {}: {rate:.0}/s in cycles, {whole:.0}/s with changes", churn.started);
+    println!("burst: {}; churn: {}", both(&burst), both(&churn));
     drop(world);
 
     let mut world = World::busy(nodes, 2, 1);
     world.submit(nodes * 10, 0, &whole_node());
     let first = world.settle()?;
-    println!("first look at {} that do not fit: {:.2} ms", nodes * 10, ms(first.cycle));
-    println!("nothing, unchanged: {:.3} ms", ms(world.nothing()?.cycle));
-    println!("nothing, one job ended: {:.3} ms", ms(world.almost_nothing()?.cycle));
+    println!("first look at {} that do not fit: {}", nodes * 10, both(&first));
+    println!("nothing, unchanged: {}", both(&world.nothing()?));
+    println!("nothing, one job ended: {}", both(&world.almost_nothing()?));
     let gang = world.rack_gang(4096)?;
-    println!("4,096 in one rack: {:.2} ms, audit {:.2} ms", ms(gang.cycle), ms(gang.audit));
+    println!("4,096 in one rack: {}, audit {:.2} ms", both(&gang), ms(gang.audit));
     drop(world);
 
     let mut world = World::busy(nodes, 8, 4);
@@ -44,9 +49,9 @@ fn run(nodes: u32) -> Result<(), Wrong> {
     world.settle()?;
     let preempted = world.preempt(1024)?;
     println!(
-        "1,024 by preemption of {}: {:.2} ms, audit {:.2} ms",
+        "1,024 by preemption of {}: {}, audit {:.2} ms",
         preempted.evicted,
-        ms(preempted.cycle),
+        both(&preempted),
         ms(preempted.audit)
     );
     println!("peak memory: {} MiB", peak_memory().unwrap_or(0) >> 20);

@@ -69,6 +69,7 @@ impl Scheduler {
         self.now = self.now.max(now);
         let now = self.now;
         self.cycles += 1;
+        self.grew.clear();
         let parent = self.fleet.revision();
         let mut work = Work {
             now,
@@ -524,6 +525,7 @@ impl Scheduler {
         let job = self.job(slot);
         let (id, attempt, split) = (job.id.clone(), job.attempt, placed.split);
         let ranks = placed.devices.len() as u32;
+        let gang_queue = job.request.settings.queue.clone();
         let mut gang = job.request.gang.clone();
         gang.ranks = ranks;
         self.drop_hold(&id);
@@ -540,6 +542,9 @@ impl Scheduler {
         let past = &mut self.job_mut(slot).past;
         if !past.disrupted.is_empty() {
             past.immune = immune;
+        }
+        if let Some(queue) = self.tree.find(&gang_queue) {
+            self.grew.extend(self.tree.path(queue));
         }
         let mesh = Mesh::new(split);
         let assignments = (0..ranks)

@@ -79,17 +79,40 @@ impl Scheduler {
             Some(choice) => vec![(choice.charged, milli(gang, gang.ranks))],
             None => return Err(again),
         };
+        // Who has borrowed is judged by what is held, not by what is kept for later.
+        let all: Vec<JobId> = self.holds.iter().map(|(job, _)| job.clone()).collect();
+        let counted: Vec<JobId> = all.into_iter().filter(|job| self.suppose_without(job)).collect();
         let mut victims = self.victims(slot, gang, leaf, &claim, refusal, &mut again, work.now);
-        if victims.is_empty() {
-            return Err(again);
-        }
         victims.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
+        let outcome = if victims.is_empty() {
+            None
+        } else {
+            self.cheapest(slot, gang, leaf, &claim, &victims)
+        };
+        self.count_again(&counted);
         let own = self.uncount_own(slot);
-        let outcome = self.cheapest(slot, gang, leaf, &claim, &victims);
+        let outcome = outcome.filter(|outcome| self.leaves_quota(outcome, leaf, &claim));
         self.count_again(&own);
         let Some(outcome) = outcome else { return Err(again) };
         self.carry_out(slot, outcome, work);
         Ok(())
+    }
+
+    /// Returns whether quota suffices for the claimant beside what is kept for others.
+    fn leaves_quota(&mut self, outcome: &Outcome, leaf: QueueId, claim: &Charge) -> bool {
+        let freed: Vec<(QueueId, Charge)> = outcome
+            .victims
+            .iter()
+            .map(|(victim, size)| (victim.queue, victim.freed(size.unwrap_or(0))))
+            .collect();
+        for (queue, charge) in &freed {
+            self.tree.suppose(*queue, charge, false);
+        }
+        let enough = self.tree.check(leaf, claim).is_ok();
+        for (queue, charge) in &freed {
+            self.tree.suppose(*queue, charge, true);
+        }
+        enough
     }
 
     /// Returns the gangs that a job has a better claim than, and that may be disrupted now.
@@ -111,7 +134,22 @@ impl Scheduler {
             if !self.relieves(id, refusal.short.as_ref()) {
                 continue;
             }
-            for holder in jobs {
+            // What a queue has borrowed in this very cycle is not taken back in it.
+            if id != leaf
+                && let Some((_, theirs)) = self.tree.fork(leaf, id)
+                && self.grew.contains(&theirs)
+            {
+                *again = (*again).min(now.plus_ms(1));
+                continue;
+            }
+            // In its own queue only lower priorities; and a queue that has borrowed nothing gives
+            // nothing back.
+            let all = if id == leaf { claimant.priority() } else { i32::MAX };
+            if id != leaf && !self.tree.names_models(id) && !self.tree.all_borrowed(leaf, id, claim)
+            {
+                continue;
+            }
+            for (_, holder) in jobs.iter().take_while(|(priority, _)| *priority <= all) {
                 let Some(job) = self.known(holder) else { continue };
                 let Some(placed) = job.placed() else { continue };
                 if job.request.gang.device != gang.device || placed.cycle == self.cycles {
@@ -216,9 +254,11 @@ impl Scheduler {
         {
             return Some(outcome);
         }
-        for domains in self.domains(gang, victims) {
+        let there = self.places(victims);
+        for level in self.fleet.topology().levels_inside_out() {
             let mut best: Option<Outcome> = None;
-            for (domain, victims) in domains {
+            for (domain, here) in self.domains(gang, victims, &there, level) {
+                let victims: Vec<Victim> = here.into_iter().map(|at| victims[at].clone()).collect();
                 let outcome =
                     self.make_room(slot, gang, leaf, claim, &victims, Some(domain), false);
                 if let Some(outcome) = outcome
@@ -234,10 +274,9 @@ impl Scheduler {
         self.make_room(slot, gang, leaf, claim, victims, None, false)
     }
 
-    /// Returns, from the innermost level outwards, the domains whose free devices and victims would
-    /// make enough room, the cheapest first, each with the victims in it.
-    fn domains(&self, gang: &Gang, victims: &[Victim]) -> Vec<Vec<(DomainAt, Vec<Victim>)>> {
-        let topology = self.fleet.topology();
+    /// Returns the innermost domains that victims are in, each with its victims and how many devices
+    /// they hold there.
+    fn places(&self, victims: &[Victim]) -> BTreeMap<DomainAt, Vec<(usize, u32)>> {
         let mut there: BTreeMap<DomainAt, Vec<(usize, u32)>> = BTreeMap::new();
         for (at, victim) in victims.iter().enumerate() {
             let Some(held) = self.fleet.commitment(&victim.job) else { continue };
@@ -256,44 +295,45 @@ impl Scheduler {
                 }
             }
         }
-        let mut levels = Vec::new();
-        for level in topology.levels_inside_out() {
-            let mut found: Vec<(u128, u64, DomainAt, Vec<usize>)> = Vec::new();
-            for &domain in topology.at_level(level) {
-                let mut counts: BTreeMap<usize, u32> = BTreeMap::new();
-                for (place, list) in &there {
-                    if topology.path(*place).any(|above| above == domain) {
-                        for (at, count) in list {
-                            *counts.entry(*at).or_default() += count;
-                        }
-                    }
-                }
-                let mut room = self.free_in(gang, domain);
-                let mut loss = 0u128;
-                let mut here = Vec::new();
-                for (at, count) in counts {
-                    if room < u64::from(gang.ranks) {
-                        room += u64::from(count);
-                        loss += victims[at].whole;
-                    }
-                    here.push(at);
-                }
-                if room >= u64::from(gang.ranks) && !here.is_empty() {
-                    found.push((loss, topology.place(domain).key(), domain, here));
+        there
+    }
+
+    /// Returns the domains of a level whose free devices and victims would make enough room, the
+    /// cheapest first, each with the victims in it.
+    fn domains(
+        &self,
+        gang: &Gang,
+        victims: &[Victim],
+        there: &BTreeMap<DomainAt, Vec<(usize, u32)>>,
+        level: drumline_cluster::LevelAt,
+    ) -> Vec<(DomainAt, Vec<usize>)> {
+        let topology = self.fleet.topology();
+        let mut counts: BTreeMap<DomainAt, BTreeMap<usize, u32>> = BTreeMap::new();
+        for (place, list) in there {
+            let Some(domain) = topology.above(*place, level) else { continue };
+            let of_domain = counts.entry(domain).or_default();
+            for (at, count) in list {
+                *of_domain.entry(*at).or_default() += count;
+            }
+        }
+        let mut found: Vec<(u128, u64, DomainAt, Vec<usize>)> = Vec::new();
+        for (domain, counts) in counts {
+            let mut room = self.free_in(gang, domain);
+            let mut loss = 0u128;
+            for (at, count) in &counts {
+                if room < u64::from(gang.ranks) {
+                    room += u64::from(*count);
+                    loss += victims[*at].whole;
                 }
             }
-            found.sort_by_key(|(loss, key, ..)| (*loss, *key));
-            found.truncate(DOMAINS_MAX);
-            levels.push(
-                found
-                    .into_iter()
-                    .map(|(_, _, domain, here)| {
-                        (domain, here.into_iter().map(|at| victims[at].clone()).collect())
-                    })
-                    .collect(),
-            );
+            if room >= u64::from(gang.ranks) {
+                let key = topology.place(domain).key();
+                found.push((loss, key, domain, counts.into_keys().collect()));
+            }
         }
-        levels
+        found.sort_by_key(|(loss, key, ..)| (*loss, *key));
+        found.truncate(DOMAINS_MAX);
+        found.into_iter().map(|(_, _, domain, here)| (domain, here)).collect()
     }
 
     fn free_in(&self, gang: &Gang, domain: DomainAt) -> u64 {

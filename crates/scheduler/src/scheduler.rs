@@ -37,14 +37,16 @@ pub struct Scheduler {
     pub(crate) aside: BTreeSet<(Timestamp, Arc<JobId>)>,
     /// Jobs that hold devices, by their estimated ends.
     pub(crate) ends: BTreeSet<(Timestamp, Arc<JobId>)>,
-    /// Jobs that hold devices, by queue.
-    pub(crate) placed: BTreeMap<QueueName, BTreeSet<Arc<JobId>>>,
+    /// Jobs that hold devices, by queue and priority.
+    pub(crate) placed: BTreeMap<QueueName, BTreeSet<(i32, Arc<JobId>)>>,
     pub(crate) holds: Holds,
     /// What is counted as used because it is kept; nothing between two cycles.
     pub(crate) supposed: Option<BTreeMap<JobId, (QueueId, Charge)>>,
     /// Grows whenever quota may have become free, or an order may have changed.
     pub(crate) loosened: u64,
     pub(crate) dirty: bool,
+    /// Queues in or below which this cycle has started jobs.
+    pub(crate) grew: BTreeSet<QueueId>,
     /// Counts cycles, so that nobody starts and leaves in the same one.
     pub(crate) cycles: u64,
 }
@@ -77,6 +79,7 @@ impl Scheduler {
             supposed: None,
             loosened: 0,
             dirty: true,
+            grew: BTreeSet::new(),
             cycles: 0,
         }
     }
@@ -273,10 +276,10 @@ impl Scheduler {
                 self.loosened += 1;
             }
             Stand::Placed(placed) => {
-                let queue = job.request.settings.queue.clone();
+                let (queue, priority) = (job.request.settings.queue.clone(), job.priority());
                 self.ends.remove(&(placed.ends, id.clone()));
                 if let Some(set) = self.placed.get_mut(&queue) {
-                    set.remove(&id);
+                    set.remove(&(priority, id.clone()));
                     if set.is_empty() {
                         self.placed.remove(&queue);
                     }
@@ -360,7 +363,8 @@ impl Scheduler {
         let charge = Arc::new(self.charge_of(&gang, &devices, now));
         self.tree.charge(&queue, &charge, now);
         self.ends.insert((ends, id.clone()));
-        self.placed.entry(queue).or_default().insert(id);
+        let priority = self.job(slot).priority();
+        self.placed.entry(queue).or_default().insert((priority, id));
         let cycle = self.cycles;
         let placed = Placed { started, running: false, safe, ends, leaving, charge, ranks, cycle };
         self.job_mut(slot).stand = Stand::Placed(placed);

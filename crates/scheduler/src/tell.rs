@@ -121,7 +121,8 @@ impl Scheduler {
                 let mut message = match class.standing {
                     // The evidence of today rather than of when it was tried.
                     Standing::Blocked { by: By::Devices, freed }
-                        if freed == self.freed_for(&class.alike.gang) =>
+                        if freed == self.freed_for(&class.alike.gang)
+                            && self.holds.of(&job.id).is_none() =>
                     {
                         let (gang, bounds) = (&class.alike.gang, self.bounds(None));
                         site::find(&self.fleet, gang, job.split(gang.ranks), &bounds)

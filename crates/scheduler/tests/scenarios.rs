@@ -295,7 +295,8 @@ fn a_rejected_cycle_is_taken_back() {
     assert_eq!(world.cycle().len(), 1);
     world.submit(Job::named("high", 3).priority(5));
     world.submit(Job::named("small", 1).priority(9));
-    let cycle = world.decide();
+    // The auditor refuses: its books stay as they were.
+    let cycle = world.scheduler.cycle(Timestamp(world.now));
     assert_eq!((cycle.plan.jobs.len(), cycle.evictions.len()), (1, 1));
     let why = drumline_types::Explanation::new(drumline_types::Reason::NotYetConsidered, "refused");
     world.scheduler.reject(&cycle, &why);

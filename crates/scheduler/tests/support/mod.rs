@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use drumline_audit::Auditor;
 use drumline_cluster::{Change, Device, Node, Request};
 use drumline_placement::{Cycle, Eviction};
 use drumline_scheduler::{Options, Scheduler};
@@ -133,6 +134,7 @@ pub(crate) struct World {
     /// Evictions that have not been carried out yet.
     pub(crate) leaving: Vec<Eviction>,
     pub(crate) attempts: BTreeMap<JobId, u32>,
+    pub(crate) auditor: Auditor,
 }
 
 impl World {
@@ -146,6 +148,7 @@ impl World {
             now: 0,
             leaving: Vec::new(),
             attempts: BTreeMap::new(),
+            auditor: Auditor::new(),
         }
     }
 
@@ -170,6 +173,7 @@ impl World {
     }
 
     pub(crate) fn apply(&mut self, change: Change) {
+        self.auditor.apply(&change);
         self.scheduler.apply(change, Timestamp(self.now)).unwrap();
     }
 
@@ -205,6 +209,13 @@ impl World {
         let cycle = self.scheduler.cycle(Timestamp(self.now));
         if let Err(violations) = drumline_audit::check(&before, &cycle.plan) {
             panic!("the plan breaks rules: {violations:#?}");
+        }
+        let fleet = self.scheduler.fleet();
+        let kept = |device: &drumline_types::DeviceId| {
+            fleet.node(&device.node)?.reserved(device.index).cloned()
+        };
+        if let Err(violations) = self.auditor.check(&cycle, kept) {
+            panic!("the cycle breaks rules: {violations:#?}");
         }
         self.leaving.extend(cycle.evictions.iter().cloned());
         cycle

@@ -1,6 +1,6 @@
 """The same training step in PyTorch, to compare with `drumline bench train`.
 
-    python tests/peers/torch_train.py --preset gpt-10m --threads 2 --steps 6 [--compile]
+    python tests/peers/torch_train.py --preset gpt-10m --threads 2 --steps 6 [--bf16] [--compile]
 
 Prints one JSON object. Models, batches and optimizer are those of crates/engine/src/bench.rs.
 """
@@ -58,11 +58,23 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
+def step(run, model, optimizer, data, bf16):
+    """One optimizer step; bf16 is PyTorch's autocast: f32 weights, bf16 matrix products."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        loss = run(data[:, :-1], data[:, 1:].contiguous())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="gpt-10m", choices=PRESETS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -80,18 +92,13 @@ def main():
     for _ in range(args.steps):
         data = torch.randint(0, p["vocab"], (p["batch"], p["sequence"] + 1))
         start = time.perf_counter()
-        loss = run(data[:, :-1], data[:, 1:].contiguous())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        losses.append(step(run, model, optimizer, data, args.bf16))
         times.append(time.perf_counter() - start)
-        losses.append(loss.item())
     tokens = p["batch"] * p["sequence"]
     times = times[1:]
     print(json.dumps({
         "peer": "torch", "version": torch.__version__, "preset": args.preset,
-        "threads": args.threads, "compiled": args.compile,
+        "threads": args.threads, "bf16": args.bf16, "compiled": args.compile,
         "parameters": sum(q.numel() for q in model.parameters()),
         "tokens_per_second": round(tokens / statistics.median(times)),
         "best_tokens_per_second": round(tokens / min(times)),

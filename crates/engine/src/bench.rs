@@ -9,13 +9,12 @@ use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, ModelConfig, Optimizer, Parallelism,
     Precision, TrainingJob,
 };
-use drumline_tensor::Cpu;
 use drumline_tensor::reference::Random;
 
 use crate::error::EngineError;
 use crate::groups::Groups;
 use crate::probe::Probe;
-use crate::train::{Batch, Trainer};
+use crate::train::{Batch, Trainer, cpu};
 
 /// A model, and the batch that it is measured with.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,8 +139,33 @@ pub fn batches(job: &TrainingJob, copy: u32, step: u64) -> Vec<Batch> {
         .collect()
 }
 
+/// Who watches a training measurement.
+pub trait Watch: Sync {
+    /// What each rank's trainer tells of its stretches.
+    type Probe: Probe;
+
+    /// Makes a rank's probe.
+    fn probe(&self, rank: u32) -> Self::Probe;
+
+    /// A rank has finished a step, counted from 0, in so many seconds.
+    fn stepped(&self, rank: u32, step: u64, seconds: f64, probe: &Self::Probe);
+}
+
+/// Gives every rank the same probe.
+struct Same<'a, P>(&'a P);
+
+impl<P: Probe + Clone> Watch for Same<'_, P> {
+    type Probe = P;
+
+    fn probe(&self, _: u32) -> P {
+        self.0.clone()
+    }
+
+    fn stepped(&self, _: u32, _: u64, _: f64, _: &P) {}
+}
+
 /// Trains on this process's threads, `threads` of them for each rank of `job`, and measures every
-/// step. `seconds` is the caller's monotonic clock; `probe` watches rank 0.
+/// step. `seconds` is the caller's monotonic clock; every rank has a clone of `probe`.
 ///
 /// # Errors
 /// [`EngineError`] from any rank.
@@ -151,17 +175,36 @@ pub fn train<P: Probe + Clone>(
     seconds: &(dyn Fn() -> f64 + Sync),
     probe: &P,
 ) -> Result<TrainingRate, EngineError> {
+    let groups = local_groups(Mesh::new(job.parallelism));
+    train_linked(job, threads, groups, seconds, &Same(probe))
+}
+
+/// As [`train`], with ranks that talk through `groups`, in rank order, and each have a probe of
+/// their own.
+///
+/// # Errors
+/// [`EngineError`] from any rank.
+pub fn train_linked<W: Watch>(
+    job: &TrainingJob,
+    threads: usize,
+    groups: Vec<Groups>,
+    seconds: &(dyn Fn() -> f64 + Sync),
+    watch: &W,
+) -> Result<TrainingRate, EngineError> {
     let mesh = Mesh::new(job.parallelism);
-    let runs = in_process(mesh, |rank, groups| {
+    let runs = with_groups(groups, |rank, groups| {
         let coords = mesh.coords(rank);
-        let backend = Cpu::new(threads)?;
-        let mut trainer = Trainer::with_probe(job, coords, groups, backend, probe.clone())?;
+        let backend = cpu(job, threads)?;
+        let probe = watch.probe(rank);
+        let mut trainer = Trainer::with_probe(job, coords, groups, backend, probe)?;
         let (mut times, mut losses) = (Vec::new(), Vec::new());
         for step in 0..job.steps {
             let micros = batches(job, coords.data, step);
             let start = seconds();
             losses.push(trainer.step(step, &micros)?.loss);
-            times.push(seconds() - start);
+            let took = seconds() - start;
+            times.push(took);
+            watch.stepped(rank, step, took, trainer.probe());
         }
         Ok::<_, EngineError>((times, losses))
     });
@@ -192,10 +235,13 @@ pub fn train<P: Probe + Clone>(
 /// them, and returns the results in the order of ranks. A rank that returns drops its
 /// communicators, so that the others do not wait for it.
 pub fn in_process<R: Send>(mesh: Mesh, f: impl Fn(u32, Groups) -> R + Sync) -> Vec<R> {
-    let groups = local_groups(mesh);
+    with_groups(local_groups(mesh), f)
+}
+
+fn with_groups<R: Send>(groups: Vec<Groups>, f: impl Fn(u32, Groups) -> R + Sync) -> Vec<R> {
     std::thread::scope(|scope| {
         let f = &f;
-        let threads: Vec<_> = (0..mesh.size())
+        let threads: Vec<_> = (0u32..)
             .zip(groups)
             .map(|(rank, groups)| scope.spawn(move || f(rank, groups)))
             .collect();

@@ -23,6 +23,7 @@ pub mod optimizer;
 pub mod probe;
 pub mod shards;
 pub mod train;
+pub mod work;
 
 pub use error::EngineError;
 pub use gradients::Gradients;
@@ -32,3 +33,4 @@ pub use memory::Memory;
 pub use probe::{NoProbe, Probe, Span};
 pub use shards::Snapshot;
 pub use train::{Batch, StepReport, Trainer};
+pub use work::Work;

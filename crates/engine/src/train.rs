@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use drumline_collective::ReduceOp;
 use drumline_mesh::{Coords, Instruction, ShardSpec};
-use drumline_spec::{Family, TrainingJob};
-use drumline_tensor::Backend;
+use drumline_spec::{Family, Precision, TrainingJob};
+use drumline_tensor::{Backend, Cpu, CpuOptions, MatmulPrecision};
 
 use crate::activations::{Dims, LayerMemory, Scratch, Slot, in_flight, rotary_table};
 use crate::error::EngineError;
@@ -40,6 +40,18 @@ pub struct StepReport {
     pub grad_norm: f32,
     /// The step's learning rate.
     pub learning_rate: f32,
+}
+
+/// Creates the CPU backend that a job asks for.
+///
+/// # Errors
+/// [`EngineError::Tensor`].
+pub fn cpu(job: &TrainingJob, threads: usize) -> Result<Cpu, EngineError> {
+    let matmul = match job.precision {
+        Precision::F32 => MatmulPrecision::F32,
+        Precision::Bf16 => MatmulPrecision::Bf16,
+    };
+    Ok(Cpu::with_options(CpuOptions { threads, matmul })?)
 }
 
 /// One rank of a training run.
@@ -247,9 +259,11 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         // One exchange for both numbers: every copy has the same gradients, so copy 0 speaks.
         let share = if self.split.copy == 0 { counted } else { 0.0 };
         let mut sums = [self.own_loss(loss) as f32, share as f32];
-        timed(&self.probe, Span::GradientComm, || {
-            self.groups.world.all_reduce(&mut sums, ReduceOp::Sum)
-        })?;
+        if self.groups.world.size() > 1 {
+            timed(&self.probe, Span::GradientComm, || {
+                self.groups.world.all_reduce(&mut sums, ReduceOp::Sum)
+            })?;
+        }
         let loss = sums[0] / self.job.tokens_per_step() as f32;
         let grad_norm = sums[1].sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {

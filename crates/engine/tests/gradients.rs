@@ -175,8 +175,16 @@ fn golden(name: &str, model: ModelConfig) {
                 for (index, want) in probes {
                     let got = f64::from(got[index.parse::<usize>().unwrap()]);
                     let off = (got - number(want)).abs();
+                    // Attention does not see a shift of all scores, so the true gradient of a key's
+                    // bias is 0; Adam makes whole steps of what rounding leaves of it.
+                    let hidden = job.model.hidden as usize;
+                    let at = index.parse::<usize>().unwrap();
+                    let noise = tensor.ends_with("attn.c_attn.bias")
+                        && (hidden..2 * hidden).contains(&at)
+                        && what != "gradient";
+                    let steps = if noise { 5.0 * f64::from(job.learning_rate.peak) } else { 0.0 };
                     assert!(
-                        off < 1e-4 * wanted + 1e-5,
+                        off < 1e-4 * wanted + 1e-5 + steps,
                         "{name} {shape:?} {tensor}[{index}]: {what} {got}, PyTorch {want}"
                     );
                 }

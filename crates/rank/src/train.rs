@@ -8,7 +8,7 @@ use drumline_checkpoint::file::Shards;
 use drumline_checkpoint::{Checkpoint, RunState, Writer, WriterOptions};
 use drumline_collective::Collective;
 use drumline_data::{Batches, Dataset};
-use drumline_engine::{Batch, EngineError, Snapshot, Span, StepReport, Trainer};
+use drumline_engine::{Batch, Snapshot, Span, StepReport, Trainer};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::TrainingJob;
 use drumline_tensor::Cpu;
@@ -61,7 +61,7 @@ pub fn run(
 ) -> Result<(), RankError> {
     let dataset = Arc::new(Dataset::open(&context.resolve(&job.data.path))?);
     let batches = Batches::of_job(Arc::clone(&dataset), job)?;
-    let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
+    let backend = drumline_engine::train::cpu(job, context.threads)?;
     let World { coords, groups } =
         runtime.block_on(world::join(context, host, job.parallelism, String::new()))?;
     let all = Arc::clone(&groups.world);

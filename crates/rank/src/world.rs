@@ -82,7 +82,11 @@ pub async fn join(
     })
 }
 
-fn link(
+/// Links this rank to all others of a split and forms its groups. Blocks.
+///
+/// # Errors
+/// [`WorldError::Link`].
+pub fn link(
     listener: Listener,
     options: &WorldOptions,
     split: Parallelism,

@@ -78,14 +78,20 @@ fn sum_squares_body<S: Simd>(_: S, values: &[f32]) -> f64 {
 
 dispatched! { fn sum_squares_part(values: &[f32]) -> f64 = sum_squares_body; }
 
+/// Parts whose sums lie on the stack: a step allocates nothing.
+const PARTS: usize = 256;
+
 pub(super) fn sum_squares(pool: &Pool, values: &[f32]) -> f64 {
-    let parts = values.len().div_ceil(GRAIN);
-    let mut sums = vec![0.0f64; parts];
-    let slots = std::sync::Mutex::new(&mut sums);
-    pool.split(values.len(), GRAIN, |part| {
-        let index = part.start / GRAIN;
-        let sum = sum_squares_part(&values[part]);
-        slots.lock().expect("nothing panics under the lock")[index] = sum;
-    });
-    sums.iter().sum()
+    let mut total = 0.0;
+    for values in values.chunks(PARTS * GRAIN) {
+        let mut sums = [0.0f64; PARTS];
+        let slots = std::sync::Mutex::new(&mut sums);
+        pool.split(values.len(), GRAIN, |part| {
+            let index = part.start / GRAIN;
+            let sum = sum_squares_part(&values[part]);
+            slots.lock().expect("nothing panics under the lock")[index] = sum;
+        });
+        sums[..values.len().div_ceil(GRAIN)].iter().for_each(|sum| total += sum);
+    }
+    total
 }

@@ -579,11 +579,13 @@ impl<'a> World<'a> {
         self.observer.decided(&self.scheduler, &cycle).map_err(object)?;
         self.tally.cycles += 1;
         self.tally.considered += cycle.considered;
-        for eviction in &cycle.evictions {
-            self.evict(eviction)?;
-        }
+        // Starts first: whoever is asked to leave keeps its devices for now, and may be a gang that
+        // this very cycle has started.
         for plan in &cycle.plan.jobs {
             self.start(plan)?;
+        }
+        for eviction in &cycle.evictions {
+            self.evict(eviction)?;
         }
         for (job, why) in &cycle.told {
             let live = self.slots.get(job).and_then(|slot| self.live.get_mut(*slot as usize));

@@ -5,6 +5,7 @@
 //! that of `scheduler`.
 
 pub mod admit;
+pub mod amounts;
 pub mod decay;
 pub mod limits;
 pub mod models;
@@ -14,9 +15,10 @@ pub mod turn;
 pub mod waiting;
 
 pub use admit::{Admission, admit};
+pub use amounts::{History, Share, Short};
 pub use limits::{QueueLimits, Queues, Usage};
 pub use models::{ModelId, Models, means};
 pub use order::Place;
-pub use tree::{Charge, Closed, History, QueueId, Share, Short, Tree};
+pub use tree::{Charge, Closed, QueueId, Tree};
 pub use turn::{Candidate, Turn};
 pub use waiting::{Admitted, Waiting};

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use drumline_types::Timestamp;
 
-use crate::tree::{Charge, QueueId, Share, Tree};
+use crate::amounts::Share;
+use crate::tree::{Charge, QueueId, Tree};
 
 /// What the first job of a queue is, as far as the turn depends on it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -86,6 +86,7 @@ impl Scheduler {
         self.review_holds(&mut work);
         self.start_nominated(&mut work);
         self.take_turns(&mut work);
+        self.grow(&mut work);
         self.tell(&mut work);
         self.dirty = work.unfinished;
         let plan = Plan { parent, jobs: work.jobs, waiting: Vec::new() };

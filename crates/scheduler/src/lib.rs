@@ -9,6 +9,7 @@
 //! The rules, in the order in which a cycle applies them, are in `docs/scheduling.md`.
 
 mod cycle;
+mod grow;
 mod holds;
 mod job;
 mod keep;

@@ -18,7 +18,7 @@ use crate::scheduler::{Scheduler, Slot};
 use crate::site;
 
 /// Devices are held so long for a job whose victims do not leave, in milliseconds.
-const NOMINATED_MS: u64 = 15 * 60_000;
+pub(crate) const NOMINATED_MS: u64 = 15 * 60_000;
 
 /// Domains of one level in which victims are sought, the cheapest first.
 const DOMAINS_MAX: usize = 4;

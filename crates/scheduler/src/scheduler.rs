@@ -376,9 +376,7 @@ impl Scheduler {
             let (safe_ms, leaving) = (placed.safe.since_ms(placed.started), placed.leaving.clone());
             let job = self.job_mut(slot);
             job.past.done_ms = job.past.done_ms.saturating_add(safe_ms);
-            if let Some(leaving) = leaving {
-                job.past.size = leaving.resize_to;
-            }
+            job.past.size = leaving.and_then(|leaving| leaving.resize_to);
         }
         self.leave(slot);
         self.job_mut(slot).attempt = attempt;

@@ -67,7 +67,7 @@ fn job(at: usize, queue: usize, ranks: u32, priority: i32, flags: u8, minutes: O
     if let Some(minutes) = minutes {
         job = job.takes(minutes * MINUTE);
     }
-    if flags & 1 > 0 && ranks % 2 == 0 {
+    if flags & 1 > 0 && ranks.is_multiple_of(2) {
         job = job.groups(2);
     }
     if flags & 2 > 0 {

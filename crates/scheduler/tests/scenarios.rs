@@ -129,6 +129,22 @@ fn an_elastic_gang_shrinks_before_anyone_is_evicted() {
 }
 
 #[test]
+fn an_elastic_gang_grows_when_devices_are_idle_and_it_gains_by_it() {
+    let mut world = World::new().nodes("a", 8);
+    world.submit(Job::named("other", 5));
+    world.submit(Job::named("stretch", 4).elastic(2, 8).takes(600 * MINUTE));
+    assert_eq!(world.cycle(), ["other starts on a x5", "stretch starts on a x3"]);
+    world.wait(10 * MINUTE);
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    world.end("other");
+    // Ten minutes of work would be lost, and hours with five more devices are won.
+    assert_eq!(world.cycle(), ["stretch is resized to 8 for nobody"]);
+    world.all_leave();
+    assert_eq!(world.cycle(), ["stretch starts on a x8"]);
+    assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
 fn an_elastic_gang_starts_at_the_size_that_fits() {
     let mut world = World::new().nodes("a", 4);
     world.submit(Job::named("runs", 1));

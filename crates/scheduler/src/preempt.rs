@@ -31,17 +31,17 @@ const SPARED_MAX: usize = 16;
 
 /// A gang that may be asked to leave.
 #[derive(Debug, Clone)]
-struct Victim {
-    job: Arc<JobId>,
-    queue: QueueId,
+pub(crate) struct Victim {
+    pub(crate) job: Arc<JobId>,
+    pub(crate) queue: QueueId,
     charge: Arc<Charge>,
     cause: EvictionCause,
     /// What decides who goes first: band, loss per device in milliseconds, priority, and of equals
     /// who started last.
-    loss: (i32, u64, i32, std::cmp::Reverse<Timestamp>),
+    pub(crate) loss: (i32, u64, i32, std::cmp::Reverse<Timestamp>),
     /// The whole loss, in device-milliseconds.
-    whole: u128,
-    devices: u32,
+    pub(crate) whole: u128,
+    pub(crate) devices: u32,
     /// The size that it could be shrunk to.
     least: Option<u32>,
 }
@@ -171,7 +171,7 @@ impl Scheduler {
         victims
     }
 
-    fn victim(
+    pub(crate) fn victim(
         &self,
         job: &Job,
         placed: &Placed,
@@ -276,7 +276,7 @@ impl Scheduler {
 
     /// Returns the innermost domains that victims are in, each with its victims and how many devices
     /// they hold there.
-    fn places(&self, victims: &[Victim]) -> BTreeMap<DomainAt, Vec<(usize, u32)>> {
+    pub(crate) fn places(&self, victims: &[Victim]) -> BTreeMap<DomainAt, Vec<(usize, u32)>> {
         let mut there: BTreeMap<DomainAt, Vec<(usize, u32)>> = BTreeMap::new();
         for (at, victim) in victims.iter().enumerate() {
             let Some(held) = self.fleet.commitment(&victim.job) else { continue };
@@ -300,7 +300,7 @@ impl Scheduler {
 
     /// Returns the domains of a level whose free devices and victims would make enough room, the
     /// cheapest first, each with the victims in it.
-    fn domains(
+    pub(crate) fn domains(
         &self,
         gang: &Gang,
         victims: &[Victim],
@@ -547,7 +547,7 @@ impl Scheduler {
     }
 }
 
-fn holders(fleet: &Snapshot, devices: &[DeviceId]) -> std::collections::BTreeSet<JobId> {
+pub(crate) fn holders(fleet: &Snapshot, devices: &[DeviceId]) -> std::collections::BTreeSet<JobId> {
     let mut holders = std::collections::BTreeSet::new();
     for device in devices {
         if let Some(state) = fleet.node(&device.node) {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use drumline_cluster::{Health, Mark};
+use drumline_placement::EvictionCause;
 use drumline_queue::{Place, QueueId};
 use drumline_spec::Gang;
 use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
@@ -46,9 +47,11 @@ impl Scheduler {
         let Some(job) = self.known(id) else { return false };
         let (class, place) = match &job.stand {
             Stand::InLine { class, place, .. } => (class, place),
-            // A gang that leaves to come back smaller keeps what it will need.
+            // A gang that leaves to come back, smaller or elsewhere, keeps what it will need.
             Stand::Placed(placed) => {
-                return placed.leaving.as_ref().is_some_and(|leaving| leaving.resize_to.is_some());
+                return placed.leaving.as_ref().is_some_and(|leaving| {
+                    leaving.resize_to.is_some() || leaving.cause == EvictionCause::Consolidated
+                });
             }
             Stand::Aside { .. } => return matches!(hold.keep, Keep::Nominated { .. }) && !job.held,
         };
@@ -150,6 +153,9 @@ impl Scheduler {
             && gang.ranks > 1
             && self.holds.of(&id).is_none()
             && self.holds.len() < RESERVED_MAX;
+        if first && self.consolidate(slot, &gang, leaf, refusal, work) {
+            return true;
+        }
         // What is lent until another's reserved start is not this job's to count on.
         let reservable = reservable && {
             let claim = self
@@ -171,7 +177,7 @@ impl Scheduler {
 
     /// Returns where a gang can start first and when, if everyone ends as estimated and nobody new
     /// starts there.
-    fn earliest(
+    pub(crate) fn earliest(
         &mut self,
         slot: Slot,
         gang: &Gang,

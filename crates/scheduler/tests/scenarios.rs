@@ -169,6 +169,39 @@ fn a_gang_that_needs_one_rack_waits_when_free_devices_are_scattered() {
 }
 
 #[test]
+fn gangs_are_moved_only_when_each_finds_a_place_and_less_is_lost_than_won() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("one", 1).takes(500 * MINUTE));
+    world.submit(Job::named("three", 3).takes(500 * MINUTE));
+    world.submit(Job::named("two", 2).takes(500 * MINUTE));
+    assert_eq!(world.cycle().len(), 3);
+    world.end("three");
+    world.wait(MINUTE);
+    // Five are free, three beside `one`: a gang of four on one node fits nowhere.
+    world.submit(Job::named("whole", 4).groups(4));
+    assert_eq!(world.cycle(), ["one is consolidated for whole"]);
+    world.all_leave();
+    let mut started = world.cycle();
+    started.sort();
+    assert_eq!(started.len(), 2, "{started:?}");
+    assert!(started[1].starts_with("whole starts on"), "{started:?}");
+}
+
+#[test]
+fn nobody_is_moved_who_would_lose_more_than_is_won() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("one", 1).takes(500 * MINUTE));
+    world.submit(Job::named("three", 3).takes(500 * MINUTE));
+    world.submit(Job::named("two", 2).takes(500 * MINUTE));
+    assert_eq!(world.cycle().len(), 3);
+    world.end("three");
+    // Nearly done and never saved: to wait for it costs less.
+    world.wait(499 * MINUTE);
+    world.submit(Job::named("whole", 4).groups(4));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
 fn a_member_that_finished_is_not_missed() {
     // A gang's members end one by one; only the end of the attempt is news here, and until then
     // nothing is started again or evicted for it.

@@ -6,6 +6,7 @@ mod launch;
 mod node;
 mod predict;
 mod profile;
+mod schedule;
 mod serve;
 mod store;
 mod train;
@@ -20,6 +21,7 @@ pub use collective::CollectiveArgs;
 pub use control::ControlArgs;
 pub use launch::LaunchArgs;
 pub use profile::{PlanArgs, ProfileArgs};
+pub use schedule::ScheduleArgs;
 pub use serve::ServeArgs;
 pub use store::StoreArgs;
 pub use train::TrainArgs;
@@ -45,13 +47,15 @@ pub enum Bench {
     Store(StoreArgs),
     /// The time from a submission to the first step of its gang.
     Launch(LaunchArgs),
+    /// The decision core: placements per second, big gangs, preemption, cost against size.
+    Schedule(ScheduleArgs),
     /// The whole control path in real time: queues, thousands of jobs, simulated agents.
     Control(ControlArgs),
     /// What the planner asks of a node: products, memory, operators, attention, collectives.
     Profile(ProfileArgs),
     /// The planner's predictions against the engine's steps, over sizes and splits.
     Plan(PlanArgs),
-    /// All of these but the last three, with their usual settings.
+    /// All of these but the last four, with their usual settings.
     All,
 }
 
@@ -90,6 +94,7 @@ pub async fn run(args: &BenchArgs, format: Format) -> Result<(), Failure> {
         Bench::Store(args) => vec![store::run(args).await?],
         Bench::Launch(args) => vec![launch::run(args).await?],
         Bench::Control(args) => vec![control::run(args).await?],
+        Bench::Schedule(args) => vec![schedule::run(args).await?],
         Bench::All => all().await?,
     };
     let machine = machine();

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "vector loads through pointers; the callers assert what is reached")]
 
 use core::arch::x86_64::{
-    __m512, __m512i, __mmask16, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps,
+    __m512, __m512bh, __m512i, __mmask16, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps,
     _mm512_cvtph_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_permutex2var_epi8,
     _mm512_set1_epi8, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
@@ -106,8 +106,12 @@ impl Lines for F16 {
 /// The processor has AVX-512 BF16.
 #[inline(always)]
 unsafe fn dot(sum: __m512, a: __m512, b: __m512) -> __m512 {
-    // SAFETY: the types differ in name only.
-    unsafe { _mm512_dpbf16_ps(sum, core::mem::transmute(a), core::mem::transmute(b)) }
+    let pairs = |v: __m512| {
+        // SAFETY: both types are 64 bytes without invalid values.
+        unsafe { core::mem::transmute::<__m512, __m512bh>(v) }
+    };
+    // SAFETY: by this function's contract.
+    unsafe { _mm512_dpbf16_ps(sum, pairs(a), pairs(b)) }
 }
 
 struct Bf16;

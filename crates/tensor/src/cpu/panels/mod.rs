@@ -10,6 +10,10 @@
 //!
 //! The kernels need AVX-512 ([`Format::has_kernel`]). Elsewhere [`expand`] turns panels back into
 //! f32, for the products of [`super::tile`].
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "parts that only the AVX-512 kernels use")
+)]
 
 #[cfg(target_arch = "x86_64")]
 mod kernel;

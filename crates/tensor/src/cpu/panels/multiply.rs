@@ -43,7 +43,7 @@ struct Left<'a> {
 /// would send all rows to the same few lines of L1.
 fn stride(words: usize) -> usize {
     let lines = words.next_multiple_of(GROUP);
-    if lines % 256 == 0 { lines + GROUP } else { lines }
+    if lines.is_multiple_of(256) { lines + GROUP } else { lines }
 }
 
 impl<'a> Left<'a> {
@@ -103,7 +103,7 @@ impl<'a> Left<'a> {
     fn end(&self, rows: usize, words: usize) -> usize {
         match self.row {
             Some(row) => (rows - 1) * row + words,
-            None => rows.next_multiple_of(GROUP) / GROUP * self.group,
+            None => rows.div_ceil(GROUP) * self.group,
         }
     }
 }
@@ -168,7 +168,7 @@ impl Panels<'_> {
         let line = f.line() / size_of::<f32>();
         let first = (panel * PANEL * f.steps(e.k) + ks.start / f.rows() * groups) * line;
         let steps = f.steps(ks.len());
-        assert!(ks.start % f.rows() == 0 && ks.end <= e.k && rows.end <= e.m, "block");
+        assert!(ks.start.is_multiple_of(f.rows()) && ks.end <= e.k && rows.end <= e.m, "block");
         assert!(first + steps * groups * line <= self.b.len(), "block: panels");
         assert!(left.end(rows.len(), f.words(ks.len())) <= left.words.len(), "block: rows");
         assert!(e.scales.is_none_or(|s| s.len() == e.n), "block: scales");

@@ -34,9 +34,6 @@ pub(super) struct Part {
     pub lines: usize,
 }
 
-// SAFETY: a part is a promise of its maker that nothing else touches what it writes.
-unsafe impl Send for Part {}
-
 /// The first `count` of 16.
 #[inline(always)]
 pub(super) fn first(count: usize) -> __mmask16 {

@@ -197,7 +197,7 @@ impl Misfit {
 
     fn in_nodes(&self, ranks: u64) -> String {
         let group = u64::from(self.group.max(1));
-        if group > 1 && ranks % group == 0 {
+        if group > 1 && ranks.is_multiple_of(group) {
             format!("{} x {group}", ranks / group)
         } else {
             ranks.to_string()

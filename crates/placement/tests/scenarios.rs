@@ -165,3 +165,37 @@ fn every_wait_has_its_reason_and_its_numbers() {
         assert_eq!((why.reason, why.message.as_str()), (reason, message));
     }
 }
+
+#[test]
+fn a_gang_that_must_share_a_rack_waits_while_its_devices_are_scattered() {
+    use drumline_placement::{Constraints, place};
+    use drumline_spec::TopologyRule;
+
+    let rule = |required| TopologyRule { ranks: 0, level: "rack".to_owned(), required };
+    let gang = |required| Gang {
+        ranks: 8,
+        node_group: 2,
+        device: DeviceKind::Gpu,
+        models: vec!["H100".to_owned()],
+        topology: vec![rule(required)],
+        ..Gang::default()
+    };
+    let split = Parallelism { tensor: 2, pipeline: 1, data: 4 };
+    let bounds = Constraints::default();
+    let scattered = fleet(&["a r1 ....", "b r1 ..##", "c r2 ....", "d r2 x.##", "e r3 .... !"]);
+    let why = place(&scattered, &gang(true), split, &bounds).unwrap_err().explanation();
+    assert_eq!(
+        (why.reason, why.message.as_str()),
+        (
+            Reason::TopologyDoesNotFit,
+            "needs 8 H100 devices in groups of 2 on one node, all in one rack; 11 free on 4 nodes, \
+             at most 4 on one, largest rack 3 x 2; not eligible: 4 busy, 4 on nodes cordoned, \
+             1 failed (Xid 79); would fit with 6 ranks"
+        )
+    );
+    // As a wish it is given up, and the gang goes to as few domains as can be.
+    assert_eq!(place(&scattered, &gang(false), split, &bounds).unwrap().devices.len(), 8);
+    let together = fleet(&["a r1 ....", "b r1 ....", "c r2 ....", "d r2 x.##"]);
+    let placed = place(&together, &gang(true), split, &bounds).unwrap();
+    assert!(placed.devices.iter().all(|device| ["a", "b"].contains(&device.node.as_str())));
+}

@@ -2,6 +2,7 @@
 //! `run(Options)` to the state folder, to signals and to the process that started it.
 
 mod control;
+mod operator;
 
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -32,6 +33,9 @@ pub enum Role {
     /// The OpenAI-compatible gateway.
     #[command(hide = true)]
     Gateway(GatewayArgs),
+    /// The control plane of a Kubernetes cluster.
+    #[command(hide = true)]
+    Operator(operator::OperatorArgs),
     /// One rank of a gang that trains or serves.
     #[command(hide = true)]
     Rank,
@@ -167,6 +171,10 @@ impl Role {
     /// # Errors
     /// Failed, when it cannot start.
     pub async fn run(self, global: &Global) -> Result<(), Failure> {
+        if let Self::Operator(args) = self {
+            // Its state is the cluster's, and its identity the kubeconfig's or service account's.
+            return operator::run(args, stop_token(&Attached { attached: false })?).await;
+        }
         let access = global.access()?;
         let state = access.state.clone();
         state.create()?;
@@ -215,7 +223,8 @@ impl Role {
                     .await
                     .map_err(|error| Failure::failed(error.to_string()))
             }
-            Self::Rank
+            Self::Operator(_)
+            | Self::Rank
             | Self::BenchCollectiveWorker
             | Self::Supervise { .. }
             | Self::RankExec { .. } => Err(Failure::failed("this role has no runtime")),

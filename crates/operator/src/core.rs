@@ -498,9 +498,9 @@ impl Core {
         self.resting.insert(uid.to_owned(), Instant::now() + REST);
         let Some(promise) = self.promised.remove(uid) else { return };
         let PromiseState::Removing(why) = promise.state else { return };
-        // Without it the attempt was never written down, and there is nothing to tell.
-        let written = self.latest.get(uid);
-        if let Some(job) = written.and_then(|object| Job::read(promise.job.kind, object)) {
+        // The attempt may never have been written down: then there is nothing to tell.
+        let now_shown = self.jobs().remove(uid);
+        if let Some(job) = now_shown.filter(|job| job.status.attempt == promise.attempt) {
             let why = Explanation::new(Reason::NotYetConsidered, why);
             let mut status = told(&job, JobPhase::Pending, &why, now.0);
             status.not_before_ms = now.0 + TAKEN_BACK_MS;

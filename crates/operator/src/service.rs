@@ -177,3 +177,37 @@ fn now() -> Timestamp {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Timestamp(u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX))
 }
+
+impl Options {
+    /// Returns what an operator needs where it runs: in a pod its service account, elsewhere the
+    /// user's kubeconfig.
+    ///
+    /// # Errors
+    /// When neither is there.
+    pub async fn here(namespace: String, identity: String) -> Result<Self, ServiceError> {
+        let client = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+        Ok(Self {
+            client,
+            namespace,
+            lease: LeaseRules { identity, duration: Duration::from_secs(15) },
+            fleet: FleetRules::default(),
+            pods: PodRules::default(),
+        })
+    }
+
+    /// Sets the extended resource that is one GPU, for nodes and pods alike.
+    #[must_use]
+    pub fn gpu_resource(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.fleet.gpu_resource);
+        name.clone_into(&mut self.pods.gpu_resource);
+        self
+    }
+
+    /// Sets the processor time of one CPU device, in thousandths of a core.
+    #[must_use]
+    pub fn cpu_device_milli(mut self, milli: u64) -> Self {
+        self.fleet.cpu_device_milli = milli.max(1);
+        self.pods.cpu_device_milli = milli.max(1);
+        self
+    }
+}

@@ -12,7 +12,9 @@ use crate::job::Job;
 pub fn told(job: &Job, phase: JobPhase, why: &Explanation, now_ms: u64) -> JobStatus {
     let mut status = job.status.clone();
     phase.as_str().clone_into(&mut status.phase);
-    why.reason.token().clone_into(&mut status.reason);
+    // A gang that runs has nothing to explain.
+    let reason = if phase == JobPhase::Running { "" } else { why.reason.token() };
+    reason.clone_into(&mut status.reason);
     status.message.clone_from(&why.message);
     status.observed_generation = job.generation;
     status.selector = format!("{UID}={}", job.uid);
@@ -21,7 +23,7 @@ pub fn told(job: &Job, phase: JobPhase, why: &Explanation, now_ms: u64) -> JobSt
     let failed = phase == JobPhase::Failed;
     let was = std::mem::take(&mut status.conditions);
     status.conditions = [("Ready", running), ("Complete", succeeded), ("Failed", failed)]
-        .map(|(kind, holds)| condition(&was, job, kind, holds, why, now_ms))
+        .map(|(kind, holds)| condition(&was, job, phase, kind, holds, why, now_ms))
         .to_vec();
     status
 }
@@ -29,6 +31,7 @@ pub fn told(job: &Job, phase: JobPhase, why: &Explanation, now_ms: u64) -> JobSt
 fn condition(
     was: &[Condition],
     job: &Job,
+    phase: JobPhase,
     kind: &str,
     holds: bool,
     why: &Explanation,
@@ -41,7 +44,8 @@ fn condition(
         None => Condition {
             kind: kind.to_owned(),
             status: status.to_owned(),
-            reason: why.reason.token().to_owned(),
+            reason: if phase == JobPhase::Running { "Running" } else { why.reason.token() }
+                .to_owned(),
             message: why.message.clone(),
             last_transition_time: rfc3339(now_ms),
             observed_generation: job.generation,

@@ -21,6 +21,8 @@ const PROGRESS_RUN_MS: u64 = 60_000;
 /// The longest wait before a restart, in milliseconds; the same as off Kubernetes.
 const BACKOFF_MAX_MS: u64 = 300_000;
 
+/// Nodes get so much longer for a start than off Kubernetes, in milliseconds: they pull images.
+const PULL_MS: u64 = 600_000;
 /// When to look again at a job whose shown state is behind its pods', in milliseconds.
 const STALE_MS: u64 = 500;
 
@@ -201,9 +203,7 @@ fn attempt(view: &View<'_>, spec: &JobSpec) -> Next {
         }
         Gang::Running => {
             let why = Explanation::new(Reason::Completed, format!("{ranks} ranks run"));
-            // `Completed` is for jobs that are done: a running job has no reason.
             let mut status = told(job, JobPhase::Running, &why, now);
-            status.reason = String::new();
             status.ready = format!("{ranks}/{ranks}");
             status.replicas = u32::from(matches!(spec.work, Work::ModelService(_)));
             if status.running_since_ms == 0 {
@@ -212,11 +212,12 @@ fn attempt(view: &View<'_>, spec: &JobSpec) -> Next {
             write(job, status)
         }
         Gang::Starting { running } => {
-            let deadline = job.status.launched_ms + spec.settings.start_timeout_ms;
+            let limit = spec.settings.start_timeout_ms.saturating_add(PULL_MS);
+            let deadline = job.status.launched_ms.saturating_add(limit);
             if now >= deadline {
                 let message = format!(
                     "{running} of {ranks} ranks ran within {}",
-                    drumline_types::format_duration_ms(spec.settings.start_timeout_ms)
+                    drumline_types::format_duration_ms(limit)
                 );
                 return failed(view, spec, &Explanation::new(Reason::RendezvousTimedOut, message));
             }

@@ -1,0 +1,70 @@
+//! `drumline operator`: the control plane of a Kubernetes cluster.
+
+use clap::Args;
+use drumline_operator::Options;
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::Failure;
+
+/// Arguments of `operator`.
+#[derive(Debug, Args)]
+pub struct OperatorArgs {
+    /// Namespace of the leader's lease: where the operator itself runs.
+    #[arg(long, default_value = "drumline-system", env = "DRUMLINE_NAMESPACE")]
+    pub namespace: String,
+    /// Image of ranks whose job names none.
+    #[arg(long, default_value = "drumline:latest")]
+    pub image: String,
+    /// The extended resource that is one GPU.
+    #[arg(long, default_value = "nvidia.com/gpu")]
+    pub gpu_resource: String,
+    /// Processor time of one CPU device, in thousandths of a core.
+    #[arg(long, default_value_t = 1000)]
+    pub cpu_device_milli: u64,
+    /// A level of the topology and the node label that names its domains, outermost first.
+    #[arg(long, value_name = "LEVEL=LABEL", default_value = "zone=topology.kubernetes.io/zone")]
+    pub topology: Vec<String>,
+    /// Taint that every gang tolerates; may be given more than once.
+    #[arg(long, value_name = "KEY", default_value = "nvidia.com/gpu")]
+    pub tolerate: Vec<String>,
+    /// Persistent volume claim, in each job's namespace, that all ranks see as their shared folder.
+    #[arg(long, default_value = "")]
+    pub shared_claim: String,
+    /// Size of each rank's /dev/shm.
+    #[arg(long, default_value = "1Gi")]
+    pub shm_size: String,
+    /// User id that ranks run as; 0: as their image says.
+    #[arg(long, default_value_t = 65_532)]
+    pub run_as_user: i64,
+}
+
+/// Runs until it is asked to stop.
+///
+/// # Errors
+/// The user's, for a topology that says nothing; failed, when there is no cluster.
+pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(), Failure> {
+    let mut topology = Vec::new();
+    for pair in &args.topology {
+        let Some((level, label)) = pair.split_once('=') else {
+            let message =
+                format!("--topology {pair}: LEVEL=LABEL is wanted, such as rack=example.org/rack");
+            return Err(Failure::user(message));
+        };
+        topology.push((level.to_owned(), label.to_owned()));
+    }
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let identity = format!("{host}-{}", std::process::id());
+    let mut options = Options::here(args.namespace, identity)
+        .await
+        .map_err(|error| Failure::failed(error.to_string()))?
+        .gpu_resource(&args.gpu_resource)
+        .cpu_device_milli(args.cpu_device_milli);
+    options.fleet.topology = topology;
+    options.fleet.tolerated.clone_from(&args.tolerate);
+    options.pods.tolerated = args.tolerate;
+    options.pods.image = args.image;
+    options.pods.shared_claim = args.shared_claim;
+    options.pods.shm_size = args.shm_size;
+    options.pods.run_as_user = args.run_as_user;
+    drumline_operator::run(options, stop).await.map_err(|error| Failure::failed(error.to_string()))
+}

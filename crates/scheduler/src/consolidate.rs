@@ -44,7 +44,7 @@ impl Scheduler {
         if self.tree.check(leaf, &claim).is_err() {
             return false;
         }
-        let mut movable = self.movable(gang, work.now);
+        let mut movable = self.movable(self.job(slot).priority(), gang, work.now);
         movable.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
         let there = self.places(&movable);
         let mut best: Option<(u128, Move)> = None;
@@ -72,11 +72,12 @@ impl Scheduler {
         true
     }
 
-    fn movable(&self, gang: &Gang, now: Timestamp) -> Vec<Victim> {
+    /// Returns the gangs that may be moved for one of this priority: nobody who goes before it.
+    fn movable(&self, priority: i32, gang: &Gang, now: Timestamp) -> Vec<Victim> {
         let mut movable = Vec::new();
         for (queue, jobs) in &self.placed {
             let Some(queue) = self.tree.find(queue) else { continue };
-            for (_, id) in jobs {
+            for (_, id) in jobs.iter().take_while(|(of, _)| *of <= priority) {
                 let Some(job) = self.known(id) else { continue };
                 let Some(placed) = job.placed() else { continue };
                 let alike = job.request.gang.device == gang.device && placed.ranks <= gang.ranks;

@@ -144,7 +144,7 @@ impl Scheduler {
             }
             // In its own queue only lower priorities; and a queue that has borrowed nothing gives
             // nothing back.
-            let all = if id == leaf { claimant.priority() } else { i32::MAX };
+            let all = if id == leaf { claimant.priority().saturating_sub(1) } else { i32::MAX };
             if id != leaf && !self.tree.names_models(id) && !self.tree.all_borrowed(leaf, id, claim)
             {
                 continue;

@@ -5,7 +5,7 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 
 use drumline_cluster::{Change, Health};
-use drumline_placement::Cycle;
+use drumline_placement::{Cycle, EvictionCause};
 use drumline_scheduler::{Options, Saved, Scheduler, Stands};
 use drumline_types::{Attempt, JobId, Reason, Timestamp};
 use proptest::prelude::*;
@@ -220,7 +220,10 @@ fn invariants(world: &World, cycle: &Cycle, before: &Saved) -> Result<(), TestCa
         prop_assert!(saved.holds.contains_key(beneficiary), "nothing is kept for {}", beneficiary);
         let claimant = &saved.jobs[beneficiary].request.settings;
         let victim = &job.request.settings;
-        if claimant.queue == victim.queue {
+        if eviction.cause == EvictionCause::Consolidated {
+            prop_assert!(claimant.priority >= victim.priority);
+            prop_assert!(saved.holds.contains_key(&eviction.job), "it has no place to go to");
+        } else if claimant.queue == victim.queue {
             prop_assert!(claimant.priority > victim.priority);
         }
     }

@@ -5,7 +5,6 @@ mod support;
 
 use drumline_sim::measure::Cause;
 use drumline_sim::report::Ending;
-use drumline_sim::world::Nobody;
 use drumline_sim::{POLICIES, PolicyReport, Preset, Scenario};
 use proptest::prelude::*;
 use support::{Audit, play, simulate, workload};
@@ -278,12 +277,7 @@ nodeRepair = "20m"
 deviceRepair = "30m"
 "#, wide = group * gang);
         let scenario = Scenario::of(&workload(&text), seed);
-        let report = if elastic.is_empty() {
-            play(&scenario, policy, &mut Audit::default())
-        } else {
-            // The audit of plans knows one size of a gang.
-            play(&scenario, policy, &mut Nobody)
-        };
+        let report = play(&scenario, policy, &mut Audit::default());
         check(&report, f64::from(nodes * devices));
         // What waits in the end either never fits, or waits behind such a job.
         if report.counts.waiting > 0 {

@@ -4,13 +4,13 @@
 
 use std::sync::atomic::AtomicBool;
 
-use drumline_audit::check;
-use drumline_cluster::{Change, Snapshot};
+use drumline_audit::Auditor;
+use drumline_cluster::Change;
 use drumline_placement::Cycle;
 use drumline_scheduler::Scheduler;
 use drumline_sim::world::Nobody;
 use drumline_sim::{Limits, Observer, Policy, PolicyReport, Scenario, SimError, Workload, run};
-use drumline_types::Timestamp;
+use drumline_types::{DeviceId, Timestamp};
 
 /// Reads a workload that must be legal.
 pub fn workload(text: &str) -> Workload {
@@ -42,31 +42,31 @@ pub fn simulate(text: &str, policy: &str, seed: u64) -> PolicyReport {
     play(&Scenario::of(&workload(text), seed), policy, &mut Nobody)
 }
 
-/// Checks every plan on the fleet as it was before, and the fleet's own claims.
+/// Audits what every cycle starts, with books of its own.
 #[derive(Default)]
 pub struct Audit {
-    before: Option<Snapshot>,
-    /// Plans that were checked.
+    auditor: Auditor,
+    /// Cycles that were checked.
     pub checked: u64,
     /// Gangs that started.
     pub starts: u64,
 }
 
 impl Observer for Audit {
-    fn changed(&mut self, _: &Change, _: Timestamp) -> Result<(), String> {
+    fn changed(&mut self, change: &Change, _: Timestamp) -> Result<(), String> {
+        self.auditor.apply(change);
         Ok(())
     }
 
-    fn deciding(&mut self, scheduler: &Scheduler, _: Timestamp) -> Result<(), String> {
-        self.before = Some(scheduler.fleet().clone());
-        Ok(())
-    }
-
-    fn decided(&mut self, _: &Scheduler, cycle: &Cycle) -> Result<(), String> {
-        let before = self.before.take().ok_or("no fleet")?;
-        check(&before, &cycle.plan).map_err(|violations| {
+    fn decided(&mut self, scheduler: &Scheduler, cycle: &Cycle) -> Result<(), String> {
+        let fleet = scheduler.fleet();
+        let kept = |device: &DeviceId| fleet.node(&device.node)?.reserved(device.index).cloned();
+        // Who leaves is not judged here: a cycle may ask a gang to leave that it has just started,
+        // and the auditor's books have that gang only afterwards.
+        let starts = Cycle { evictions: Vec::new(), ..cycle.clone() };
+        self.auditor.check(&starts, kept).map_err(|violations| {
             let all: Vec<String> = violations.iter().map(ToString::to_string).collect();
-            format!("the audit refuses the plan: {}", all.join("; "))
+            format!("the audit refuses the cycle: {}", all.join("; "))
         })?;
         self.checked += 1;
         self.starts += cycle.plan.jobs.len() as u64;

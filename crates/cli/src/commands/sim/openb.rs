@@ -47,16 +47,17 @@ fn experiment(args: &OpenbArgs) -> Result<openb::Report, Failure> {
             .map_err(|error| Failure::user(format!("cannot read {}: {error}", path.display())))
     };
     let (nodes, pods) = (read(&args.nodes)?, read(&args.pods)?);
-    let kept = match &args.values {
-        Some(path) if path.exists() => Some((path.display().to_string(), read(path)?)),
+    let known = match &args.values {
+        Some(file) if file.exists() => Some((file.display().to_string(), read(file)?)),
         _ => None,
     };
-    let kept_text = kept.as_ref().map(|(file, text)| (file.as_str(), text.as_str()));
-    let (report, learned) = openb::run_kept(&nodes, &pods, &options, kept_text)
+    let kept = known.as_ref().map(|(file, text)| (file.as_str(), text.as_str()));
+    let (report, learned) = openb::run::run_kept(&nodes, &pods, &options, kept)
         .map_err(|error| Failure::user(error.to_string()))?;
-    if let (Some(path), Some(text)) = (&args.values, learned) {
-        std::fs::write(path, text)
-            .map_err(|error| Failure::user(format!("cannot write {}: {error}", path.display())))?;
+    if let (Some(file), Some(text)) = (&args.values, learned) {
+        std::fs::write(file, text)
+            .map_err(|error| Failure::user(format!("cannot write {}: {error}", file.display())))?;
+        note(&format!("what was learned is kept in {}", file.display()));
     }
     Ok(report)
 }

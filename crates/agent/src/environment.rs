@@ -6,6 +6,8 @@ use std::path::Path;
 use drumline_spec::{JobSpec, Work};
 use drumline_wire::{contract, v1};
 
+use crate::devices::Devices;
+
 /// What is the same for every rank of one launch.
 #[derive(Debug, Clone)]
 pub struct LaunchContext<'a> {
@@ -25,6 +27,8 @@ pub struct LaunchContext<'a> {
     pub host: &'a str,
     /// IP address on which ranks listen.
     pub listen_ip: &'a str,
+    /// What the ranks' devices share.
+    pub devices: &'a Devices,
 }
 
 /// Returns the variables of one rank, user's first, so that ours cannot be overridden.
@@ -57,6 +61,9 @@ pub fn variables(context: &LaunchContext<'_>, rank: &v1::LaunchRank) -> BTreeMap
     set(contract::JOB_DIR, context.job_dir.display().to_string());
     set(contract::SHARED_DIR, context.shared_dir.display().to_string());
     set(contract::THREADS, rank.threads.max(1).to_string());
+    if let Some(cores) = context.devices.share(rank.device) {
+        set(contract::CORES, cores);
+    }
     set(contract::DEVICE, rank.device.to_string());
     set(contract::HOST, context.host.to_owned());
     set(contract::LISTEN_IP, context.listen_ip.to_owned());

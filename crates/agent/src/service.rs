@@ -78,6 +78,9 @@ pub struct Options {
     pub cpu_devices: u32,
     /// Cores that this node's devices share; 0: all that the machine has.
     pub cores: u32,
+    /// The first of them, among those that this process may run on: agents that share a machine
+    /// each have their own.
+    pub first_core: u32,
     /// Measured f32 matmul rate of one core, FLOP/s; 0: not known. A run's share of the peak is
     /// told against it.
     pub core_flops: f64,
@@ -107,6 +110,7 @@ impl Options {
             state_dir,
             cpu_devices: 2,
             cores: 0,
+            first_core: 0,
             core_flops: 0.0,
             listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             binary,
@@ -492,6 +496,7 @@ impl Agent {
             agent_url: &self.agent_url,
             host: &self.host,
             listen_ip: &self.options.listen_ip.to_string(),
+            devices: &self.devices,
         };
         for rank in &launch.ranks {
             let mut state = Rank::launching(rank.device, now_ms());

@@ -78,6 +78,9 @@ pub struct AgentArgs {
     /// Cores that the devices share; 0: all.
     #[arg(long, default_value_t = 0)]
     pub cores: u32,
+    /// The first of them: agents that share a machine each have their own.
+    #[arg(long, default_value_t = 0)]
+    pub first_core: u32,
     /// How it ends.
     #[command(flatten)]
     pub attached: Attached,
@@ -191,6 +194,7 @@ impl Role {
                 let options = drumline_agent::Options {
                     cpu_devices: args.devices,
                     cores: args.cores,
+                    first_core: args.first_core,
                     core_flops: measured.unwrap_or_default(),
                     listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
                     shared_dir: state.shared_dir(),

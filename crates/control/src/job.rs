@@ -70,6 +70,14 @@ pub(crate) struct Training {
     pub(crate) other_seconds: f64,
     pub(crate) communication_seconds: f64,
     pub(crate) bubble_seconds: f64,
+    #[serde(default)]
+    pub(crate) hidden_seconds: f64,
+    #[serde(default)]
+    pub(crate) idle_seconds: f64,
+    #[serde(default)]
+    pub(crate) matmul_peak_share: f64,
+    #[serde(default)]
+    pub(crate) optimizer_bytes_per_second: f64,
 }
 
 /// How a service stands.
@@ -197,6 +205,14 @@ impl Training {
         self.other_seconds = report.other_seconds;
         self.communication_seconds = report.communication_seconds;
         self.bubble_seconds = report.bubble_seconds;
+        self.hidden_seconds = report.communication_hidden_seconds;
+        self.idle_seconds = report.idle_seconds;
+        let rate = |amount: f64, seconds: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
+        let matmul = rate(report.matmul_flops, report.matmul_seconds);
+        // The reporting rank's part, against the peak of one device.
+        let device_peak = peak_flops / f64::from(training.parallelism.world_size().max(1));
+        self.matmul_peak_share = rate(matmul, device_peak);
+        self.optimizer_bytes_per_second = rate(report.optimizer_bytes, report.optimizer_seconds);
         new
     }
 

@@ -49,6 +49,9 @@ struct Inner {
     tokens_per_second: GaugeVec,
     tokens: GaugeVec,
     mfu: GaugeVec,
+    step_seconds: GaugeVec,
+    matmul_peak: GaugeVec,
+    optimizer_rate: GaugeVec,
     checkpoint_step: GaugeVec,
     service_ready: IntGaugeVec,
     service_running: IntGaugeVec,
@@ -92,6 +95,9 @@ impl Metrics {
             tokens_per_second: table::JOB_TOKENS_PER_SECOND.gauge(registry)?,
             tokens: table::JOB_TOKENS.gauge(registry)?,
             mfu: table::JOB_MFU.gauge(registry)?,
+            step_seconds: table::JOB_STEP_SECONDS.gauge(registry)?,
+            matmul_peak: table::JOB_MATMUL_PEAK.gauge(registry)?,
+            optimizer_rate: table::JOB_OPTIMIZER_RATE.gauge(registry)?,
             checkpoint_step: table::JOB_CHECKPOINT_STEP.gauge(registry)?,
             service_ready: table::SERVICE_READY.int_gauge(registry)?,
             service_running: table::SERVICE_RUNNING.int_gauge(registry)?,
@@ -187,10 +193,15 @@ impl Metrics {
                 &self.0.tokens_per_second,
                 &self.0.tokens,
                 &self.0.mfu,
+                &self.0.matmul_peak,
+                &self.0.optimizer_rate,
                 &self.0.checkpoint_step,
             ] {
                 // A figure that was never told was never set.
                 let _ = gauge.remove_label_values(&[gone]);
+            }
+            for part in STEP_PARTS {
+                let _ = self.0.step_seconds.remove_label_values(&[gone, part]);
             }
         }
         *shown = now_shown;
@@ -249,11 +260,31 @@ impl Metrics {
         self.0.tokens_per_second.with_label_values(&label).set(rate);
         self.0.tokens.with_label_values(&label).set((training.step * per_step) as f64);
         self.0.mfu.with_label_values(&label).set(if live { training.mfu } else { 0.0 });
+        let seconds = [
+            training.matmul_seconds,
+            training.attention_seconds,
+            training.other_seconds,
+            training.communication_seconds,
+            training.hidden_seconds,
+            training.bubble_seconds,
+            training.idle_seconds,
+        ];
+        let live = |value: f64| if live { value } else { 0.0 };
+        for (part, seconds) in STEP_PARTS.iter().zip(seconds) {
+            self.0.step_seconds.with_label_values(&[id, part]).set(live(seconds));
+        }
+        self.0.matmul_peak.with_label_values(&label).set(live(training.matmul_peak_share));
+        let rate = live(training.optimizer_bytes_per_second);
+        self.0.optimizer_rate.with_label_values(&label).set(rate);
         if let Some(checkpoint) = &job.state().checkpoint {
             self.0.checkpoint_step.with_label_values(&label).set(checkpoint.step as f64);
         }
     }
 }
+
+/// Where a step's time goes, in the order in which it is told.
+const STEP_PARTS: [&str; 7] =
+    ["matmul", "attention", "other", "communication", "communication_hidden", "bubble", "idle"];
 
 const PHASES: [JobPhase; 8] = [
     JobPhase::Pending,

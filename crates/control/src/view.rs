@@ -127,6 +127,10 @@ fn training(job: &Job) -> Option<v1::TrainingView> {
             other_seconds: training.other_seconds,
             communication_seconds: training.communication_seconds,
             bubble_seconds: training.bubble_seconds,
+            communication_hidden_seconds: training.hidden_seconds,
+            idle_seconds: training.idle_seconds,
+            matmul_peak_share: training.matmul_peak_share,
+            optimizer_bytes_per_second: training.optimizer_bytes_per_second,
             step_seconds: training.step_seconds,
         }),
     })

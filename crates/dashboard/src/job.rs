@@ -148,12 +148,14 @@ fn step_breakdown(breakdown: &v1::StepBreakdown) -> Markup {
         ("other kernels", breakdown.other_seconds),
         ("communication", breakdown.communication_seconds),
         ("pipeline bubble", breakdown.bubble_seconds),
+        ("idle", breakdown.idle_seconds),
     ];
     let total = breakdown.step_seconds.max(parts.iter().map(|part| part.1).sum());
     if total <= 0.0 {
         return html! {};
     }
-    let colours = ["--accent", "--second", "--good", "--warn", "--bad"];
+    let colours = ["--accent", "--second", "--good", "--warn", "--bad", "--line"];
+    let hidden = breakdown.communication_hidden_seconds;
     html! {
         section.panel {
             h2 { "Where a step's time goes" }
@@ -167,6 +169,17 @@ fn step_breakdown(breakdown: &v1::StepBreakdown) -> Markup {
                 @for (colour, (name, seconds)) in colours.iter().zip(&parts) {
                     span.key style=(format!("--c: var({colour})")) {
                         (name) " " (percent(seconds / total))
+                    }
+                }
+            }
+            @if breakdown.matmul_peak_share > 0.0 || hidden > 0.0 {
+                p.legend {
+                    @if breakdown.matmul_peak_share > 0.0 {
+                        "Matrix products at " (percent(breakdown.matmul_peak_share))
+                        " of the device's measured peak. "
+                    }
+                    @if hidden > 0.0 {
+                        "Communication beside it: " (percent(hidden / total)) " of the step."
                     }
                 }
             }

@@ -5,6 +5,7 @@
 //! requests ([`serve`]).
 
 pub mod context;
+pub mod cores;
 pub mod host;
 pub mod record;
 pub mod serve;
@@ -60,6 +61,10 @@ pub enum RankError {
 /// Runs this process as a rank: the body of `drumline rank`.
 #[must_use]
 pub fn run() -> ExitCode {
+    // Before any thread is started: they inherit it.
+    if let Err(why) = cores::keep() {
+        println!("cores are not kept to: {why}");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Reports and requests only: the work is done by this thread and the backend's pool.
         .worker_threads(1)

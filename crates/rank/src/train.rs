@@ -8,7 +8,7 @@ use drumline_checkpoint::file::Shards;
 use drumline_checkpoint::{Checkpoint, RunState, Writer, WriterOptions};
 use drumline_collective::Collective;
 use drumline_data::{Batches, Dataset};
-use drumline_engine::{Batch, Snapshot, Span, StepReport, Trainer};
+use drumline_engine::{Batch, Snapshot, Span, StepReport, Trainer, Work};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::TrainingJob;
 use drumline_tensor::Cpu;
@@ -82,6 +82,7 @@ pub fn run(
         job,
         host,
         batches,
+        work: Work::of(job, coords)?,
         trainer,
         copy: coords.data,
     };
@@ -204,6 +205,7 @@ struct Rank<'a> {
     leads: bool,
     copy: u32,
     batches: Batches,
+    work: Work,
     trainer: Trainer<Cpu, Stopwatch>,
     writer: Option<Writer<Saved>>,
     record: Option<Record>,
@@ -297,12 +299,13 @@ impl Rank<'_> {
             matmul_seconds: breakdown.of(Span::Matmul),
             attention_seconds: breakdown.of(Span::Attention),
             other_seconds: breakdown.sum(&[Span::Other, Span::Optimizer]),
-            communication_seconds: breakdown.sum(&[
-                Span::TensorComm,
-                Span::GradientComm,
-                Span::PipelineSend,
-            ]),
+            communication_seconds: breakdown.exposed(),
             bubble_seconds: breakdown.of(Span::PipelineWait),
+            communication_hidden_seconds: breakdown.hidden(),
+            idle_seconds: (seconds - breakdown.total()).max(0.0),
+            optimizer_seconds: breakdown.of(Span::Optimizer),
+            matmul_flops: self.work.matmul_flops,
+            optimizer_bytes: self.work.optimizer_bytes,
         };
         self.host.report(|report| {
             report.step = step;

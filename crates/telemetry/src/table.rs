@@ -96,6 +96,12 @@ metrics! {
             "Tokens that the run has been trained on; goes back when a restart repeats steps.";
         JOB_MFU = "drumline_job_mfu_ratio", Kind::Gauge, "ratio", ["job"],
             "Share of its devices' measured matmul peak that a training run reaches.";
+        JOB_STEP_SECONDS = "drumline_job_step_part_seconds", Kind::Gauge, "seconds", ["job", "part"],
+            "Seconds of rank 0's last step by part: matmul, attention, other, communication, bubble and idle add up to it; communication_hidden ran beside them.";
+        JOB_MATMUL_PEAK = "drumline_job_matmul_peak_ratio", Kind::Gauge, "ratio", ["job"],
+            "Share of a device's measured matmul peak that rank 0 reaches while it multiplies matrices.";
+        JOB_OPTIMIZER_RATE = "drumline_job_optimizer_rate", Kind::Gauge, "bytes/s", ["job"],
+            "Memory traffic of rank 0's optimizer, at least.";
         JOB_CHECKPOINT_STEP = "drumline_job_checkpoint_step", Kind::Gauge, "", ["job"],
             "The step of the last complete checkpoint.";
         SERVICE_READY = "drumline_service_ready", Kind::Gauge, "", ["service"],

@@ -14,6 +14,8 @@ pub const SPEC: &str = "DRUMLINE_SPEC";
 pub const JOB_DIR: &str = "DRUMLINE_JOB_DIR";
 /// Threads that the rank may use.
 pub const THREADS: &str = "DRUMLINE_THREADS";
+/// Cores that are this rank's alone, such as `0-3,8`; absent where ranks share cores.
+pub const CORES: &str = "DRUMLINE_CORES";
 /// Index of the rank's device on its node.
 pub const DEVICE: &str = "DRUMLINE_DEVICE";
 /// Names the host, so that ranks on one host find each other's shared memory.

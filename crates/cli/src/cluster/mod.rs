@@ -297,11 +297,14 @@ fn agent(options: &ClusterOptions, index: u32) -> ChildSpec {
     // The nodes share one machine, so each offers its part of the cores.
     let machine = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let cores = u32::try_from(machine).unwrap_or(1) / options.nodes.max(1);
+    // More nodes than cores: past the last one, so that none claims a core as its own.
+    let first_core = if cores == 0 { machine } else { (index * cores) as usize };
     let mut spec = base(options, &node, &["agent", "--attached"]);
     for (name, value) in [
         ("--node", node.clone()),
         ("--devices", options.devices.to_string()),
         ("--cores", cores.max(1).to_string()),
+        ("--first-core", first_core.to_string()),
     ] {
         spec.arguments.extend([name.to_owned(), value]);
     }

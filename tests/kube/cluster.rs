@@ -62,7 +62,7 @@ fn kept<T: Send + 'static>(start: impl FnOnce() -> T + Send + 'static) -> T {
 }
 
 /// Returns the folder of the programs that `tests/kube/build` makes.
-pub(crate) fn programsfolder() -> PathBuf {
+pub(crate) fn programs_folder() -> PathBuf {
     match std::env::var_os("DRUMLINE_KUBE_BIN") {
         Some(folder) => folder.into(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kube/bin"),
@@ -70,7 +70,7 @@ pub(crate) fn programsfolder() -> PathBuf {
 }
 
 fn programs() -> Result<(PathBuf, PathBuf), String> {
-    let server = programsfolder().join("kube-apiserver");
+    let server = programs_folder().join("kube-apiserver");
     if !server.exists() {
         return Err(format!("no {}; tests/kube/build makes it (needs Go)", server.display()));
     }
@@ -203,13 +203,19 @@ impl Cluster {
         let user = json!([{
             "apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "drumline-operator",
         }]);
-        let role: ClusterRole = serde_json::from_value(deploy::cluster_role()).unwrap();
+        // Under another name than the chart's, which a test installs beside it.
+        let named = |mut value: Value| {
+            value["metadata"]["name"] = json!("test-operator");
+            value
+        };
+        let role: ClusterRole = serde_json::from_value(named(deploy::cluster_role())).unwrap();
         Api::all(admin.clone()).create(&params, &role).await.unwrap();
-        let role: Role = serde_json::from_value(deploy::lease_role(SPACE)).unwrap();
+        let role: Role = serde_json::from_value(named(deploy::lease_role(SPACE))).unwrap();
         Api::namespaced(admin.clone(), SPACE).create(&params, &role).await.unwrap();
         let all = deploy::all(SPACE, "test");
         let of = |kind: &str| {
-            let mut found = all.iter().find(|one| one["kind"] == kind).unwrap().clone();
+            let mut found = named(all.iter().find(|one| one["kind"] == kind).unwrap().clone());
+            found["roleRef"]["name"] = json!("test-operator");
             found["subjects"] = user.clone();
             found
         };

@@ -295,9 +295,12 @@ async fn what_is_right_is_taken_with_its_defaults_and_what_decides_the_gang_stay
 
 #[test]
 fn the_generated_files_are_current() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s/crds");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let is_update = std::env::var_os("UPDATE").is_some();
-    for crd in crd::all() {
+    let folders = ["k8s/crds", "helm/drumline/crds"].map(|folder| root.join(folder));
+    for (folder, crd) in
+        folders.iter().flat_map(|folder| crd::all().into_iter().map(move |crd| (folder, crd)))
+    {
         let name = crd["spec"]["names"]["plural"].as_str().unwrap();
         let path = folder.join(format!("{name}.yaml"));
         let text = format!(
@@ -306,7 +309,7 @@ fn the_generated_files_are_current() {
             crd::to_yaml(&crd)
         );
         if is_update {
-            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::create_dir_all(folder).unwrap();
             std::fs::write(&path, &text).unwrap();
         }
         let stored = std::fs::read_to_string(&path).unwrap_or_default();
@@ -316,17 +319,24 @@ fn the_generated_files_are_current() {
 
 #[test]
 fn the_rendered_manifests_are_current() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s/operator.yaml");
-    let all = drumline_operator::deploy::all("drumline-system", "drumline:latest");
-    let texts: Vec<String> = all.iter().map(crd::to_yaml).collect();
-    let text = format!(
-        "# Generated from crates/operator/src/deploy.rs; make it again with\n\
-         #   UPDATE=1 cargo test -p drumline-operator rendered_manifests\n{}",
-        texts.join("---\n")
-    );
-    if std::env::var_os("UPDATE").is_some() {
-        std::fs::write(&path, &text).unwrap();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let whole = drumline_operator::deploy::all("drumline-system", "drumline:latest");
+    // The chart brings its own Deployment, and helm makes the namespace.
+    let mut rights = drumline_operator::deploy::all("{{ .Release.Namespace }}", "");
+    rights.retain(|one| one["kind"] != "Namespace" && one["kind"] != "Deployment");
+    for (path, all) in [("k8s/operator.yaml", whole), ("helm/drumline/templates/rbac.yaml", rights)]
+    {
+        let texts: Vec<String> = all.iter().map(crd::to_yaml).collect();
+        let text = format!(
+            "# Generated from crates/operator/src/deploy.rs; make it again with\n\
+             #   UPDATE=1 cargo test -p drumline-operator rendered_manifests\n{}",
+            texts.join("---\n")
+        );
+        let at = root.join(path);
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&at, &text).unwrap();
+        }
+        let stored = std::fs::read_to_string(&at).unwrap_or_default();
+        assert!(stored == text, "{path} is stale; see its first lines");
     }
-    let stored = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(stored == text, "{} is stale; see its first lines", path.display());
 }

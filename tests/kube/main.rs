@@ -1,8 +1,10 @@
 //! The operator against a real API server: etcd and kube-apiserver on loopback, with certificates
 //! and RBAC, built by `tests/kube/build`. Without them each test says so and passes.
 
+mod chart;
 mod cluster;
 mod crds;
 mod gangs;
+mod killed;
 mod kubelet;
 mod operator;

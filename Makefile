@@ -5,7 +5,7 @@ CARGO ?= cargo
 JOBS ?=
 CARGO_JOBS = $(if $(JOBS),--jobs $(JOBS),)
 
-.PHONY: demo test tidy lint deny setup bench clean
+.PHONY: demo test test-kube tidy lint deny setup bench clean
 
 # Builds in release and runs the main job: train, survive, serve, show.
 demo: setup-build
@@ -14,8 +14,14 @@ demo: setup-build
 
 # Passes the tests; what they need from the system is installed, or named, first.
 test: setup
+	@tests/kube/build || echo "tests/kube/build failed: the Kubernetes tests are skipped"
 	if command -v etcd >/dev/null; then export DRUMLINE_REQUIRE_ETCD=1; fi; \
 	$(CARGO) test --workspace $(CARGO_JOBS)
+
+# The Kubernetes tests at full length, on the real API server; nothing is skipped.
+test-kube: setup
+	tests/kube/build all
+	DRUMLINE_REQUIRE_KUBE=1 DRUMLINE_KILLS=200 $(CARGO) test --package drumline-operator $(CARGO_JOBS)
 
 # Checks that no compiler makes: formatting, lints, layers, licences.
 tidy:

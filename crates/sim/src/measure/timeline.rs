@@ -165,7 +165,7 @@ mod tests {
         assert!(points.len() <= BUCKETS && points.len() > BUCKETS / 3, "{}", points.len());
         assert_eq!(points[0].allocation, 0.25);
         assert_eq!(points.last().unwrap().allocation, 0.5);
-        assert_eq!(timeline.held(), u128::from(59 * 1000 * day as u64));
+        assert_eq!(timeline.held(), u128::from(59 * 1000 * day));
         let mean = timeline.mean(4000);
         assert!((mean.allocation - 59.0 / 120.0).abs() < 1e-9);
         assert_eq!((mean.fragmentation, mean.hours), (1.0, 720.0));

@@ -32,6 +32,10 @@ pub struct Leadership {
     start: Instant,
     /// Milliseconds after `start` until which we lead; 0: we do not.
     until_ms: Arc<AtomicU64>,
+    /// Counts the times that this process has begun to lead.
+    newest_term: Arc<AtomicU64>,
+    /// The time that this clone belongs to: what was begun in an earlier one must not go on.
+    term: u64,
 }
 
 /// This process does not lead, or not any more.
@@ -41,7 +45,12 @@ pub struct NotLeading;
 
 impl Default for Leadership {
     fn default() -> Self {
-        Self { start: Instant::now(), until_ms: Arc::default() }
+        Self {
+            start: Instant::now(),
+            until_ms: Arc::default(),
+            newest_term: Arc::default(),
+            term: 0,
+        }
     }
 }
 
@@ -53,12 +62,20 @@ impl Leadership {
         now < u128::from(self.until_ms.load(Ordering::Acquire))
     }
 
+    /// Begins a new term: what was begun in the one before writes nothing any more.
+    #[must_use]
+    pub fn begin(&self) -> Self {
+        let term = self.newest_term.fetch_add(1, Ordering::AcqRel) + 1;
+        Self { term, ..self.clone() }
+    }
+
     /// Must be asked before each write.
     ///
     /// # Errors
     /// [`NotLeading`].
     pub fn check(&self) -> Result<(), NotLeading> {
-        if self.holds() { Ok(()) } else { Err(NotLeading) }
+        let is_newest = self.newest_term.load(Ordering::Acquire) == self.term;
+        if is_newest && self.holds() { Ok(()) } else { Err(NotLeading) }
     }
 
     fn lead_until(&self, moment: Instant) {
@@ -169,4 +186,22 @@ async fn hand_back(api: &Api<Lease>, rules: &LeaseRules) -> kube::Result<()> {
         api.replace(NAME, &PostParams::default(), &lease).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_begun_in_an_earlier_term_writes_nothing() {
+        let leadership = Leadership::default();
+        let first = leadership.begin();
+        assert_eq!(first.check(), Err(NotLeading));
+        leadership.lead_until(Instant::now() + Duration::from_secs(60));
+        assert_eq!(first.check(), Ok(()));
+        let second = leadership.begin();
+        assert_eq!((first.check(), second.check()), (Err(NotLeading), Ok(())));
+        leadership.resign();
+        assert_eq!(second.check(), Err(NotLeading));
+    }
 }

@@ -113,7 +113,8 @@ async fn follow(
         // What the last leader wrote may not be shown yet: let the watches settle.
         tokio::time::sleep(FOLLOW).await;
         let (sender, mut done) = mpsc::unbounded_channel();
-        let mut core = Core::new(stores.clone(), rules.clone(), writer.clone(), sender);
+        let writer = Writer { leadership: leadership.begin(), ..writer.clone() };
+        let mut core = Core::new(stores.clone(), rules.clone(), writer, sender);
         while leadership.holds() {
             let left = core.pass(now());
             let first = tokio::select! {

@@ -98,7 +98,11 @@ pub fn step(view: &View<'_>) -> Next {
     };
     match phase(&job.status) {
         JobPhase::Pending => pending(view),
-        JobPhase::Starting | JobPhase::Running => attempt(view, spec),
+        JobPhase::Starting | JobPhase::Running => {
+            // What an attempt that was taken back left behind, however late it comes to light.
+            let left = |member: &Member| is_alive(member) && member.attempt < job.status.attempt;
+            doomed(view, left).unwrap_or_else(|| attempt(view, spec))
+        }
         // Restarting: what is left of the attempt goes, then it waits again.
         JobPhase::Restarting | JobPhase::Cancelling => match doomed(view, is_alive) {
             Some(next) => next,

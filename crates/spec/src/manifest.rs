@@ -77,7 +77,7 @@ pub fn parse_all(text: &str, source_name: &str) -> Result<Manifests, Vec<Mistake
         let mut walk = Walk::new(source_name, *number);
         let spec = one(&mut walk, root);
         match spec {
-            Some(One::Job(job)) if walk.mistakes.is_empty() => specs.jobs.push(job),
+            Some(One::Job(job)) if walk.mistakes.is_empty() => specs.jobs.push(*job),
             Some(One::Queue(queue)) if walk.mistakes.is_empty() => specs.queues.push(queue),
             _ => mistakes.append(&mut walk.mistakes),
         }
@@ -123,7 +123,7 @@ pub fn parse_bytes(bytes: &[u8], source_name: &str) -> Result<Manifests, Vec<Mis
 
 /// What one document describes.
 enum One {
-    Job(JobSpec),
+    Job(Box<JobSpec>),
     Queue(QueueSpec),
 }
 
@@ -145,10 +145,10 @@ fn one(walk: &mut Walk<'_>, root: &Node) -> Option<One> {
     if let Some(manifest) = manifest(name) {
         walk.root(manifest.fields, root);
         return match name {
-            "TrainingJob" => training(walk).map(One::Job),
-            "ModelService" => service(walk).map(One::Job),
+            "TrainingJob" => training(walk).map(|job| One::Job(Box::new(job))),
+            "ModelService" => service(walk).map(|job| One::Job(Box::new(job))),
             "Queue" => scheduling::queue(walk).map(One::Queue),
-            _ => command(walk).map(One::Job),
+            _ => command(walk).map(|job| One::Job(Box::new(job))),
         };
     }
     // An unknown kind: judge the document by the kind that was probably meant, so that its other

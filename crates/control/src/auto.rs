@@ -22,8 +22,10 @@ impl Core {
             return Ok(spec);
         }
         let free = self.supply(spec.device, true);
-        resolve(&spec, &free, RANKS_MAX)
-            .or_else(|_| resolve(&spec, &self.supply(spec.device, false), RANKS_MAX))
+        if let Ok(chosen) = resolve(&spec, &free, RANKS_MAX) {
+            return Ok(chosen);
+        }
+        resolve(&spec, &self.supply(spec.device, false), RANKS_MAX)
             .map_err(|error| ApiError::Invalid(format!("{}: {error}", spec.name)))
     }
 

@@ -142,7 +142,8 @@ fn doomed(view: &View<'_>, which: impl Fn(&Member) -> bool) -> Option<Next> {
     if theirs.is_empty() {
         return None;
     }
-    let lost = |member: &Member| member.node.as_deref().is_some_and(view.is_lost);
+    // A pod that was deleted while it was bound to no node has no kubelet that could end it.
+    let lost = |member: &Member| member.node.as_deref().map_or(member.is_deleting, view.is_lost);
     let now: Vec<Doomed> = theirs
         .into_iter()
         .filter(|member| !member.is_deleting || lost(member))

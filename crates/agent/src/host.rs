@@ -29,7 +29,7 @@ pub enum RankCall {
     /// A report.
     Report {
         /// The report.
-        report: v1::RankReport,
+        report: Box<v1::RankReport>,
         /// The secret it showed.
         secret: String,
         /// Takes what the rank shall do.
@@ -80,7 +80,7 @@ impl RankHost for Service {
     ) -> Result<Response<v1::RankCommand>, Status> {
         let secret = secret_of(&request)?;
         let (reply, answer) = oneshot::channel();
-        let report = request.into_inner();
+        let report = Box::new(request.into_inner());
         self.ask(RankCall::Report { report, secret, reply }, answer, Duration::from_secs(10)).await
     }
 }

@@ -634,7 +634,7 @@ impl Agent {
             RankCall::Report { report, secret, reply } => {
                 let key =
                     RankKey { job: report.job.clone(), attempt: report.attempt, rank: report.rank };
-                let _ = reply.send(self.take_report(&key, &secret, report));
+                let _ = reply.send(self.take_report(&key, &secret, *report));
             }
         }
     }

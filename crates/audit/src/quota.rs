@@ -109,8 +109,7 @@ impl<'l> Quota<'l> {
             // Where nothing is kept at present, nothing that is kept can be taken; and jobs may hold
             // devices of nodes that are gone.
             let roots = self.below.get(&None).into_iter().flatten();
-            let held: u64 =
-                roots.map(|root| self.in_and_below(root, word, &counts, true)).sum();
+            let held: u64 = roots.map(|root| self.in_and_below(root, word, &counts, true)).sum();
             if used > has && used > all(false) && used > held {
                 found.push(Violation::LentTooMuch { class: word.to_owned(), used, has });
             }

@@ -227,7 +227,7 @@ fn a_start_out_of_turn_is_found() {
         ("held", &|_, a| a.apply(&Change::Held { job: id("job"), held: true }), &["NotYet"]),
         ("too early", &|_, a| submit(a, "default", NOW.0 + 1), &["NotYet"]),
         ("no queue", &|_, a| submit(a, "nowhere", 0), &["QueueClosed"]),
-        ("other gang", &|c, _| c.plan.jobs[0].gang.spares = 3, &["OtherGang"]),
+        ("other gang", &|c, _| c.plan.jobs[0].gang.cpu_milli = 3, &["OtherGang"]),
         (
             "rank order",
             &|c, _| c.plan.jobs[0].assignments[0].rank = RankIndex(5),

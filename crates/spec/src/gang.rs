@@ -118,8 +118,6 @@ pub struct Gang {
     pub topology: Vec<TopologyRule>,
     /// The sizes that it may run at; `None`: only its own.
     pub elastic: Option<Elastic>,
-    /// Devices to keep ready beside the gang, lent to preemptible work until they are needed.
-    pub spares: u32,
     /// Taints that it endures.
     pub tolerations: Vec<Toleration>,
 }
@@ -138,7 +136,6 @@ impl Default for Gang {
             memory: Bytes(0),
             topology: Vec::new(),
             elastic: None,
-            spares: 0,
             tolerations: Vec::new(),
         }
     }

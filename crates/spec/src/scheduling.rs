@@ -59,14 +59,6 @@ pub(crate) const RESOURCES: Field = optional(
             "MiB",
             "Main memory set aside for each rank on its node.",
         ),
-        default(
-            "spares",
-            int(0, 65_536),
-            "0",
-            "devices",
-            "Devices kept ready beside the gang for when one of its own fails. Preemptible work of \
-             others may use them meanwhile.",
-        ),
         optional(
             "tolerations",
             Kind::Texts { min: 1, max: 32 },
@@ -254,8 +246,6 @@ pub struct Wishes {
     pub cpu_milli: u64,
     /// Main memory for each rank.
     pub memory: Bytes,
-    /// Devices kept ready.
-    pub spares: u32,
     /// Taints that it endures.
     pub tolerations: Vec<Toleration>,
     /// The level that must hold the whole gang.
@@ -302,7 +292,6 @@ impl Wishes {
                 most: ranks(sizes.most),
                 step: ranks(sizes.step),
             }),
-            spares: self.spares,
             tolerations: self.tolerations.clone(),
             ..gang
         }
@@ -327,7 +316,6 @@ pub(crate) fn wishes(
         share_milli: walk.u32("spec.resources.share").filter(|share| *share != WHOLE_DEVICE),
         cpu_milli: walk.u64("spec.resources.cpu").unwrap_or(0),
         memory: Bytes(walk.u64("spec.resources.memory").unwrap_or(0) << 20),
-        spares: walk.u32("spec.resources.spares").unwrap_or(0),
         tolerations: walk.list("spec.resources.tolerations").iter().map(toleration).collect(),
         required: text(walk, "spec.topology.required"),
         preferred: text(walk, "spec.topology.preferred"),

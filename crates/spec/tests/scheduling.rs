@@ -27,7 +27,7 @@ fn training(more: &str) -> String {
 #[test]
 fn a_gang_carries_every_wish_of_its_manifest() {
     let text = training(
-        "  resources: {device: gpu, models: [h100, a100], cpu: 4000, memory: 1024, spares: 8, \
+        "  resources: {device: gpu, models: [h100, a100], cpu: 4000, memory: 1024, \
          tolerations: [dedicated=training, flaky]}\n  topology: {required: zone, copyPreferred: rack}\n  \
          elastic: {least: 1, most: 8, step: 1}\n",
     );
@@ -36,7 +36,7 @@ fn a_gang_carries_every_wish_of_its_manifest() {
     let text = text.replace("most: 8, step: 1", "most: 2");
     let gang: Gang = all(&text).jobs[0].gang();
     assert_eq!(gang.models, ["h100", "a100"]);
-    assert_eq!((gang.cpu_milli, gang.memory.0, gang.spares), (4000, 1 << 30, 8));
+    assert_eq!((gang.cpu_milli, gang.memory.0), (4000, 1 << 30));
     assert_eq!(gang.tolerations.len(), 2);
     let rule = |ranks, level: &str, required| TopologyRule { ranks, level: level.into(), required };
     assert_eq!(gang.topology, [rule(0, "zone", true), rule(4, "rack", false)]);

@@ -48,6 +48,6 @@ mod survey;
 
 pub use cycle::{Cycle, Eviction, EvictionCause};
 pub use misfit::Misfit;
-pub use place::{Placed, place};
+pub use place::{Placed, place, try_place};
 pub use plan::{Assignment, JobPlan, Plan, Seed, plan};
 pub use scoring::{Constraints, Scoring};

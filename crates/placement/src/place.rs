@@ -48,6 +48,18 @@ pub fn place(
     split: Parallelism,
     constraints: &Constraints,
 ) -> Result<Placed, Box<Misfit>> {
+    try_place(fleet, gang, split, constraints)
+        .ok_or_else(|| Box::new(Misfit::new(fleet, &sane(gang), split, constraints)))
+}
+
+/// Places one gang, whole, as [`place`] does; where it does not fit, it does not find out why.
+#[must_use]
+pub fn try_place(
+    fleet: &Snapshot,
+    gang: &Gang,
+    split: Parallelism,
+    constraints: &Constraints,
+) -> Option<Placed> {
     let gang = &sane(gang);
     let mut best: Option<(u32, Vec<DeviceId>)> = None;
     for model in models(fleet, gang) {
@@ -62,13 +74,9 @@ pub fn place(
             }
         }
     }
-    match best {
-        Some((ranks, devices)) => {
-            let split = resized(gang, split, ranks);
-            Ok(Placed { devices, split, slice: Slice::of(gang) })
-        }
-        None => Err(Box::new(Misfit::new(fleet, gang, split, constraints))),
-    }
+    let (ranks, devices) = best?;
+    let split = resized(gang, split, ranks);
+    Some(Placed { devices, split, slice: Slice::of(gang) })
 }
 
 /// Brings what cannot be into what can: every gang has a rank, and a rank some of its device.

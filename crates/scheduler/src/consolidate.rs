@@ -13,6 +13,7 @@ use crate::job::milli;
 use crate::preempt::{NOMINATED_MS, Victim, disruptable, holders};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
+use crate::vain::{FIND_STEPS, LOOKS_A_STEP, Search};
 
 /// Gangs that are moved for one, at most.
 const MOVED_MAX: usize = 64;
@@ -44,7 +45,24 @@ impl Scheduler {
         if self.tree.check(leaf, &claim).is_err() {
             return false;
         }
+        let asked = self.asked(Search::Moves, slot, gang, None, work.now);
+        if let Some(until) = self.searches.barred(&asked) {
+            work.wake(until);
+            return false;
+        }
+        let before = self.searches.steps;
+        if let Some(found) = self.best_move(slot, gang, work) {
+            self.carry_out_move(slot, found, work);
+            return true;
+        }
+        self.searches.failed(asked, before);
+        false
+    }
+
+    /// Returns the move that loses least, if it is worth what it costs.
+    fn best_move(&mut self, slot: Slot, gang: &Gang, work: &Work) -> Option<Move> {
         let mut movable = self.movable(self.job(slot).priority(), gang, work.now);
+        self.searches.steps += movable.len() as u64 / LOOKS_A_STEP;
         movable.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
         let there = self.places(&movable);
         let mut best: Option<(u128, Move)> = None;
@@ -61,15 +79,12 @@ impl Scheduler {
                 break;
             }
         }
-        let Some((loss, found)) = best else { return false };
+        let (loss, found) = best?;
         // Device-time that the job would wait otherwise, against what those who move lose.
         let start = self.earliest(slot, gang, work.now).map(|(_, start)| start);
         let wait_ms = start.map_or(UNKNOWN_MS, |start| start.since_ms(work.now));
-        if found.moved.is_empty() || u128::from(gang.ranks) * u128::from(wait_ms) <= loss {
-            return false;
-        }
-        self.carry_out_move(slot, found, work);
-        true
+        let won = u128::from(gang.ranks) * u128::from(wait_ms);
+        (!found.moved.is_empty() && won > loss).then_some(found)
     }
 
     /// Returns the gangs that may be moved for one of this priority: nobody who goes before it.
@@ -109,7 +124,8 @@ impl Scheduler {
             let mut found = None;
             for victim in here.iter().take(MOVED_MAX) {
                 trial.evict(&victim.job);
-                if let Ok(placed) = site::find(trial.snapshot(), gang, split, &bounds) {
+                self.searches.steps += 1 + FIND_STEPS;
+                if let Some(placed) = site::fit(trial.snapshot(), gang, split, &bounds) {
                     found = Some(placed.devices);
                     break;
                 }
@@ -139,7 +155,8 @@ impl Scheduler {
         trial.reserve(&id, devices.clone()).ok()?;
         let mut moved = Vec::new();
         for (victim, gang, split, attempt) in &jobs {
-            let placed = site::find(trial.snapshot(), gang, *split, &anywhere).ok()?;
+            self.searches.steps += 1 + FIND_STEPS;
+            let placed = site::fit(trial.snapshot(), gang, *split, &anywhere)?;
             trial.hold(placed.commitment(&victim.job, *attempt)).ok()?;
             moved.push(((*victim).clone(), placed.devices));
         }

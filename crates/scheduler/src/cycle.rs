@@ -70,6 +70,7 @@ impl Scheduler {
         let now = self.now;
         self.cycles += 1;
         self.grew.clear();
+        self.searches.begin(now);
         let parent = self.fleet.revision();
         let mut work = Work {
             now,

@@ -23,9 +23,11 @@ pub mod saved;
 pub mod scheduler;
 mod site;
 mod tell;
+mod vain;
 
 pub use holds::{Hold, Keep};
 pub use lines::By;
 pub use options::{Options, Order, Scoring};
 pub use saved::{Leaving, Past, Saved, SavedClass, SavedJob, SavedShape, Stands};
 pub use scheduler::Scheduler;
+pub use vain::{Search, Vain};

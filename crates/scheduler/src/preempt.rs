@@ -16,6 +16,7 @@ use crate::job::{Job, Placed, milli};
 use crate::saved::Leaving;
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
+use crate::vain::{FIND_STEPS, LOOKS_A_STEP, Search, Vain};
 
 /// Devices are held so long for a job whose victims do not leave, in milliseconds.
 pub(crate) const NOMINATED_MS: u64 = 15 * 60_000;
@@ -79,11 +80,17 @@ impl Scheduler {
             Some(choice) => vec![(choice.charged, milli(gang, gang.ranks))],
             None => return Err(again),
         };
+        let asked = self.asked(Search::Victims, slot, gang, refusal.short.as_ref(), work.now);
+        if let Some(until) = self.searches.barred(&asked) {
+            return Err(until.max(work.now.plus_ms(1)));
+        }
+        let before = self.searches.steps;
         // Who has borrowed is judged by what is held, not by what is kept for later.
         let all: Vec<JobId> = self.holds.iter().map(|(job, _)| job.clone()).collect();
         let counted: Vec<JobId> = all.into_iter().filter(|job| self.suppose_without(job)).collect();
         let mut victims = self.victims(slot, gang, leaf, &claim, refusal, &mut again, work.now);
         victims.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
+        self.searches.steps += victims.len() as u64 / LOOKS_A_STEP;
         let outcome = if victims.is_empty() {
             None
         } else {
@@ -93,9 +100,33 @@ impl Scheduler {
         let own = self.uncount_own(slot);
         let outcome = outcome.filter(|outcome| self.leaves_quota(outcome, leaf, &claim));
         self.count_again(&own);
-        let Some(outcome) = outcome else { return Err(again) };
+        let Some(outcome) = outcome else {
+            self.searches.failed(asked, before);
+            return Err(again);
+        };
         self.carry_out(slot, outcome, work);
         Ok(())
+    }
+
+    /// Returns what a search for a job is known by.
+    pub(crate) fn asked(
+        &self,
+        search: Search,
+        slot: Slot,
+        gang: &Gang,
+        short: Option<&Short>,
+        now: Timestamp,
+    ) -> Vain {
+        let job = self.job(slot);
+        Vain {
+            search,
+            queue: job.request.settings.queue.clone(),
+            priority: job.priority(),
+            gang: gang.clone(),
+            short: short.map(|short| self.tree.spec(short.queue).name.clone()),
+            kept: self.holds.of(&job.id).is_some(),
+            until: now,
+        }
     }
 
     /// Returns whether quota suffices for the claimant beside what is kept for others.
@@ -255,12 +286,21 @@ impl Scheduler {
             return Some(outcome);
         }
         let there = self.places(victims);
+        let mut sure = false;
         for level in self.fleet.topology().levels_inside_out() {
             let mut best: Option<Outcome> = None;
             for (domain, here) in self.domains(gang, victims, &there, level) {
+                let all = victims;
                 let victims: Vec<Victim> = here.into_iter().map(|at| victims[at].clone()).collect();
                 let outcome =
                     self.make_room(slot, gang, leaf, claim, &victims, Some(domain), false);
+                // Before more of them are tried: would it do if everyone left?
+                if outcome.is_none() && !sure {
+                    if !self.would_fit(slot, gang, all) {
+                        return None;
+                    }
+                    sure = true;
+                }
                 if let Some(outcome) = outcome
                     && best.as_ref().is_none_or(|best| outcome.loss < best.loss)
                 {
@@ -272,6 +312,19 @@ impl Scheduler {
             }
         }
         self.make_room(slot, gang, leaf, claim, victims, None, false)
+    }
+
+    /// Returns whether a gang finds a place when all of its possible victims have left.
+    fn would_fit(&mut self, slot: Slot, gang: &Gang, victims: &[Victim]) -> bool {
+        let Some(job) = self.jobs[slot.0].as_ref() else { return false };
+        let (split, bounds) = (job.split(gang.ranks), self.bounds(Some(gang.ranks)));
+        self.searches.steps += victims.len() as u64 + FIND_STEPS;
+        let mut trial = self.fleet.trial();
+        trial.unreserve(&job.id);
+        for victim in victims {
+            trial.evict(&victim.job);
+        }
+        site::fit(trial.snapshot(), gang, split, &bounds).is_some()
     }
 
     /// Returns the innermost domains that victims are in, each with its victims and how many devices
@@ -422,6 +475,7 @@ impl Scheduler {
                 if right {
                     let held = trial.snapshot().commitment(&victim.job).cloned();
                     trial.evict(&victim.job);
+                    self.searches.steps += 1;
                     if shrink && let (Some(mut held), Some(least)) = (held, victim.least) {
                         held.devices.truncate(least as usize);
                         let _ = trial.hold(held);
@@ -442,7 +496,8 @@ impl Scheduler {
                 if tree.check(leaf, claim).is_err() {
                     continue;
                 }
-                if let Ok(placed) = site::find(trial.snapshot(), gang, split, &bounds) {
+                self.searches.steps += FIND_STEPS;
+                if let Some(placed) = site::fit(trial.snapshot(), gang, split, &bounds) {
                     found = Some(placed);
                     break;
                 }

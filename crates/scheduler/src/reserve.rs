@@ -15,6 +15,7 @@ use crate::job::{Stand, milli};
 use crate::lines::{Asked, By, ClassId, Standing};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
+use crate::vain::{FIND_STEPS, LOOKS_A_STEP, Search};
 
 /// Reservations at one time, at most: each keeps devices from long jobs.
 const RESERVED_MAX: usize = 16;
@@ -164,8 +165,16 @@ impl Scheduler {
                 .map(|c| vec![(c.charged, milli(&gang, gang.ranks))]);
             claim.is_some_and(|claim| self.tree.check(leaf, &claim).is_ok())
         };
-        if reservable && let Some((devices, start)) = self.earliest(slot, &gang, work.now) {
-            self.keep(&id, devices, Keep::Reserved { start });
+        if reservable {
+            let asked = self.asked(Search::Reservation, slot, &gang, None, work.now);
+            let before = self.searches.steps;
+            match self.searches.barred(&asked) {
+                Some(until) => again = again.min(until),
+                None => match self.earliest(slot, &gang, work.now) {
+                    Some((devices, start)) => self.keep(&id, devices, Keep::Reserved { start }),
+                    None => self.searches.failed(asked, before),
+                },
+            }
         }
         let freed = self.stamps(class_id).any;
         if let Some(class) = self.lines.class_mut(class_id) {
@@ -197,6 +206,7 @@ impl Scheduler {
             }
         }
         ends.sort();
+        self.searches.steps += ends.len() as u64 / LOOKS_A_STEP;
         let mut free: u64 = self
             .fleet
             .pools()
@@ -221,12 +231,14 @@ impl Scheduler {
                         .map_or(0, |held| held.devices.len() as u64);
                     marks.push(trial.checkpoint());
                     trial.evict(holder);
+                    self.searches.steps += 1;
                     free += count;
                 }
-                match site::find(trial.snapshot(), gang, split, &bounds) {
-                    Ok(placed) => break Some(placed.devices),
-                    Err(_) if marks.len() >= ends.len() => break None,
-                    Err(_) => {
+                self.searches.steps += FIND_STEPS;
+                match site::fit(trial.snapshot(), gang, split, &bounds) {
+                    Some(placed) => break Some(placed.devices),
+                    None if marks.len() >= ends.len() => break None,
+                    None => {
                         failed = marks.len();
                         step *= 2;
                     }
@@ -237,12 +249,13 @@ impl Scheduler {
             while high - low > 1 {
                 let middle = low.midpoint(high);
                 trial.rollback(marks[middle]);
-                match site::find(trial.snapshot(), gang, split, &bounds) {
-                    Ok(placed) => {
+                self.searches.steps += FIND_STEPS;
+                match site::fit(trial.snapshot(), gang, split, &bounds) {
+                    Some(placed) => {
                         best = placed.devices;
                         high = middle;
                     }
-                    Err(_) => {
+                    None => {
                         low = middle;
                     }
                 }

@@ -30,6 +30,7 @@ impl Scheduler {
             history: self.tree.history(),
             classes: self.saved_classes(),
             shapes: self.saved_shapes(),
+            vain: self.searches.saved(self.now),
             dirty: self.dirty,
         }
     }
@@ -130,6 +131,7 @@ impl Scheduler {
         scheduler.tree.remember(saved.history);
         scheduler.remember_classes(saved.classes);
         scheduler.remember_shapes(saved.shapes);
+        scheduler.searches.remember(saved.vain);
         scheduler.dirty = saved.dirty;
         Ok(scheduler)
     }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::holds::Hold;
 use crate::lines::By;
 use crate::options::Options;
+use crate::vain::Vain;
 
 /// Where a job stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +114,9 @@ pub struct Saved {
     /// Gangs that fit nowhere as things are.
     #[serde(default)]
     pub shapes: Vec<SavedShape>,
+    /// Costly searches that found nothing and are not made again yet.
+    #[serde(default)]
+    pub vain: Vec<Vain>,
     /// Whether the next cycle has something to decide.
     #[serde(default = "yes")]
     pub dirty: bool,

@@ -14,6 +14,7 @@ use crate::job::{Job, Placed, Stand};
 use crate::lines::Lines;
 use crate::options::Options;
 use crate::saved::{Leaving, Past};
+use crate::vain::Searches;
 
 /// A job's place in the scheduler's table. It decides nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,6 +50,7 @@ pub struct Scheduler {
     pub(crate) grew: BTreeSet<QueueId>,
     /// Counts cycles, so that nobody starts and leaves in the same one.
     pub(crate) cycles: u64,
+    pub(crate) searches: Searches,
 }
 
 impl Scheduler {
@@ -81,6 +83,7 @@ impl Scheduler {
             dirty: true,
             grew: BTreeSet::new(),
             cycles: 0,
+            searches: Searches::default(),
         }
     }
 
@@ -385,6 +388,7 @@ impl Scheduler {
 
     fn queues_changed(&mut self) {
         self.loosened += 1;
+        self.searches.clear();
         self.lines.wake_all();
     }
 

@@ -1,7 +1,7 @@
 //! Where a gang would run: the scheduler's one door to `placement`.
 
 use drumline_cluster::Snapshot;
-use drumline_placement::{Constraints, Placed, place};
+use drumline_placement::{Constraints, Placed, place, try_place};
 use drumline_queue::means;
 use drumline_spec::{Gang, Parallelism};
 use drumline_types::Explanation;
@@ -20,6 +20,20 @@ pub(crate) fn find(
         place(fleet, &gang, split, constraints)
     };
     found.map_err(|misfit| misfit.explanation())
+}
+
+/// Does as [`find`], without a reason.
+pub(crate) fn fit(
+    fleet: &Snapshot,
+    gang: &Gang,
+    split: Parallelism,
+    constraints: &Constraints,
+) -> Option<Placed> {
+    if gang.models.is_empty() {
+        return try_place(fleet, gang, split, constraints);
+    }
+    let gang = Gang { models: models(fleet, gang), ..gang.clone() };
+    try_place(fleet, &gang, split, constraints)
 }
 
 /// Returns the fleet's models that a gang's names mean, the preferred first. A name that means none

@@ -61,10 +61,7 @@ impl Observer for Audit {
     fn decided(&mut self, scheduler: &Scheduler, cycle: &Cycle) -> Result<(), String> {
         let fleet = scheduler.fleet();
         let kept = |device: &DeviceId| fleet.node(&device.node)?.reserved(device.index).cloned();
-        // Who leaves is not judged here: a cycle may ask a gang to leave that it has just started,
-        // and the auditor's books have that gang only afterwards.
-        let starts = Cycle { evictions: Vec::new(), ..cycle.clone() };
-        self.auditor.check(&starts, kept).map_err(|violations| {
+        self.auditor.check(cycle, kept).map_err(|violations| {
             let all: Vec<String> = violations.iter().map(ToString::to_string).collect();
             format!("the audit refuses the cycle: {}", all.join("; "))
         })?;

@@ -1,0 +1,135 @@
+//! Costly searches that found nothing: which of them need not be made again, and for how long.
+//!
+//! A search that fails for a gang fails for a bigger one, and for one of lower priority, in the
+//! same queue. Within a cycle none of those is made again; later ones wait in proportion to what
+//! the search cost, so that searches in vain never take more than a small part of the time. Cost is
+//! counted in steps, not measured, so that the same changes give the same decisions.
+
+use std::collections::BTreeMap;
+
+use drumline_spec::Gang;
+use drumline_types::{QueueName, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// Steps that a cycle spends on searches; once they are spent, no further one begins.
+pub(crate) const STEPS_MAX: u64 = 8_192;
+
+/// A search that waits because this cycle has spent its steps is made so much later, in
+/// milliseconds, unless something is freed before.
+pub(crate) const PUT_OFF_MS: u64 = 1_000;
+
+/// A try to place a gang costs as much as so many evictions in a trial.
+pub(crate) const FIND_STEPS: u64 = 16;
+
+/// Gangs that are looked at for as much as one eviction in a trial costs.
+pub(crate) const LOOKS_A_STEP: u64 = 8;
+
+/// Searches up to this cost rest until the next cycle only.
+const FREE_STEPS: u64 = 512;
+
+/// Rest for each step of a search in vain, in milliseconds.
+const REST_MS_A_STEP: u64 = 2;
+
+/// The longest rest, in milliseconds.
+const REST_MAX_MS: u64 = 60_000;
+
+/// What was searched for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Search {
+    /// Gangs that would make room by leaving.
+    Victims,
+    /// Gangs that would make room by moving.
+    Moves,
+    /// The place where running gangs end first.
+    Reservation,
+}
+
+/// A search that found nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vain {
+    /// For what.
+    pub search: Search,
+    /// The queue of the job that it was for.
+    pub queue: QueueName,
+    /// The priority of that job.
+    pub priority: i32,
+    /// What it asked for.
+    pub gang: Gang,
+    /// The queue whose quota was short, if that was what it lacked.
+    pub short: Option<QueueName>,
+    /// Whether devices were kept for that job, which others cannot count on.
+    pub kept: bool,
+    /// It is not made again before this moment.
+    pub until: Timestamp,
+}
+
+impl Vain {
+    /// Returns whether another search would fail because this one did.
+    fn covers(&self, other: &Self) -> bool {
+        self.search == other.search
+            && self.priority >= other.priority
+            && (self.kept || !other.kept)
+            && (self.short.is_none() || self.short == other.short)
+            && self.gang.ranks <= other.gang.ranks
+            && (self.gang == other.gang
+                || (self.gang.elastic.is_none()
+                    && Gang { ranks: other.gang.ranks, ..self.gang.clone() } == other.gang))
+    }
+}
+
+/// Every search in vain that still keeps others from being made.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Searches {
+    vain: BTreeMap<QueueName, Vec<Vain>>,
+    /// Steps that this cycle has spent.
+    pub(crate) steps: u64,
+}
+
+impl Searches {
+    /// Begins a cycle.
+    pub(crate) fn begin(&mut self, now: Timestamp) {
+        self.steps = 0;
+        self.vain.retain(|_, of_queue| {
+            of_queue.retain(|vain| vain.until > now);
+            !of_queue.is_empty()
+        });
+    }
+
+    /// Returns when a search may be made if it may not be made now.
+    pub(crate) fn barred(&self, asked: &Vain) -> Option<Timestamp> {
+        if let Some(vain) =
+            self.vain.get(&asked.queue).and_then(|list| list.iter().find(|v| v.covers(asked)))
+        {
+            return Some(vain.until);
+        }
+        (self.steps >= STEPS_MAX).then(|| asked.until.plus_ms(PUT_OFF_MS))
+    }
+
+    /// Takes note of a search in vain that began when so many steps had been spent. Its `until` is
+    /// the present moment.
+    pub(crate) fn failed(&mut self, mut vain: Vain, before: u64) {
+        let steps = self.steps.saturating_sub(before);
+        if steps > FREE_STEPS {
+            vain.until = vain.until.plus_ms((steps * REST_MS_A_STEP).min(REST_MAX_MS));
+        }
+        let list = self.vain.entry(vain.queue.clone()).or_default();
+        list.retain(|old| !(vain.covers(old) && vain.until >= old.until));
+        list.push(vain);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.vain.clear();
+    }
+
+    /// Returns those that outlast the last cycle.
+    pub(crate) fn saved(&self, now: Timestamp) -> Vec<Vain> {
+        self.vain.values().flatten().filter(|vain| vain.until > now).cloned().collect()
+    }
+
+    pub(crate) fn remember(&mut self, saved: Vec<Vain>) {
+        for vain in saved {
+            self.vain.entry(vain.queue.clone()).or_default().push(vain);
+        }
+    }
+}

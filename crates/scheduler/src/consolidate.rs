@@ -65,6 +65,8 @@ impl Scheduler {
         self.searches.steps += movable.len() as u64 / LOOKS_A_STEP;
         movable.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
         let there = self.places(&movable);
+        let devices: u64 = movable.iter().map(|victim| u64::from(victim.devices)).sum();
+        self.searches.steps += devices / LOOKS_A_STEP;
         let mut best: Option<(u128, Move)> = None;
         for level in self.fleet.topology().levels_inside_out() {
             for (domain, here) in self.domains(gang, &movable, &there, level) {

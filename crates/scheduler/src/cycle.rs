@@ -465,7 +465,7 @@ impl Scheduler {
             .map(|(_, why)| Explanation::clone(why));
         let first = match known {
             Some(why) => Err(why),
-            None if own => {
+            None if own && self.may_hold(gang, std::iter::once(&*job.id)) => {
                 let mut trial = self.fleet.trial();
                 trial.unreserve(&job.id);
                 site::find(trial.snapshot(), gang, split, &bounds)
@@ -497,15 +497,21 @@ impl Scheduler {
         let out = shape
             .and_then(|shape| self.lines.kept_out.get(&shape))
             .is_some_and(|(at, least)| *at == any && bound.is_some_and(|bound| bound >= *least));
+        let out = out
+            || (!own && bound.is_some_and(|bound| self.searches.is_kept_out(gang, bound)))
+            || !self.may_hold(gang, later.iter().chain(own.then_some(&*job.id)));
         if !later.is_empty() && !out {
             let mut trial = self.fleet.trial();
             trial.unreserve(&job.id);
             for owner in &later {
                 trial.unreserve(owner);
             }
-            match site::find(trial.snapshot(), gang, split, &bounds) {
-                Ok(placed) => return Ok(placed),
-                Err(_) => {
+            match site::fit(trial.snapshot(), gang, split, &bounds) {
+                Some(placed) => return Ok(placed),
+                None => {
+                    if let (false, Some(bound)) = (own, bound) {
+                        self.searches.kept_out(gang, bound);
+                    }
                     if let (Some(shape), Some(bound)) = (shape, bound) {
                         self.lines.kept_out.insert(shape, (any, bound));
                     }

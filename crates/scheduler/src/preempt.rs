@@ -286,6 +286,8 @@ impl Scheduler {
             return Some(outcome);
         }
         let there = self.places(victims);
+        let devices: u64 = victims.iter().map(|victim| u64::from(victim.devices)).sum();
+        self.searches.steps += devices / LOOKS_A_STEP;
         let mut sure = false;
         for level in self.fleet.topology().levels_inside_out() {
             let mut best: Option<Outcome> = None;
@@ -389,7 +391,7 @@ impl Scheduler {
         found.into_iter().map(|(_, _, domain, here)| (domain, here)).collect()
     }
 
-    fn free_in(&self, gang: &Gang, domain: DomainAt) -> u64 {
+    pub(crate) fn free_in(&self, gang: &Gang, domain: DomainAt) -> u64 {
         self.fleet
             .pools()
             .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use drumline_cluster::{Health, Mark};
+use drumline_cluster::{DomainAt, Health, Mark};
 use drumline_placement::EvictionCause;
 use drumline_queue::{Place, QueueId};
-use drumline_spec::Gang;
+use drumline_spec::{Gang, WHOLE_DEVICE};
 use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
 
 use crate::cycle::{Refusal, Work};
@@ -87,6 +87,33 @@ impl Scheduler {
             })
             .min_by(|a, b| a.0.cmp(b.0))
             .map(|(place, id)| (place.clone(), id))
+    }
+
+    /// Returns whether a gang could fit if what is kept for these jobs were not: a count of devices,
+    /// without a look at where they are.
+    pub(crate) fn may_hold<'a>(
+        &self,
+        gang: &Gang,
+        owners: impl Iterator<Item = &'a JobId>,
+    ) -> bool {
+        if gang.share_milli < WHOLE_DEVICE || gang.leader.is_some() {
+            return true;
+        }
+        let least = u64::from(gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1)));
+        let mut free = self.free_in(gang, DomainAt::ROOT);
+        for owner in owners {
+            let Some(hold) = self.holds.of(owner) else { continue };
+            for on_node in hold.devices.chunk_by(|a, b| a.node == b.node) {
+                if free >= least {
+                    return true;
+                }
+                let state = on_node.first().and_then(|device| self.fleet.node(&device.node));
+                let Some(state) = state else { continue };
+                let unused = |device: &&DeviceId| state.used_milli(device.index) == 0;
+                free += on_node.iter().filter(unused).count() as u64;
+            }
+        }
+        free >= least
     }
 
     /// Returns when devices are all free, as far as estimates hold.
@@ -211,7 +238,7 @@ impl Scheduler {
             .fleet
             .pools()
             .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)
-            .map(|(_, pool)| pool.counts(drumline_cluster::DomainAt::ROOT).free())
+            .map(|(_, pool)| pool.counts(DomainAt::ROOT).free())
             .sum();
         let devices = {
             let mut trial = self.fleet.trial();

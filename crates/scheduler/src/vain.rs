@@ -71,17 +71,25 @@ impl Vain {
             && self.priority >= other.priority
             && (self.kept || !other.kept)
             && (self.short.is_none() || self.short == other.short)
-            && self.gang.ranks <= other.gang.ranks
-            && (self.gang == other.gang
-                || (self.gang.elastic.is_none()
-                    && Gang { ranks: other.gang.ranks, ..self.gang.clone() } == other.gang))
+            && at_least(&other.gang, &self.gang)
     }
+}
+
+/// Returns whether a gang fits nowhere where another does not: it is the same, or only bigger.
+fn at_least(gang: &Gang, other: &Gang) -> bool {
+    gang == other
+        || (other.elastic.is_none()
+            && gang.ranks > other.ranks
+            && gang.node_group == other.node_group
+            && Gang { ranks: gang.ranks, ..other.clone() } == *gang)
 }
 
 /// Every search in vain that still keeps others from being made.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Searches {
     vain: BTreeMap<QueueName, Vec<Vain>>,
+    /// Gangs that this cycle found no place for even where those may run that end by then.
+    kept_out: Vec<(Gang, Timestamp)>,
     /// Steps that this cycle has spent.
     pub(crate) steps: u64,
 }
@@ -90,6 +98,7 @@ impl Searches {
     /// Begins a cycle.
     pub(crate) fn begin(&mut self, now: Timestamp) {
         self.steps = 0;
+        self.kept_out.clear();
         self.vain.retain(|_, of_queue| {
             of_queue.retain(|vain| vain.until > now);
             !of_queue.is_empty()
@@ -116,6 +125,17 @@ impl Searches {
         let list = self.vain.entry(vain.queue.clone()).or_default();
         list.retain(|old| !(vain.covers(old) && vain.until >= old.until));
         list.push(vain);
+    }
+
+    /// Takes note that a gang that ends by `bound` fits nowhere, what is reserved for later included.
+    pub(crate) fn kept_out(&mut self, gang: &Gang, bound: Timestamp) {
+        self.kept_out.push((gang.clone(), bound));
+    }
+
+    /// Returns whether a gang that ends by `bound` fits nowhere because another did not: within a
+    /// cycle less and less is free.
+    pub(crate) fn is_kept_out(&self, gang: &Gang, bound: Timestamp) -> bool {
+        self.kept_out.iter().any(|(of, by)| *by <= bound && at_least(gang, of))
     }
 
     pub(crate) fn clear(&mut self) {

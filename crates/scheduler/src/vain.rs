@@ -27,11 +27,11 @@ pub(crate) const LOOKS_A_STEP: u64 = 8;
 /// Searches up to this cost rest until the next cycle only.
 const FREE_STEPS: u64 = 512;
 
-/// Rest for each step of a search in vain, in milliseconds.
-const REST_MS_A_STEP: u64 = 2;
+/// Rest for each step of a search in vain, in milliseconds, and the longest rest.
+const REST_MS: (u64, u64) = (2, 60_000);
 
-/// The longest rest, in milliseconds.
-const REST_MAX_MS: u64 = 60_000;
+/// The same for a search for moves: nobody has a claim to one, and it looks at almost every gang.
+const REST_OF_MOVES_MS: (u64, u64) = (16, 300_000);
 
 /// What was searched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,7 +120,11 @@ impl Searches {
     pub(crate) fn failed(&mut self, mut vain: Vain, before: u64) {
         let steps = self.steps.saturating_sub(before);
         if steps > FREE_STEPS {
-            vain.until = vain.until.plus_ms((steps * REST_MS_A_STEP).min(REST_MAX_MS));
+            let (a_step, most) = match vain.search {
+                Search::Moves => REST_OF_MOVES_MS,
+                Search::Victims | Search::Reservation => REST_MS,
+            };
+            vain.until = vain.until.plus_ms(steps.saturating_mul(a_step).min(most));
         }
         let list = self.vain.entry(vain.queue.clone()).or_default();
         list.retain(|old| !(vain.covers(old) && vain.until >= old.until));

@@ -313,8 +313,9 @@ fn quotas_hold_with_what_may_be_borrowed_and_lent() {
             &["QuotaBroken"],
         ),
         (
-            "a sibling keeps all but two of the fleet",
+            "a root beside it keeps all but two of the fleet",
             &|q| {
+                q[2].parent = None;
                 (q[0].quota, q[2].quota) = (Default::default(), [("gpu".to_owned(), 14)].into());
                 q[2].lending_limit = limits(0);
             },

@@ -272,7 +272,13 @@ async fn reports_become_figures_series_and_readiness() {
     let text = metrics(&cluster.control);
     assert!(text.contains(&format!("drumline_job_step{{job=\"{id}\"}} 5")), "{text}");
     assert!(text.contains("drumline_jobs{kind=\"TrainingJob\",phase=\"running\"} 1"));
-    assert!(text.contains("drumline_devices_allocated{kind=\"cpu\"} 4"));
+    // The nodes are published a little after the jobs.
+    let started = Instant::now();
+    while !metrics(&cluster.control).contains("drumline_devices_allocated{kind=\"cpu\"} 4") {
+        assert!(started.elapsed() < support::PATIENCE, "{}", metrics(&cluster.control));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        (cluster.control.running.handle.refresh())();
+    }
 }
 
 fn metrics(control: &Control) -> String {

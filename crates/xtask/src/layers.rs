@@ -27,6 +27,7 @@ pub(crate) const LAYERS: &[(&str, u8)] = &[
     ("drumline-data", 3),
     ("drumline-tensor", 3),
     ("drumline-collective", 3),
+    ("drumline-cuda", 3),
     ("drumline-engine", 3),
     ("drumline-sim", 3),
     ("drumline-control", 4),

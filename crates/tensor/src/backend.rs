@@ -69,6 +69,12 @@ pub trait Backend: Send + Sync + 'static {
     /// [`TensorError::OutOfMemory`].
     fn alloc(&self, elements: usize) -> Result<Self::Buffer, TensorError>;
 
+    /// Returns the memory that operations keep between calls, in bytes: it grows up to what the largest
+    /// of them needed.
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
     /// Returns the number of elements of a buffer.
     fn elements(&self, buffer: &Self::Buffer) -> usize;
 
@@ -141,8 +147,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Allocates the matrix of a linear layer, zeros, for products alone, stored as `dtype`. Rows of
     /// `s` do not matter.
     ///
-    /// f16 and f32 are multiplied by f32. With bf16 and int8 the other factor is rounded to bf16;
-    /// int8 has one scale for each output, its greatest weight over 127. Sums are f32.
+    /// f16 and f32 are multiplied by f32. With bf16 the other factor is rounded to bf16. With int8 it is
+    /// rounded to bf16 too or, where that is faster, to 16 bits of its row's greatest; int8 has one scale for
+    /// each output, its greatest weight over 127. Sums are f32, or exact and then f32.
     ///
     /// # Errors
     /// [`TensorError::OutOfMemory`].

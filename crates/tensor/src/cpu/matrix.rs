@@ -1,10 +1,13 @@
 //! Stored matrices: weights that are only multiplied by, in panels, as f32, f16, bf16 or int8.
 #![allow(unsafe_code, reason = "threads write disjoint columns of one output")]
 
-#[cfg(target_arch = "x86_64")]
-use super::panels::multiply::{Extent, multiply_stored};
 use super::panels::narrow::round_to_bf16;
 use super::panels::{Format, GROUP, PANEL, expand};
+#[cfg(target_arch = "x86_64")]
+use super::panels::{
+    multiply::{self, Extent},
+    stored,
+};
 use super::pool::{Pool, Rows};
 use super::simd::{Level, level};
 use super::tile::{Tile, product};
@@ -50,7 +53,7 @@ impl CpuMatrix {
     pub(super) fn new(cpu: &Cpu, dtype: DType, s: Linear) -> Result<Self, TensorError> {
         let (input, output) = (s.input, s.output);
         let storage = match dtype {
-            DType::F32 if level() < Level::Avx512 => Storage::AsItCame,
+            DType::F32 if level() < Level::Avx2 => Storage::AsItCame,
             DType::F32 => Storage::Panels(Format::F32),
             DType::F16 => Storage::Panels(Format::F16),
             DType::Bf16 => Storage::Panels(Format::Bf16),
@@ -133,10 +136,15 @@ impl CpuMatrix {
             }
         };
         #[cfg(target_arch = "x86_64")]
-        if format.has_kernel() && k > 0 {
+        if level() >= Level::Avx2 && k > 0 {
             let scales = self.scales.as_ref().map(CpuBuffer::as_slice);
             let extent = Extent { m: rows, n, k, accumulate: false, scales, bias };
-            multiply_stored(pool, format, extent, x, self.values.as_slice(), y);
+            let values = self.values.as_slice();
+            if format.has_kernel() {
+                multiply::multiply_stored(pool, format, extent, x, values, y);
+            } else {
+                stored::multiply_stored(pool, format, extent, x, values, y);
+            }
             return;
         }
         if format.rounds() {

@@ -12,6 +12,7 @@ mod matmul;
 mod matrix;
 mod norm;
 mod optimizer;
+mod pages;
 mod panels;
 mod pool;
 mod rotary;
@@ -132,8 +133,13 @@ impl Backend for Cpu {
         let count = elements.div_ceil(Line::ELEMENTS);
         let mut lines = Vec::new();
         lines.try_reserve_exact(count).map_err(|_| TensorError::OutOfMemory { elements })?;
+        pages::advise(lines.spare_capacity_mut());
         lines.resize(count, Line([0.0; Line::ELEMENTS]));
         Ok(CpuBuffer { lines, elements })
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.pool.scratch_bytes()
     }
 
     fn elements(&self, buffer: &CpuBuffer) -> usize {

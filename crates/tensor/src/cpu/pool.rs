@@ -69,6 +69,12 @@ impl Pool {
         best.map_or_else(Vec::new, |i| list.swap_remove(i))
     }
 
+    /// Returns the memory of all scratch that is not lent at this moment, in bytes.
+    pub(crate) fn scratch_bytes(&self) -> usize {
+        let list = self.scratch.lock().expect("no kernel panics while it holds the list");
+        list.iter().map(|buffer| buffer.capacity() * size_of::<f32>()).sum()
+    }
+
     /// Lends `f` scratch memory of `elements`, with arbitrary values in it, and keeps it for the
     /// next call.
     pub(crate) fn scratch<R>(&self, elements: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {

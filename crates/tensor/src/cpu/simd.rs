@@ -237,7 +237,7 @@ mod x86 {
 pub enum Level {
     /// What every processor of the target has.
     Plain,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, VL, BW and DQ.
     Avx512,
@@ -276,6 +276,7 @@ pub fn level() -> Level {
         if limit >= Level::Avx2 as u8
             && std::arch::is_x86_feature_detected!("avx2")
             && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c")
         {
             return Level::Avx2;
         }

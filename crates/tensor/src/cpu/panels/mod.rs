@@ -8,13 +8,16 @@
 //! order, so that a result depends on its own row and column alone: not on the number of rows, on
 //! blocking or on threads.
 //!
-//! The kernels need AVX-512 ([`Format::has_kernel`]). Elsewhere [`expand`] turns panels back into
-//! f32, for the products of [`super::tile`].
+//! The kernels of [`multiply`] need AVX-512 ([`Format::has_kernel`]). Where there is none for a format,
+//! [`stored`] multiplies with AVX2; and where there is neither, [`expand`] turns panels back into f32,
+//! for the products of [`super::tile`].
 #![cfg_attr(
     not(target_arch = "x86_64"),
     allow(dead_code, reason = "parts that only the AVX-512 kernels use")
 )]
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod kernel;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +25,8 @@ pub(super) mod multiply;
 pub(super) mod narrow;
 #[cfg(target_arch = "x86_64")]
 mod pack;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod stored;
 
 use super::simd::{self, Level};
 use narrow::{bf16_bits, bf16_value, f16_bits, f16_value};
@@ -98,7 +103,7 @@ impl Format {
         n.div_ceil(GROUP) * self.steps(k) * self.line()
     }
 
-    /// Returns whether this processor has the instructions of the format's kernel.
+    /// Returns whether this processor has the AVX-512 instructions of the format's kernel.
     pub(super) fn has_kernel(self) -> bool {
         match self {
             Self::F32 | Self::F16 => simd::level() >= Level::Avx512,

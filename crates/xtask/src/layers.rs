@@ -22,6 +22,7 @@ pub(crate) const LAYERS: &[(&str, u8)] = &[
     ("drumline-wire", 2),
     ("drumline-web", 3),
     ("drumline-store", 3),
+    ("drumline-fakes", 3),
     ("drumline-telemetry", 3),
     ("drumline-checkpoint", 3),
     ("drumline-data", 3),

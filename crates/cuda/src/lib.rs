@@ -6,6 +6,8 @@
 //!
 //! `unsafe` is what a foreign interface costs; each use says why it holds.
 
+pub mod found;
 pub mod library;
+pub mod nccl;
 
 pub use library::Library;

@@ -12,6 +12,7 @@ use drumline_telemetry::http as telemetry;
 use drumline_types::{JobId, NodeName, RankPhase};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
+use drumline_wire::rank_host::RankCall;
 use drumline_wire::v1::agent_down::Kind as Down;
 use drumline_wire::v1::agent_up::Kind as Up;
 use drumline_wire::{now_ms, v1};
@@ -22,7 +23,7 @@ use tonic::Status;
 
 use crate::devices::Devices;
 use crate::environment::{LaunchContext, variables};
-use crate::host::{self, RankCall};
+use crate::host;
 use crate::link::{self, LinkEvent};
 use crate::logs;
 use crate::metrics::Metrics;
@@ -653,7 +654,7 @@ impl Agent {
             report.error.clone_into(&mut rank.message);
         }
         self.send(Up::Report(report));
-        Ok(v1::RankCommand { stop })
+        Ok(v1::RankCommand { stop, ..v1::RankCommand::default() })
     }
 
     /// Lets a rank in that shows its attempt's secret and still runs here.

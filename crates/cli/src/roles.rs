@@ -13,6 +13,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use drumline_agent::ControlAddress;
 use drumline_types::NodeName;
+use drumline_wire::line::Credential;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -218,7 +219,8 @@ impl Role {
                     listen: args.listen,
                     allow_hosts: args.allow_host,
                     control: Arc::new(move || control.resolve()),
-                    cluster_token: token.clone(),
+                    control_ca: None,
+                    credential: Credential::Fixed(token.clone()),
                     keys: vec![state.gateway_key_or_new()?, token],
                 };
                 let (ready, listening) = oneshot::channel();

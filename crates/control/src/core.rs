@@ -362,8 +362,8 @@ impl Core {
             let world = v1::World {
                 job: join.job.clone(),
                 attempt: join.attempt,
-                ranks: Vec::new(),
                 error,
+                ..v1::World::default()
             };
             self.sends.push(Send { node: node.clone(), kind: Down::World(world) });
             return;
@@ -708,5 +708,6 @@ fn world(state: &State) -> v1::World {
             })
         })
         .collect();
-    v1::World { job: state.job.to_string(), attempt: state.attempt.0, ranks, error: String::new() }
+    let (job, attempt) = (state.job.to_string(), state.attempt.0);
+    v1::World { job, attempt, ranks, ..v1::World::default() }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use drumline_wire::v1;
 use drumline_wire::v1::control_server::Control;
+use drumline_wire::v1::services_server::Services;
 use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
@@ -29,7 +30,7 @@ const LOG_RANKS_MAX: u32 = 64;
 const LOG_RETRIES_MAX: u32 = 20;
 
 /// The service.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Api {
     pub(crate) handle: Handle,
 }
@@ -58,7 +59,6 @@ fn stream<T: Send + 'static>(receiver: mpsc::Receiver<Result<T, Status>>) -> Res
 impl Control for Api {
     type WatchJobStream = Out<v1::JobView>;
     type LogsStream = Out<v1::LogChunk>;
-    type WatchServicesStream = Out<v1::ServicesView>;
 
     async fn submit(
         &self,
@@ -202,10 +202,22 @@ impl Control for Api {
         Ok(Response::new(self.handle.events(request.get_ref())?))
     }
 
-    async fn watch_services(
+    async fn version(
+        &self,
+        _: Request<v1::VersionRequest>,
+    ) -> Result<Response<v1::VersionResponse>, Status> {
+        Ok(Response::new(self.handle.version()))
+    }
+}
+
+#[tonic::async_trait]
+impl Services for Api {
+    type WatchStream = Out<v1::ServicesView>;
+
+    async fn watch(
         &self,
         _: Request<v1::WatchServicesRequest>,
-    ) -> Result<Response<Self::WatchServicesStream>, Status> {
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let place = self.place()?;
         self.handle.board()?;
         let (out, receiver) = mpsc::channel(STREAM_MAX);
@@ -225,13 +237,6 @@ impl Control for Api {
     ) -> Result<Response<v1::GatewayAck>, Status> {
         self.handle.report_gateway(request.into_inner())?;
         Ok(Response::new(v1::GatewayAck {}))
-    }
-
-    async fn version(
-        &self,
-        _: Request<v1::VersionRequest>,
-    ) -> Result<Response<v1::VersionResponse>, Status> {
-        Ok(Response::new(self.handle.version()))
     }
 }
 

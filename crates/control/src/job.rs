@@ -142,16 +142,10 @@ impl Job {
         }
     }
 
-    /// Returns the spec for the ranks of the newest attempt, as JSON: an elastic gang may run at
-    /// another size than the one it was submitted with.
+    /// Returns the spec for the ranks of the newest attempt, as JSON.
     pub(crate) fn launch_spec(&self) -> String {
         let Some(split) = self.state().split else { return self.spec_json.to_string() };
-        let mut spec = (*self.spec).clone();
-        match &mut spec.work {
-            Work::TrainingJob(training) => training.parallelism = split,
-            Work::ModelService(service) => service.parallelism = split,
-            Work::CommandJob(command) => command.ranks = split.world_size(),
-        }
+        let spec = self.spec.at(split);
         serde_json::to_string(&spec).unwrap_or_else(|_| self.spec_json.to_string())
     }
 

@@ -9,6 +9,7 @@ use drumline_ports::store::{Elector, LeaderError, Leadership, StoreError};
 use drumline_wire::auth::RequireToken;
 use drumline_wire::v1::agent_link_server::AgentLinkServer;
 use drumline_wire::v1::control_server::ControlServer;
+use drumline_wire::v1::services_server::ServicesServer;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -151,6 +152,7 @@ async fn serve(
     handle: Handle,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
+    let services = ServicesServer::new(Api { handle: handle.clone() });
     let api = ControlServer::new(Api { handle: handle.clone() })
         .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES)
         .max_encoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
@@ -163,6 +165,7 @@ async fn serve(
         .max_concurrent_streams(Some(CALLS_MAX as u32 * 2))
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(InterceptedService::new(services, RequireToken::new(options.token.clone())))
         .add_service(InterceptedService::new(api, RequireToken::new(options.token)))
         .add_service(InterceptedService::new(link, RequireToken::new(agents)))
         .serve_with_incoming_shutdown(

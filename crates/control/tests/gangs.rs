@@ -5,7 +5,9 @@ mod support;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use drumline_wire::auth::AddToken;
 use drumline_wire::v1;
+use drumline_wire::v1::services_client::ServicesClient;
 use support::agent::{Act, FakeAgent, Ledger, Script};
 use support::{Control, any_port, command, get, service, submit, training, until, until_phase};
 
@@ -292,7 +294,9 @@ async fn a_service_is_routed_once_it_is_ready_and_not_when_it_falls_silent() {
     let mut client = cluster.control.client().await;
     let id = submit(&mut client, &service("chat")).await.remove(0);
     until_phase(&mut client, &id, "running").await;
-    let mut watch = client.watch_services(v1::WatchServicesRequest {}).await.unwrap().into_inner();
+    let channel = support::channel(&cluster.control.url()).await.unwrap();
+    let mut services = ServicesClient::with_interceptor(channel, AddToken::new(&support::token()));
+    let mut watch = services.watch(v1::WatchServicesRequest {}).await.unwrap().into_inner();
     let first = watch.message().await.unwrap().unwrap().services.remove(0);
     assert_eq!((first.ready, first.served_name.as_str()), (false, "chat"));
     let report = v1::RankReport {

@@ -5,8 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use drumline_wire::auth::{AddToken, Token};
-use drumline_wire::v1::control_client::ControlClient;
+use drumline_wire::line::Credential;
 use drumline_wire::v1::inference_client::InferenceClient;
+use drumline_wire::v1::services_client::ServicesClient;
 use drumline_wire::{now_ms, v1};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ use crate::meter::Meter;
 /// A client of a leader rank.
 pub type Inference = InferenceClient<InterceptedService<Channel, AddToken>>;
 /// A client of the control plane.
-pub type Control = ControlClient<InterceptedService<Channel, AddToken>>;
+pub type Control = ServicesClient<InterceptedService<Channel, Credential>>;
 
 /// One served model.
 #[derive(Debug, Clone)]
@@ -142,7 +143,7 @@ impl Routes {
         meter: &Meter,
     ) -> Result<(), String> {
         let mut control = control()?;
-        let open = control.watch_services(v1::WatchServicesRequest {});
+        let open = control.watch(v1::WatchServicesRequest {});
         let mut updates = tokio::time::timeout(Duration::from_secs(5), open)
             .await
             .map_err(|_| "no answer within 5 s".to_owned())?

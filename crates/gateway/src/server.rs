@@ -12,14 +12,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use drumline_web::{Guard, Keys, PlainTextRefused};
-use drumline_wire::auth::{AddToken, Token};
-use drumline_wire::v1::control_client::ControlClient;
+use drumline_wire::auth::Token;
+use drumline_wire::line::{Credential, endpoint};
+use drumline_wire::v1::services_client::ServicesClient;
 use drumline_wire::{now_ms, v1};
 use prometheus::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
 
 use crate::error::ApiError;
 use crate::meter::Meter;
@@ -41,10 +41,12 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Further `HOST` or `HOST:PORT` under which clients may call.
     pub allow_hosts: Vec<String>,
-    /// Returns the control plane's `http://HOST:PORT`.
+    /// Returns the control plane's `http://HOST:PORT`, or the operator's `https://HOST:PORT`.
     pub control: FindControl,
-    /// The cluster's token, for the control plane.
-    pub cluster_token: Token,
+    /// The certificate to trust there, in PEM; none on loopback.
+    pub control_ca: Option<String>,
+    /// What is shown there.
+    pub credential: Credential,
     /// Keys that clients may use.
     pub keys: Vec<Token>,
 }
@@ -171,17 +173,13 @@ pub async fn run(
 
 fn control_client(options: &Options) -> impl Fn() -> Result<Control, String> + use<> {
     let find = options.control.clone();
-    let token = options.cluster_token.clone();
+    let (credential, ca) = (options.credential.clone(), options.control_ca.clone());
     move || {
         let url = find()?;
-        let channel = Endpoint::from_shared(url.clone())
+        let channel = endpoint(&url, ca.as_deref())
             .map_err(|error| format!("control address {url:?}: {error}"))?
-            .connect_timeout(Duration::from_secs(3))
-            .http2_keep_alive_interval(Duration::from_secs(5))
-            .keep_alive_timeout(Duration::from_secs(5))
-            .keep_alive_while_idle(true)
             .connect_lazy();
-        let client = ControlClient::with_interceptor(channel, AddToken::new(&token));
+        let client = ServicesClient::with_interceptor(channel, credential.clone());
         Ok(client.max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES))
     }
 }

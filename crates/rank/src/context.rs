@@ -7,12 +7,15 @@ use std::str::FromStr;
 use drumline_spec::JobSpec;
 use drumline_wire::auth::Token;
 use drumline_wire::contract;
+use drumline_wire::line::Credential;
 
 /// Why a rank cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ContextError {
     /// A variable is missing or wrong.
-    #[error("environment variable {name}: {problem} (ranks are started by `drumline agent`)")]
+    #[error(
+        "environment variable {name}: {problem} (ranks are started by `drumline agent` or `drumline operator`)"
+    )]
     Variable {
         /// The variable.
         name: &'static str,
@@ -32,10 +35,12 @@ pub enum ContextError {
 /// A rank's place and means.
 #[derive(Debug, Clone)]
 pub struct Context {
-    /// `http://HOST:PORT` of the agent's `RankHost`.
+    /// `http://HOST:PORT` of the agent's `RankHost`, or `https://` of the operator's.
     pub agent: String,
-    /// The attempt's secret.
-    pub secret: Token,
+    /// The certificate to trust there, in PEM.
+    pub agent_ca: Option<String>,
+    /// What is shown there: the attempt's secret, or a token that says who the rank is.
+    pub credential: Credential,
     /// The job's id.
     pub job: String,
     /// The attempt.
@@ -64,17 +69,33 @@ impl Context {
     /// # Errors
     /// [`ContextError`], which names the variable or the file.
     pub fn from_environment() -> Result<Self, ContextError> {
-        let path = PathBuf::from(text(contract::SPEC)?);
-        let spec = std::fs::read_to_string(&path)
-            .map_err(|error| error.to_string())
-            .and_then(|json| serde_json::from_str(&json).map_err(|error| error.to_string()))
-            .map_err(|problem| ContextError::Spec { path, problem })?;
-        let secret = Token::new(&text(contract::SECRET)?).map_err(|error| {
-            ContextError::Variable { name: contract::SECRET, problem: error.to_string() }
-        })?;
+        let spec = match given(contract::SPEC_JSON) {
+            Some(json) => serde_json::from_str(&json).map_err(|error| ContextError::Variable {
+                name: contract::SPEC_JSON,
+                problem: error.to_string(),
+            })?,
+            None => {
+                let path = PathBuf::from(text(contract::SPEC)?);
+                std::fs::read_to_string(&path)
+                    .map_err(|error| error.to_string())
+                    .and_then(|json| serde_json::from_str(&json).map_err(|error| error.to_string()))
+                    .map_err(|problem| ContextError::Spec { path, problem })?
+            }
+        };
+        let credential = match given(contract::TOKEN_FILE) {
+            Some(path) => Credential::File(path.into()),
+            None => {
+                let secret = Token::new(&text(contract::SECRET)?);
+                Credential::Fixed(secret.map_err(|error| ContextError::Variable {
+                    name: contract::SECRET,
+                    problem: error.to_string(),
+                })?)
+            }
+        };
         Ok(Self {
             agent: text(contract::AGENT)?,
-            secret,
+            agent_ca: given(contract::AGENT_CA),
+            credential,
             job: text(contract::JOB)?,
             attempt: parse(contract::ATTEMPT)?,
             rank: parse(contract::RANK)?,
@@ -95,6 +116,10 @@ impl Context {
     pub fn resolve(&self, path: &str) -> PathBuf {
         self.shared_dir.join(path)
     }
+}
+
+fn given(name: &'static str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 fn text(name: &'static str) -> Result<String, ContextError> {

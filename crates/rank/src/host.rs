@@ -1,15 +1,17 @@
-//! The rank's line to its agent: joining the world, and reports that never hold up a step.
+//! The rank's line to whoever started it, its agent or a Kubernetes cluster's operator: joining the
+//! world, and reports that never hold up a step.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use drumline_wire::auth::AddToken;
+use drumline_wire::line::{Credential, endpoint};
 use drumline_wire::v1::rank_host_client::RankHostClient;
 use drumline_wire::{now_ms, v1};
 use tokio::sync::mpsc;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 use crate::context::Context;
 
@@ -19,6 +21,14 @@ const REPORTS_MAX: usize = 256;
 const REPORT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the world may take to come together; the control plane's deadline is shorter.
 const JOIN_DEADLINE: Duration = Duration::from_secs(26 * 3600);
+
+/// Wait before a join that broke off is tried again; it doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// How long a join that only repeats where this rank listens may take.
+const ANNOUNCE_DEADLINE: Duration = Duration::from_secs(5);
+/// Between two of them.
+const ANNOUNCE_PAUSE: Duration = Duration::from_secs(2);
 
 /// Why the agent cannot be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -36,13 +46,33 @@ pub enum HostError {
     Join(String),
 }
 
+type Client = RankHostClient<InterceptedService<Channel, Credential>>;
+
+/// How the agent is reached. A new client has a connection of its own: whoever answers may have
+/// changed places.
+#[derive(Debug, Clone)]
+struct Line {
+    endpoint: Endpoint,
+    credential: Credential,
+}
+
+impl Line {
+    fn client(&self) -> Client {
+        let channel = self.endpoint.connect_lazy();
+        RankHostClient::with_interceptor(channel, self.credential.clone())
+            .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES)
+    }
+}
+
 /// A line to the agent. Cloning shares it.
 #[derive(Debug, Clone)]
 pub struct Host {
-    client: RankHostClient<InterceptedService<Channel, AddToken>>,
+    line: Line,
     reports: mpsc::Sender<v1::RankReport>,
     stop: Arc<AtomicBool>,
     blank: v1::RankReport,
+    /// What was said when the world was joined.
+    joined: Arc<Mutex<Option<v1::JoinWorld>>>,
 }
 
 impl Host {
@@ -51,33 +81,22 @@ impl Host {
     /// # Errors
     /// [`HostError::Address`].
     pub fn open(context: &Context) -> Result<Self, HostError> {
-        let channel = Endpoint::from_shared(context.agent.clone())
-            .map_err(|source| HostError::Address { address: context.agent.clone(), source })?
-            .connect_timeout(Duration::from_secs(5))
-            .tcp_nodelay(true)
-            .connect_lazy();
-        let client = RankHostClient::with_interceptor(channel, AddToken::new(&context.secret));
-        let (reports, mut queue) = mpsc::channel::<v1::RankReport>(REPORTS_MAX);
+        let endpoint = endpoint(&context.agent, context.agent_ca.as_deref())
+            .map_err(|source| HostError::Address { address: context.agent.clone(), source })?;
+        let line = Line { endpoint, credential: context.credential.clone() };
+        let (reports, queue) = mpsc::channel::<v1::RankReport>(REPORTS_MAX);
         let stop = Arc::new(AtomicBool::new(false));
-        let mut sender = client.clone();
-        let stopped = stop.clone();
-        tokio::spawn(async move {
-            while let Some(report) = queue.recv().await {
-                let sent = tokio::time::timeout(REPORT_DEADLINE, sender.report(report)).await;
-                if let Ok(Ok(command)) = sent
-                    && command.into_inner().stop
-                {
-                    stopped.store(true, Ordering::Relaxed);
-                }
-            }
-        });
+        let joined = Arc::new(Mutex::new(None));
+        let sending =
+            Sending { line: line.clone(), stop: stop.clone(), joined: joined.clone(), told: None };
+        tokio::spawn(sending.run(queue));
         let blank = v1::RankReport {
             job: context.job.clone(),
             attempt: context.attempt,
             rank: context.rank,
             ..v1::RankReport::default()
         };
-        Ok(Self { client, reports, stop, blank })
+        Ok(Self { line, reports, stop, blank, joined })
     }
 
     /// Returns whether the agent asked the rank to stop.
@@ -104,12 +123,11 @@ impl Host {
             inference_url,
             host: context.host.clone(),
         };
-        let mut client = self.client.clone();
-        let world = tokio::time::timeout(JOIN_DEADLINE, client.join(join))
+        *self.joined.lock().unwrap_or_else(PoisonError::into_inner) = Some(join.clone());
+        let world = tokio::time::timeout(JOIN_DEADLINE, self.join_surely(join))
             .await
             .map_err(|_| HostError::Join("no answer from the agent".to_owned()))?
-            .map_err(|status| HostError::Join(status.message().to_owned()))?
-            .into_inner();
+            .map_err(|status| HostError::Join(status.message().to_owned()))?;
         if !world.error.is_empty() {
             return Err(HostError::Join(world.error));
         }
@@ -119,6 +137,22 @@ impl Host {
             return Err(HostError::Join(text));
         }
         Ok(world)
+    }
+
+    /// Asks until somebody answers: who answers may be replaced while the others are waited for.
+    async fn join_surely(&self, join: v1::JoinWorld) -> Result<v1::World, Status> {
+        let mut wait = RETRY_MIN;
+        loop {
+            match self.line.client().join(join.clone()).await {
+                Ok(world) => return Ok(world.into_inner()),
+                Err(status) if is_away(&status) => {
+                    println!("nobody answers for the world yet: {}", status.message());
+                }
+                Err(status) => return Err(status),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RETRY_MAX);
+        }
     }
 
     /// Reports without waiting. A step report that finds the queue full is left out: the next one
@@ -142,8 +176,17 @@ impl Host {
             }
         };
         let _ = tokio::time::timeout(REPORT_DEADLINE, drained).await;
-        let mut client = self.client.clone();
-        let _ = tokio::time::timeout(REPORT_DEADLINE, client.report(self.filled(fill))).await;
+        let report = self.filled(fill);
+        let told = async {
+            loop {
+                match self.line.client().report(report.clone()).await {
+                    // Whoever answers may be changing places just now.
+                    Err(status) if is_away(&status) => tokio::time::sleep(RETRY_MIN).await,
+                    _ => return,
+                }
+            }
+        };
+        let _ = tokio::time::timeout(REPORT_DEADLINE, told).await;
     }
 
     fn filled(&self, fill: impl FnOnce(&mut v1::RankReport)) -> v1::RankReport {
@@ -151,5 +194,50 @@ impl Host {
         report.at_ms = now_ms();
         fill(&mut report);
         report
+    }
+}
+
+/// Whether a call broke off, or met somebody who does not lead: another try may succeed.
+fn is_away(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal)
+}
+
+/// The task that sends reports in their order.
+struct Sending {
+    line: Line,
+    stop: Arc<AtomicBool>,
+    joined: Arc<Mutex<Option<v1::JoinWorld>>>,
+    /// When this rank last said again where it listens.
+    told: Option<Instant>,
+}
+
+impl Sending {
+    async fn run(mut self, mut queue: mpsc::Receiver<v1::RankReport>) {
+        let mut client = self.line.client();
+        while let Some(report) = queue.recv().await {
+            match tokio::time::timeout(REPORT_DEADLINE, client.report(report)).await {
+                Ok(Ok(command)) => self.obey(command.into_inner(), &client),
+                Ok(Err(status)) if !is_away(&status) => {}
+                // One report is no loss, and the next one finds whoever leads by then.
+                Ok(Err(_)) | Err(_) => client = self.line.client(),
+            }
+        }
+    }
+
+    fn obey(&mut self, command: v1::RankCommand, client: &Client) {
+        if command.stop {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        if !command.announce || self.told.is_some_and(|at| at.elapsed() < ANNOUNCE_PAUSE) {
+            return;
+        }
+        let joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(join) = joined else { return };
+        self.told = Some(Instant::now());
+        let mut client = client.clone();
+        tokio::spawn(async move {
+            // The answer is known already.
+            let _ = tokio::time::timeout(ANNOUNCE_DEADLINE, client.join(join)).await;
+        });
     }
 }

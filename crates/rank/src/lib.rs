@@ -16,6 +16,7 @@ pub mod world;
 use std::process::ExitCode;
 
 use drumline_spec::Work;
+use drumline_wire::line::Credential;
 
 use crate::context::Context;
 use crate::host::Host;
@@ -90,8 +91,29 @@ pub fn run() -> ExitCode {
     }
 }
 
+/// Ends this process at SIGTERM. In a pod a rank is the first process, to which the kernel delivers
+/// no signal that it does not ask for; elsewhere its supervisor sees to its end.
+fn end_when_asked() -> Result<(), std::io::Error> {
+    /// What a shell says of a program that SIGTERM ended.
+    const TERMINATED: i32 = 128 + 15;
+    let mut asked = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::spawn(async move {
+        asked.recv().await;
+        println!("asked to end");
+        std::process::exit(TERMINATED);
+    });
+    Ok(())
+}
+
 fn work(runtime: &tokio::runtime::Runtime) -> Result<(), RankError> {
     let context = Context::from_environment()?;
+    if matches!(context.credential, Credential::File(_)) {
+        let _inside = runtime.enter();
+        end_when_asked()?;
+    }
+    std::fs::create_dir_all(&context.job_dir).map_err(|error| {
+        std::io::Error::new(error.kind(), format!("{}: {error}", context.job_dir.display()))
+    })?;
     let host = {
         let _inside = runtime.enter();
         Host::open(&context)?

@@ -62,7 +62,7 @@ pub fn run(
     let dataset = Arc::new(Dataset::open(&context.resolve(&job.data.path))?);
     let batches = Batches::of_job(Arc::clone(&dataset), job)?;
     let backend = drumline_engine::train::cpu(job, context.threads)?;
-    let World { coords, groups } =
+    let World { coords, groups, .. } =
         runtime.block_on(world::join(context, host, job.parallelism, String::new()))?;
     let all = Arc::clone(&groups.world);
     let trainer = Trainer::with_probe(job, coords, groups, backend, Stopwatch::default())?;

@@ -9,6 +9,8 @@ use drumline_collective::{Collective, CollectiveError};
 use drumline_engine::Groups;
 use drumline_mesh::{Axis, Coords, Mesh};
 use drumline_spec::Parallelism;
+use drumline_wire::auth::Token;
+use drumline_wire::line::Credential;
 
 use crate::context::Context;
 use crate::host::{Host, HostError};
@@ -41,6 +43,8 @@ pub enum WorldError {
 pub struct World {
     /// Its coordinates.
     pub coords: Coords,
+    /// The attempt's secret.
+    pub secret: Token,
     /// One communicator for each axis, and one for all.
     pub groups: Groups,
 }
@@ -59,6 +63,13 @@ pub async fn join(
     let listener = Listener::bind(context.listen_ip)?;
     let address = listener.address().to_string();
     let world = host.join(context, address, inference_url).await?;
+    let secret = match (&context.credential, Token::new(&world.secret)) {
+        (Credential::Fixed(secret), _) => secret.clone(),
+        (Credential::File(_), Ok(secret)) => secret,
+        (Credential::File(_), Err(error)) => {
+            return Err(HostError::Join(format!("the world has no secret: {error}")).into());
+        }
+    };
     let mut members = world.ranks;
     members.sort_by_key(|member| member.rank);
     let addresses = members
@@ -70,16 +81,17 @@ pub async fn join(
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let secret = context.secret.expose().as_bytes().to_vec();
-    let mut options = WorldOptions::new(context.rank as usize, addresses, secret);
+    let shared = secret.expose().as_bytes().to_vec();
+    let mut options = WorldOptions::new(context.rank as usize, addresses, shared);
     options.deadline = COLLECTIVE_DEADLINE;
     let rank = context.rank;
     // Linking blocks: it must not hold up the runtime that carries reports.
     let linked = tokio::task::spawn_blocking(move || link(listener, &options, split, rank)).await;
-    linked.unwrap_or_else(|error| {
+    let linked = linked.unwrap_or_else(|error| {
         let message = error.to_string();
         Err(CollectiveError::Io { op: "connect", message }.into())
-    })
+    });
+    linked.map(|(coords, groups)| World { coords, secret, groups })
 }
 
 /// Links this rank to all others of a split and forms its groups. Blocks.
@@ -91,7 +103,7 @@ pub fn link(
     options: &WorldOptions,
     split: Parallelism,
     rank: u32,
-) -> Result<World, WorldError> {
+) -> Result<(Coords, Groups), WorldError> {
     let mesh = Mesh::new(split);
     let world = HostWorld::connect(listener, options)?;
     let form = |ranks: Vec<u32>, id: u32| -> Result<Arc<dyn Collective>, CollectiveError> {
@@ -107,5 +119,5 @@ pub fn link(
         data: along(Axis::Data, 3)?,
         world: form((0..mesh.size()).collect(), 4)?,
     };
-    Ok(World { coords: mesh.coords(rank), groups })
+    Ok((mesh.coords(rank), groups))
 }

@@ -134,6 +134,19 @@ impl JobSpec {
         }
     }
 
+    /// Returns the spec for ranks that divide the work in this way: an elastic gang may run at
+    /// another size than the one it was submitted with.
+    #[must_use]
+    pub fn at(&self, split: Parallelism) -> Self {
+        let mut spec = self.clone();
+        match &mut spec.work {
+            Work::TrainingJob(training) => training.parallelism = split,
+            Work::ModelService(service) => service.parallelism = split,
+            Work::CommandJob(command) => command.ranks = split.world_size(),
+        }
+        spec
+    }
+
     /// Returns the gang that the work needs.
     #[must_use]
     pub fn gang(&self) -> Gang {

@@ -15,7 +15,7 @@ pub struct Token(Arc<str>);
 
 /// The token holds characters that no header can carry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a token is 16 to 512 visible ASCII characters")]
+#[error("a token is 16 to 4096 visible ASCII characters")]
 pub struct TokenError;
 
 impl Token {
@@ -26,7 +26,7 @@ impl Token {
     pub fn new(text: &str) -> Result<Self, TokenError> {
         let text = text.trim();
         let visible = text.bytes().all(|b| b.is_ascii_graphic());
-        if visible && (16..=512).contains(&text.len()) {
+        if visible && (16..=4096).contains(&text.len()) {
             Ok(Self(text.into()))
         } else {
             Err(TokenError)

@@ -1,15 +1,22 @@
-//! The environment that an agent gives to a rank beyond what `torchrun` users expect.
+//! The environment that a rank is given beyond what `torchrun` users expect.
 
 /// Address of the agent's `RankHost` service, `http://HOST:PORT`.
 pub const AGENT: &str = "DRUMLINE_AGENT";
+/// Certificate of whoever serves `RankHost`, in PEM; absent on loopback.
+pub const AGENT_CA: &str = "DRUMLINE_AGENT_CA";
 /// The attempt's secret.
 pub const SECRET: &str = "DRUMLINE_SECRET";
 /// The job's id.
 pub const JOB: &str = "DRUMLINE_JOB";
 /// The attempt's number.
 pub const ATTEMPT: &str = "DRUMLINE_ATTEMPT";
+/// Instead of the secret: a file with a token that says who the rank is. Its world tells it the
+/// secret then.
+pub const TOKEN_FILE: &str = "DRUMLINE_TOKEN_FILE";
 /// File with the job's spec as JSON.
 pub const SPEC: &str = "DRUMLINE_SPEC";
+/// Instead of the file: the spec itself.
+pub const SPEC_JSON: &str = "DRUMLINE_SPEC_JSON";
 /// Folder of the job that all nodes share; checkpoints go here unless the spec says otherwise.
 pub const JOB_DIR: &str = "DRUMLINE_JOB_DIR";
 /// Threads that the rank may use.

@@ -4,6 +4,8 @@
 pub mod auth;
 pub mod contract;
 pub mod convert;
+pub mod line;
+pub mod rank_host;
 
 /// Messages, clients and servers of `drumline.v1alpha1`.
 #[allow(missing_docs, clippy::all, unreachable_pub)]

@@ -193,7 +193,7 @@ fn link(split: Parallelism, shared_memory: bool) -> Result<Vec<Groups>, Failure>
         threads
             .into_iter()
             .map(|thread| match thread.join() {
-                Ok(world) => world.map(|world| world.groups).map_err(|error| failed(&error)),
+                Ok(linked) => linked.map(|(_, groups)| groups).map_err(|error| failed(&error)),
                 Err(panic) => std::panic::resume_unwind(panic),
             })
             .collect()

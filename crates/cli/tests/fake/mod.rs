@@ -126,7 +126,6 @@ impl Service {
 impl Control for Service {
     type WatchJobStream = Streamed<v1::JobView>;
     type LogsStream = Streamed<v1::LogChunk>;
-    type WatchServicesStream = Streamed<v1::ServicesView>;
 
     async fn submit(
         &self,
@@ -274,20 +273,6 @@ impl Control for Service {
         &self,
         _: Request<v1::EventsRequest>,
     ) -> Result<Response<v1::EventsResponse>, Status> {
-        Err(Status::internal("not asked for"))
-    }
-
-    async fn watch_services(
-        &self,
-        _: Request<v1::WatchServicesRequest>,
-    ) -> Result<Response<Self::WatchServicesStream>, Status> {
-        Err(Status::internal("not asked for"))
-    }
-
-    async fn report_gateway(
-        &self,
-        _: Request<v1::GatewayReport>,
-    ) -> Result<Response<v1::GatewayAck>, Status> {
         Err(Status::internal("not asked for"))
     }
 

@@ -8,9 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use drumline_gateway::Options;
 use drumline_wire::auth::{RequireToken, Token};
+use drumline_wire::line::Credential;
 use drumline_wire::v1;
-use drumline_wire::v1::control_server::{Control, ControlServer};
 use drumline_wire::v1::inference_server::{Inference, InferenceServer};
+use drumline_wire::v1::services_server::{Services, ServicesServer};
 use futures::stream::BoxStream;
 use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
@@ -119,59 +120,23 @@ impl Inference for Leader {
 
 struct Plane(watch::Receiver<v1::ServicesView>);
 
-macro_rules! not_scripted {
-    ($($name:ident: $request:ident -> $response:ident;)*) => { $(
-        fn $name<'a, 'b>(&'a self, _: Request<v1::$request>)
-            -> ::core::pin::Pin<Box<dyn Future<Output = Result<Response<v1::$response>, Status>> + Send + 'b>>
-        where 'a: 'b, Self: 'b {
-            Box::pin(async { Err(Status::unimplemented("not scripted")) })
-        }
-    )* };
-}
-
 #[tonic::async_trait]
-impl Control for Plane {
-    type WatchJobStream = BoxStream<'static, Result<v1::JobView, Status>>;
-    type LogsStream = BoxStream<'static, Result<v1::LogChunk, Status>>;
-    type WatchServicesStream = BoxStream<'static, Result<v1::ServicesView, Status>>;
+impl Services for Plane {
+    type WatchStream = BoxStream<'static, Result<v1::ServicesView, Status>>;
 
-    async fn watch_services(
+    async fn watch(
         &self,
         _: Request<v1::WatchServicesRequest>,
-    ) -> Result<Response<Self::WatchServicesStream>, Status> {
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let views = futures::StreamExt::map(WatchStream::new(self.0.clone()), Ok);
         Ok(Response::new(futures::StreamExt::boxed(views)))
     }
 
-    async fn watch_job(
+    async fn report_gateway(
         &self,
-        _: Request<v1::GetJobRequest>,
-    ) -> Result<Response<Self::WatchJobStream>, Status> {
-        Err(Status::unimplemented("not scripted"))
-    }
-
-    async fn logs(
-        &self,
-        _: Request<v1::LogsRequest>,
-    ) -> Result<Response<Self::LogsStream>, Status> {
-        Err(Status::unimplemented("not scripted"))
-    }
-
-    not_scripted! {
-        submit: SubmitRequest -> SubmitResponse;
-        list_jobs: ListJobsRequest -> ListJobsResponse;
-        get_job: GetJobRequest -> JobView;
-        cancel_job: CancelJobRequest -> JobView;
-        hold_job: HoldJobRequest -> JobView;
-        list_queues: ListQueuesRequest -> ListQueuesResponse;
-        delete_queue: DeleteQueueRequest -> DeleteQueueResponse;
-        snapshot: SnapshotRequest -> SnapshotResponse;
-        list_nodes: ListNodesRequest -> ListNodesResponse;
-        fleet: FleetRequest -> FleetView;
-        series: SeriesRequest -> SeriesResponse;
-        events: EventsRequest -> EventsResponse;
-        report_gateway: GatewayReport -> GatewayAck;
-        version: VersionRequest -> VersionResponse;
+        _: Request<v1::GatewayReport>,
+    ) -> Result<Response<v1::GatewayAck>, Status> {
+        Ok(Response::new(v1::GatewayAck {}))
     }
 }
 
@@ -228,7 +193,7 @@ impl Fixture {
         let plane = listener.local_addr().unwrap();
         let token = Token::new(CLUSTER_TOKEN).unwrap();
         let server = tonic::transport::Server::builder().add_service(
-            ControlServer::with_interceptor(Plane(view), RequireToken::new(token.clone())),
+            ServicesServer::with_interceptor(Plane(view), RequireToken::new(token.clone())),
         );
         let ended = stop.clone().cancelled_owned();
         tokio::spawn(server.serve_with_incoming_shutdown(TcpIncoming::from(listener), ended));
@@ -238,7 +203,8 @@ impl Fixture {
             listen: "127.0.0.1:0".parse().unwrap(),
             allow_hosts: Vec::new(),
             control: Arc::new(move || Ok(format!("http://{plane}"))),
-            cluster_token: token,
+            control_ca: None,
+            credential: Credential::Fixed(token),
             keys: vec![Token::new(GATEWAY_KEY.strip_prefix("Bearer ").unwrap()).unwrap()],
         };
         tokio::spawn(drumline_gateway::run(options, ready, stop.clone()));

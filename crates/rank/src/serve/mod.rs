@@ -15,6 +15,7 @@ use drumline_engine::EngineError;
 use drumline_engine::infer::{Model, ModelOptions};
 use drumline_spec::{ModelService, WeightStorage};
 use drumline_tensor::{Cpu, DType};
+use drumline_wire::auth::Token;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 
@@ -51,7 +52,7 @@ pub fn run(
     let front =
         if context.rank == 0 { Some(Front::open(context, &source, runtime)?) } else { None };
     let url = front.as_ref().map(|front| front.url.clone()).unwrap_or_default();
-    let World { coords, groups } =
+    let World { coords, groups, secret } =
         runtime.block_on(world::join(context, host, service.parallelism, url))?;
     let options = ModelOptions {
         max_batch: service.max_batch as usize,
@@ -84,7 +85,7 @@ pub fn run(
         mib(memory.buffers)
     );
     match front {
-        Some(front) => front.lead(context, host, model, runtime),
+        Some(front) => front.lead(secret, host, model, runtime),
         None => leader::follow(model),
     }
 }
@@ -110,20 +111,15 @@ impl Front {
 
     fn lead(
         self,
-        context: &Context,
+        secret: Token,
         host: &Host,
         model: Model<Cpu>,
         runtime: &Handle,
     ) -> Result<(), RankError> {
         let shared = Arc::new(Shared::new(model.limits()));
         let (commands, inbox) = tokio::sync::mpsc::channel(leader::COMMANDS_MAX);
-        let server = service::serve(
-            self.listener,
-            context.secret.clone(),
-            self.tokenizer,
-            Arc::clone(&shared),
-            commands,
-        );
+        let server =
+            service::serve(self.listener, secret, self.tokenizer, Arc::clone(&shared), commands);
         runtime.spawn(server);
         leader::lead(model, inbox, &shared, host, runtime)
     }

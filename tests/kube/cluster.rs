@@ -79,7 +79,7 @@ fn programs() -> Result<(PathBuf, PathBuf), String> {
     Ok((etcd.ok_or("no etcd in PATH; apt-get install etcd-server")?, server))
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("an address").port()
 }

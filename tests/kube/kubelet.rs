@@ -78,10 +78,18 @@ impl Kubelets {
 
 /// Says how a pod's container ended.
 pub(crate) async fn finish(pods: &Api<Pod>, name: &str, exit_code: i32) {
+    try_finish(pods, name, exit_code).await.unwrap();
+}
+
+/// Says how a pod's container ended, if the pod is still there.
+///
+/// # Errors
+/// The API server's, when it is not.
+pub(crate) async fn try_finish(pods: &Api<Pod>, name: &str, exit_code: i32) -> kube::Result<Pod> {
     let phase = if exit_code == 0 { "Succeeded" } else { "Failed" };
     let status = json!({ "status": { "phase": phase, "containerStatuses": [{
         "name": "rank", "ready": false, "restartCount": 0, "image": "x", "imageID": "x",
         "state": { "terminated": { "exitCode": exit_code, "reason": "Error" } },
     }]}});
-    pods.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
+    pods.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await
 }

@@ -1,8 +1,9 @@
 //! An operator under test: inside this process, or as a process of its own that can be killed.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use drumline_operator::{FleetRules, LeaseRules, Options, PodRules};
+use drumline_operator::{FleetRules, LeaseRules, Options, PodRules, RankRules};
 use kube::Config;
 use tokio_util::sync::CancellationToken;
 
@@ -20,14 +21,23 @@ pub(crate) fn options(client: Config, identity: &str) -> Options {
         lease: LeaseRules { identity: identity.to_owned(), duration: Duration::from_secs(3) },
         fleet: FleetRules::default(),
         pods: PodRules { image: "test".to_owned(), ..PodRules::default() },
+        ranks: RankRules {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            url: "https://127.0.0.1:7443".to_owned(),
+            pod: String::new(),
+        },
     }
 }
 
 impl Operator {
     /// Starts one.
     pub(crate) fn start(client: Config, identity: &str) -> Self {
+        Self::run(options(client, identity))
+    }
+
+    /// Starts one with these options.
+    pub(crate) fn run(options: Options) -> Self {
         let stop = CancellationToken::new();
-        let options = options(client, identity);
         let asked = stop.clone();
         let task = tokio::spawn(async move {
             drumline_operator::run(options, asked).await.expect("the operator starts");

@@ -3,51 +3,55 @@
 //!
 //! Tasks carry out; only this file decides, and only between two of their messages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drumline_audit::CheckedJob;
 use drumline_cluster::Request;
-use drumline_spec::manifest::parse_all;
-use drumline_spec::{JobKind, QueueSpec};
+use drumline_spec::{Gang, GangSettings, JobKind, Parallelism};
 use drumline_types::{Attempt, Explanation, JobId, JobPhase, Reason, Timestamp};
-use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node as KubeNode, Pod};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::DynamicObject;
 use kube::runtime::reflector::Store;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 
+use crate::budgets::guarded;
 use crate::crd::status::JobStatus;
-use crate::crd::{GROUP, VERSION};
-use crate::decide::{Holding, Scene, Wanting, decide, request};
-use crate::fleet::{Fleet, FleetRules, Held, held, is_ready};
+use crate::desk::{Desk, Holding, Scene, Wanting, request};
+use crate::fleet::{Fleet, FleetRules, Held, Layout, held, is_ready};
 use crate::gang::Member;
 use crate::job::Job;
-use crate::launch::{LaunchError, Writer, taken_back};
+use crate::launch::{LaunchError, Writer};
 use crate::pods::Seat;
+use crate::promise::Promise;
+use crate::queues::QueueStates;
+use crate::ranks::keys::Keys;
+use crate::ranks::services::Board;
+use crate::ranks::worlds::Worlds;
 use crate::status::told;
-use crate::step::{Doomed, Next, View, step};
+use crate::step::{Doomed, Next, View, evicted, phase, step};
+use crate::wake::Wake;
 
 /// Jobs for which calls are under way at a time.
 const TASKS_MAX: usize = 32;
 /// After a call failed, its job rests for so long.
-const REST: Duration = Duration::from_millis(300);
-/// A gang that was bound and is not seen for so long is looked for.
-const UNSEEN: Duration = Duration::from_secs(5);
-/// A gang that was taken back is not tried again for so long, in milliseconds.
-const TAKEN_BACK_MS: u64 = 1000;
+pub(crate) const REST: Duration = Duration::from_millis(300);
 /// The message of a job that waits is written at most so often.
 const WAIT_TOLD: Duration = Duration::from_secs(2);
-/// Nothing is left alone for longer.
-pub(crate) const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// How far a run is, is written at most so often.
+const PROGRESS_TOLD: Duration = Duration::from_secs(10);
 
 /// What the watches have brought.
 #[derive(Clone)]
 pub(crate) struct Stores {
     pub(crate) jobs: Vec<(JobKind, Store<DynamicObject>)>,
     pub(crate) queues: Store<DynamicObject>,
+    pub(crate) namespaces: Store<Namespace>,
     pub(crate) nodes: Store<KubeNode>,
     pub(crate) pods: Store<Pod>,
+    pub(crate) budgets: Store<PodDisruptionBudget>,
 }
 
 /// A task's last word.
@@ -66,39 +70,37 @@ pub(crate) enum Done {
     TakenBack { uid: String, answer: Result<(), LaunchError> },
     /// How many pods of an attempt the API server has.
     Counted { uid: String, answer: Result<usize, LaunchError> },
-}
-
-/// Devices promised to a gang whose pods the watches do not show yet.
-struct Promise {
-    job: Job,
-    attempt: u32,
-    held: Vec<Held>,
-    state: PromiseState,
-}
-
-enum PromiseState {
-    Launching,
-    /// All bound; since then.
-    Bound(Instant),
-    /// To be taken back, for this reason; tried again from then on.
-    TakingBack(String, Instant),
-    /// A task is taking it back.
-    Removing(String),
+    /// A queue's status was written, or not.
+    QueueTold { queue: String, answer: Result<(), LaunchError> },
 }
 
 /// The operator's state.
 pub(crate) struct Core {
-    stores: Stores,
+    pub(crate) stores: Stores,
     rules: FleetRules,
-    writer: Writer,
+    pub(crate) writer: Writer,
+    pub(crate) keys: Arc<Keys>,
+    /// What ranks tell.
+    pub(crate) worlds: Worlds,
+    /// What gateways are told.
+    pub(crate) board: watch::Sender<Board>,
+    desk: Desk,
+    layout: Layout,
+    pub(crate) queues: QueueStates,
+    /// When this operator began to lead.
+    since: Timestamp,
+    /// Jobs as they were last read, by uid.
+    read: BTreeMap<String, Job>,
     /// Jobs with a write under way.
-    busy: BTreeMap<String, ()>,
-    promised: BTreeMap<String, Promise>,
+    pub(crate) busy: BTreeSet<String>,
+    pub(crate) promised: BTreeMap<String, Promise>,
+    /// Attempts that are asked to leave, until their status says so.
+    leaving: BTreeMap<String, (u32, Explanation)>,
     /// Objects as we wrote them, until the watches show them.
     latest: BTreeMap<String, DynamicObject>,
     /// Jobs that rest after a call failed.
-    resting: BTreeMap<String, Instant>,
-    /// When the message of a job that waits was last written.
+    pub(crate) resting: BTreeMap<String, Instant>,
+    /// When the message of a job was last written for its own sake.
     told: BTreeMap<String, Instant>,
     tasks: Arc<Semaphore>,
     done: mpsc::UnboundedSender<Done>,
@@ -110,14 +112,26 @@ impl Core {
         stores: Stores,
         rules: FleetRules,
         writer: Writer,
+        keys: Arc<Keys>,
+        board: watch::Sender<Board>,
         done: mpsc::UnboundedSender<Done>,
+        now: Timestamp,
     ) -> Self {
         Self {
             stores,
             rules,
             writer,
-            busy: BTreeMap::new(),
+            keys,
+            worlds: Worlds::default(),
+            board,
+            desk: Desk::new(now.0),
+            layout: Layout::default(),
+            queues: QueueStates::default(),
+            since: now,
+            read: BTreeMap::new(),
+            busy: BTreeSet::new(),
             promised: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             latest: BTreeMap::new(),
             resting: BTreeMap::new(),
             told: BTreeMap::new(),
@@ -131,12 +145,13 @@ impl Core {
         let mut wake = Wake::new(now);
         let jobs = self.jobs();
         let mut members: BTreeMap<String, Vec<Member>> = BTreeMap::new();
-        let mut others = Vec::new();
+        let (mut ours, mut others) = (Vec::new(), Vec::new());
         for pod in self.stores.pods.state() {
             match Member::read(&pod) {
                 // Pods of a job that is gone are like anybody's, until the garbage collector comes.
                 Some(member) if jobs.contains_key(&member.job) => {
-                    members.entry(member.job.clone()).or_default().push(member)
+                    members.entry(member.job.clone()).or_default().push(member);
+                    ours.push(pod);
                 }
                 _ => others.push(pod),
             }
@@ -148,120 +163,126 @@ impl Core {
             .collect();
         let is_lost = |name: &str| !ready.get(name).copied().unwrap_or(false);
         self.settle_promises(&members, &mut wake);
-        let mut wanting: Vec<(&Job, Wanting)> = Vec::new();
+        let mut wanting: Vec<&Job> = Vec::new();
+        let mut between = BTreeSet::new();
         for (uid, job) in &jobs {
             let theirs = members.get(uid).map(Vec::as_slice).unwrap_or_default();
-            if let Some(until) = self.resting.get(uid) {
-                if *until > Instant::now() {
-                    wake.at(*until);
+            match self.next(job, theirs, &is_lost, now, &mut wake) {
+                Some(Next::Consider) => {
+                    wanting.push(job);
                     continue;
                 }
-                self.resting.remove(uid);
-            }
-            let is_busy = self.busy.contains_key(uid) || self.promised.contains_key(uid);
-            let view = View { job, members: theirs, is_busy, is_lost: &is_lost, now_ms: now.0 };
-            match step(&view) {
-                Next::Nothing { at_ms } => wake.at_ms(at_ms),
-                Next::Adopt => {
+                None | Some(Next::Nothing { .. }) => {}
+                Some(Next::Adopt) => {
                     self.call(job, |writer, job| async move { writer.adopt(&job).await.map(Some) })
                 }
-                Next::Write(status) => self.write(job, *status),
-                Next::Remove(doomed) => self.remove(job, doomed),
-                Next::Release => self.call(job, |writer, job| async move {
+                Some(Next::Write(status)) => {
+                    if !self.is_too_soon(job, &status, &mut wake) {
+                        self.write(job, *status);
+                    }
+                }
+                Some(Next::Remove(doomed)) => self.remove(job, doomed),
+                Some(Next::Release) => self.call(job, |writer, job| async move {
                     writer.release(&job).await.map(|()| None)
                 }),
-                Next::Consider => {
-                    let Some(request) = self.request(job) else { continue };
-                    let asked = Wanting {
-                        request,
-                        attempt: Attempt(job.status.attempt + 1),
-                        not_before: Timestamp(job.status.not_before_ms),
-                    };
-                    wanting.push((job, asked));
-                }
+            }
+            if !phase(&job.status).is_terminal() && !job.is_deleting {
+                between.insert(job.id.clone());
             }
         }
-        if !wanting.is_empty() {
-            let held = self.all_held(&members);
-            let fleet = Fleet::build(
-                &self.rules,
-                nodes.iter().map(AsRef::as_ref),
-                &held,
-                others.iter().map(AsRef::as_ref),
-            );
-            self.decide(fleet, &jobs, &wanting, now, &mut wake);
-        }
+        let held = self.all_held(&members);
+        let fleet = Fleet::build(
+            &self.rules,
+            &mut self.layout,
+            nodes.iter().map(AsRef::as_ref),
+            &held,
+            others.iter().map(AsRef::as_ref),
+        );
+        let guarded = guarded(&self.stores.budgets.state(), ours.iter().map(AsRef::as_ref));
+        self.decide(fleet, &jobs, &wanting, between, &guarded, now, &mut wake);
+        self.tell_queues(&jobs, &mut wake);
         self.told.retain(|uid, _| jobs.contains_key(uid));
         self.latest.retain(|uid, _| jobs.contains_key(uid));
+        self.worlds.retain(|uid| jobs.contains_key(uid));
+        self.publish(&jobs, now);
         wake.left()
     }
 
+    /// Returns what is to be done for one job; `None`: nothing, for a reason of our own.
+    fn next(
+        &mut self,
+        job: &Job,
+        members: &[Member],
+        is_lost: &dyn Fn(&str) -> bool,
+        now: Timestamp,
+        wake: &mut Wake,
+    ) -> Option<Next> {
+        let uid = &job.uid;
+        if let Some(until) = self.resting.get(uid) {
+            if *until > Instant::now() {
+                wake.at(*until);
+                return None;
+            }
+            self.resting.remove(uid);
+        }
+        let is_busy = self.busy.contains(uid) || self.promised.contains_key(uid);
+        let view = View {
+            job,
+            members,
+            is_busy,
+            told: self.worlds.told(uid, job.status.attempt),
+            since_ms: self.since.0,
+            is_lost,
+            now_ms: now.0,
+        };
+        if !is_busy && let Some((attempt, why)) = self.leaving.get(uid) {
+            let runs = matches!(phase(&job.status), JobPhase::Starting | JobPhase::Running);
+            if runs && *attempt == job.status.attempt && !job.is_deleting {
+                return Some(Next::Write(Box::new(evicted(&view, why))));
+            }
+            self.leaving.remove(uid);
+        }
+        let next = step(&view);
+        if let Next::Nothing { at_ms } = &next {
+            wake.at_ms(*at_ms);
+        }
+        Some(next)
+    }
+
     /// Returns every job, as the watches show it or as we wrote it, whichever is newer.
-    fn jobs(&mut self) -> BTreeMap<String, Job> {
+    pub(crate) fn jobs(&mut self) -> BTreeMap<String, Job> {
         let mut jobs = BTreeMap::new();
+        let mut before = std::mem::take(&mut self.read);
+        let spaces = self.queues.of_namespaces(&self.stores.namespaces);
         for (kind, store) in &self.stores.jobs {
-            for object in store.state() {
-                let Some(uid) = object.metadata.uid.clone() else { continue };
-                let read = match self.latest.get(&uid) {
-                    Some(ours) if revision(ours) > revision(&object) => Job::read(*kind, ours),
+            for shown in store.state() {
+                let Some(uid) = shown.metadata.uid.clone() else { continue };
+                let object = match self.latest.get(&uid) {
+                    Some(ours) if revision(ours) > revision(&shown) => ours,
                     _ => {
                         self.latest.remove(&uid);
-                        Job::read(*kind, &object)
+                        &*shown
                     }
                 };
+                let version = object.metadata.resource_version.as_deref();
+                let same = before.remove(&uid).filter(|was| {
+                    Some(was.resource_version.as_str()) == version
+                        && was.space_queue.as_ref() == spaces.get(&was.namespace)
+                });
+                let read = same.or_else(|| {
+                    let mut job = Job::read(*kind, object)?;
+                    job.hold_against(&self.writer.rules.host_paths);
+                    let queue = spaces.get(&job.namespace).cloned();
+                    job.belongs_to(queue);
+                    Some(job)
+                });
                 if let Some(job) = read {
                     jobs.insert(uid, job);
                 }
             }
         }
+        self.read.clone_from(&jobs);
         jobs
-    }
-
-    /// Drops promises whose pods the watches show, and looks after those that they do not.
-    fn settle_promises(&mut self, members: &BTreeMap<String, Vec<Member>>, wake: &mut Wake) {
-        let now = Instant::now();
-        let mut take_back = Vec::new();
-        let mut count = Vec::new();
-        self.promised.retain(|uid, promise| match &promise.state {
-            PromiseState::Launching | PromiseState::Removing(_) => true,
-            PromiseState::Bound(since) => {
-                let seen = members.get(uid).into_iter().flatten();
-                let seen = seen.filter(|m| m.attempt == promise.attempt && m.node.is_some());
-                if seen.count() >= promise.held.len() {
-                    return false;
-                }
-                if now.duration_since(*since) >= UNSEEN && !self.busy.contains_key(uid) {
-                    count.push((uid.clone(), promise.job.clone(), promise.attempt));
-                }
-                wake.at(*since + UNSEEN);
-                true
-            }
-            PromiseState::TakingBack(_, at) => {
-                if *at <= now {
-                    take_back.push(uid.clone());
-                }
-                wake.at(*at);
-                true
-            }
-        });
-        for (uid, job, attempt) in count {
-            self.busy.insert(uid.clone(), ());
-            self.spawn(job, move |writer, job| async move {
-                let answer = writer.list(&job, Some(attempt)).await.map(|pods| pods.len());
-                Done::Counted { uid, answer }
-            });
-        }
-        for uid in take_back {
-            let Some(promise) = self.promised.get_mut(&uid) else { continue };
-            if let PromiseState::TakingBack(why, _) = &promise.state {
-                promise.state = PromiseState::Removing(why.clone());
-            }
-            let (job, attempt) = (promise.job.clone(), promise.attempt);
-            self.spawn(job, move |writer, job| async move {
-                let answer = writer.take_back(&job, attempt).await;
-                Done::TakenBack { uid, answer }
-            });
-        }
     }
 
     fn all_held(&self, members: &BTreeMap<String, Vec<Member>>) -> Vec<Held> {
@@ -275,73 +296,70 @@ impl Core {
         all
     }
 
-    fn request(&self, job: &Job) -> Option<Request> {
+    fn request(&self, job: &Job, guarded: &BTreeSet<String>) -> Option<Request> {
         let spec = job.spec.as_ref().ok()?;
-        Some(request(&job.id, spec, job.created_ms, self.rules.cpu_device_milli))
+        let mut request = request(&job.id, spec, job.created_ms, self.rules.cpu_device_milli);
+        request.settings.preemptible &= !guarded.contains(&job.uid);
+        Some(request)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what one pass has found, used once")]
     fn decide(
         &mut self,
         mut fleet: Fleet,
         jobs: &BTreeMap<String, Job>,
-        wanting: &[(&Job, Wanting)],
+        wanting: &[&Job],
+        between: BTreeSet<JobId>,
+        guarded: &BTreeSet<String>,
         now: Timestamp,
         wake: &mut Wake,
     ) {
         let known: BTreeMap<&JobId, &Job> = jobs.values().map(|job| (&job.id, job)).collect();
-        let holding = fleet.held.iter().filter_map(|(id, (attempt, devices))| {
-            let Some(request) = known.get(id).and_then(|job| self.request(job)) else {
-                tracing::error!(job = %id, "a job whose spec is refused holds devices");
-                return None;
-            };
-            let started = known.get(id).map_or(0, |job| job.status.launched_ms);
-            Some(Holding {
+        let mut scene = Scene {
+            nodes: std::mem::take(&mut fleet.nodes),
+            queues: self.queues.read(&self.stores.queues),
+            between,
+            ..Scene::default()
+        };
+        for (id, (attempt, devices)) in &fleet.held {
+            let Some(job) = known.get(id) else { continue };
+            let request = self.request(job, guarded).unwrap_or_else(|| unread(job, devices.len()));
+            scene.holding.push(Holding {
                 request,
                 attempt: *attempt,
                 devices: devices.clone(),
-                started: Timestamp(started),
-            })
-        });
-        let scene = Scene {
-            holding: holding.collect(),
-            nodes: std::mem::take(&mut fleet.nodes),
-            queues: self.queues(),
-            wanting: wanting.iter().map(|(_, asked)| asked.clone()).collect(),
-        };
-        let decision = decide(scene, now);
+                started: Timestamp(job.status.launched_ms),
+                is_running: phase(&job.status) == JobPhase::Running,
+                checkpoint: job.status.checkpoint,
+            });
+        }
+        for job in wanting {
+            let Some(request) = self.request(job, guarded) else { continue };
+            scene.wanting.push(Wanting {
+                request,
+                attempt: Attempt(job.status.attempt + 1),
+                not_before: Timestamp(job.status.not_before_ms),
+            });
+        }
+        let decision = self.desk.look(scene, now);
         for checked in decision.start {
             if let Some(job) = known.get(&checked.plan().job) {
                 self.launch(&fleet, job, &checked, now);
             }
         }
-        for (id, why) in decision.wait {
+        for (id, attempt, why) in decision.leave {
             if let Some(job) = known.get(&id) {
+                tracing::info!(job = %id, %why, "a gang is asked to leave");
+                self.leaving.insert(job.uid.clone(), (attempt.0, why));
+                wake.at(Instant::now());
+            }
+        }
+        for job in wanting {
+            if let Some(why) = self.desk.wait_of(&job.id).cloned() {
                 self.tell_wait(job, &why, now, wake);
             }
         }
         wake.at_ms(decision.wake.map(|at| at.0));
-    }
-
-    /// Returns the queues of the cluster that say what they are; those that do not are told of.
-    fn queues(&self) -> Vec<QueueSpec> {
-        let mut queues = Vec::new();
-        for object in self.stores.queues.state() {
-            let name = object.metadata.name.clone().unwrap_or_default();
-            let manifest = serde_json::json!({
-                "apiVersion": format!("{GROUP}/{VERSION}"),
-                "kind": "Queue",
-                "metadata": { "name": name },
-                "spec": object.data.get("spec").cloned().unwrap_or_default(),
-            });
-            match parse_all(&manifest.to_string(), &name) {
-                Ok(all) => queues.extend(all.queues),
-                Err(mistakes) => {
-                    let first = mistakes.first().map(|mistake| mistake.message.clone());
-                    tracing::warn!(queue = %name, ?first, "a queue is left out");
-                }
-            }
-        }
-        queues
     }
 
     fn tell_wait(&mut self, job: &Job, why: &Explanation, now: Timestamp, wake: &mut Wake) {
@@ -370,6 +388,7 @@ impl Core {
 
     fn launch(&mut self, fleet: &Fleet, job: &Job, checked: &CheckedJob, now: Timestamp) {
         let plan = checked.plan();
+        let Ok(spec) = &job.spec else { return };
         let mut seats = Vec::new();
         let mut holds = Vec::new();
         for assignment in &plan.assignments {
@@ -377,13 +396,16 @@ impl Core {
                 tracing::error!(job = %job.id, "a plan names a node that is not there");
                 return;
             };
-            seats.push(Seat { rank: assignment.rank.0, node: node.to_owned() });
+            let device = plan.gang.device;
+            let slot = self.layout.slot(node, device, assignment.device.index);
+            seats.push(Seat { rank: assignment.rank.0, node: node.to_owned(), slot });
             holds.push(Held {
                 job: job.id.clone(),
                 attempt: plan.attempt,
                 rank: assignment.rank.0,
-                device: plan.gang.device,
+                device,
                 node: node.to_owned(),
+                slot: Some(slot),
             });
         }
         let attempt = plan.attempt.0;
@@ -393,19 +415,40 @@ impl Core {
         status.attempt = attempt;
         status.launched_ms = now.0;
         status.running_since_ms = 0;
+        status.checkpoint_at_launch = status.checkpoint;
+        status.ranks = u32::try_from(seats.len()).unwrap_or(u32::MAX);
         status.ready = format!("0/{}", seats.len());
-        let promise =
-            Promise { job: job.clone(), attempt, held: holds, state: PromiseState::Launching };
-        self.promised.insert(job.uid.clone(), promise);
-        let uid = job.uid.clone();
+        self.promised.insert(job.uid.clone(), Promise::new(job.clone(), attempt, holds));
+        let (uid, spec) = (job.uid.clone(), spec.at(plan.split));
         self.spawn(job.clone(), move |writer, job| async move {
             let mut written = None;
-            let answer = writer.launch(&job, attempt, &status, &seats, &mut written).await;
+            let answer = writer.launch(&job, &spec, attempt, &status, &seats, &mut written).await;
             Done::Launched { uid, answer, written }
         });
     }
 
-    fn write(&mut self, job: &Job, status: JobStatus) {
+    /// Whether a status only tells that a run has come on, and the last one is not old enough.
+    fn is_too_soon(&mut self, job: &Job, status: &JobStatus, wake: &mut Wake) -> bool {
+        let mut without = status.clone();
+        without.step = job.status.step;
+        without.loss.clone_from(&job.status.loss);
+        without.checkpoint = job.status.checkpoint;
+        if without != job.status {
+            return false;
+        }
+        match self.told.get(&job.uid) {
+            Some(last) if last.elapsed() < PROGRESS_TOLD => {
+                wake.at(*last + PROGRESS_TOLD);
+                true
+            }
+            _ => {
+                self.told.insert(job.uid.clone(), Instant::now());
+                false
+            }
+        }
+    }
+
+    pub(crate) fn write(&mut self, job: &Job, status: JobStatus) {
         self.call(
             job,
             move |writer, job| async move { writer.status(&job, &status).await.map(Some) },
@@ -424,15 +467,17 @@ impl Core {
         Fut: Future<Output = Result<Option<DynamicObject>, LaunchError>> + Send,
     {
         let uid = job.uid.clone();
-        self.busy.insert(uid.clone(), ());
+        self.busy.insert(uid.clone());
         self.spawn(job.clone(), move |writer, job| async move {
             Done::Written { uid, answer: work(writer, job).await }
         });
     }
 
-    fn spawn<F, Fut>(&self, job: Job, work: F)
+    /// Carries something out beside the core, which hears of it when it is done.
+    pub(crate) fn spawn<T, F, Fut>(&self, about: T, work: F)
     where
-        F: FnOnce(Writer, Job) -> Fut + Send + 'static,
+        T: Send + 'static,
+        F: FnOnce(Writer, T) -> Fut + Send + 'static,
         Fut: Future<Output = Done> + Send,
     {
         let (writer, tasks, done) = (self.writer.clone(), self.tasks.clone(), self.done.clone());
@@ -440,7 +485,7 @@ impl Core {
             // The semaphore is never closed.
             let _place = tasks.acquire_owned().await;
             // Whoever listens is gone only when the whole operator is.
-            let _ = done.send(work(writer, job).await);
+            let _ = done.send(work(writer, about).await);
         });
     }
 
@@ -459,52 +504,11 @@ impl Core {
                 if let Some(object) = written {
                     self.latest.insert(uid.clone(), object);
                 }
-                let Some(promise) = self.promised.get_mut(&uid) else { return };
-                promise.state = match answer {
-                    Ok(()) => PromiseState::Bound(Instant::now()),
-                    Err(error) => {
-                        tracing::warn!(job = %promise.job.id, %error, "a gang is taken back");
-                        let why = taken_back(promise.attempt, &error).message;
-                        PromiseState::TakingBack(why, Instant::now())
-                    }
-                };
+                self.was_launched(&uid, answer);
             }
-            Done::TakenBack { uid, answer } => match answer {
-                Ok(()) => self.was_taken_back(&uid, now),
-                Err(error) => {
-                    tracing::warn!(job = %uid, %error, "a gang could not be taken back yet");
-                    if let Some(promise) = self.promised.get_mut(&uid)
-                        && let PromiseState::Removing(why) = &promise.state
-                    {
-                        let again = Instant::now() + REST;
-                        promise.state = PromiseState::TakingBack(why.clone(), again);
-                    }
-                }
-            },
-            Done::Counted { uid, answer } => {
-                self.busy.remove(&uid);
-                let Some(promise) = self.promised.get_mut(&uid) else { return };
-                match answer {
-                    // They were deleted before the watch showed them.
-                    Ok(there) if there < promise.held.len() => drop(self.promised.remove(&uid)),
-                    _ => promise.state = PromiseState::Bound(Instant::now()),
-                }
-            }
-        }
-    }
-
-    /// No pod of the attempt is left: its devices are free, and its status says why.
-    fn was_taken_back(&mut self, uid: &str, now: Timestamp) {
-        self.resting.insert(uid.to_owned(), Instant::now() + REST);
-        let Some(promise) = self.promised.remove(uid) else { return };
-        let PromiseState::Removing(why) = promise.state else { return };
-        // The attempt may never have been written down: then there is nothing to tell.
-        let now_shown = self.jobs().remove(uid);
-        if let Some(job) = now_shown.filter(|job| job.status.attempt == promise.attempt) {
-            let why = Explanation::new(Reason::NotYetConsidered, why);
-            let mut status = told(&job, JobPhase::Pending, &why, now.0);
-            status.not_before_ms = now.0 + TAKEN_BACK_MS;
-            self.write(&job, status);
+            Done::TakenBack { uid, answer } => self.was_taken_back(&uid, answer, now),
+            Done::Counted { uid, answer } => self.was_counted(&uid, answer),
+            Done::QueueTold { queue, answer } => self.queues.was_told(&queue, answer.is_ok()),
         }
     }
 
@@ -516,34 +520,19 @@ impl Core {
     }
 }
 
+/// Stands for what a job asked for whose spec is refused by now: it holds what it holds.
+fn unread(job: &Job, ranks: usize) -> Request {
+    let gang = Gang { ranks: u32::try_from(ranks).unwrap_or(u32::MAX), ..Gang::default() };
+    Request {
+        job: job.id.clone(),
+        split: Parallelism { data: gang.ranks, ..Parallelism::SINGLE },
+        gang,
+        settings: GangSettings { preemptible: false, ..GangSettings::default() },
+        submitted: Timestamp(job.created_ms),
+    }
+}
+
 fn revision(object: &DynamicObject) -> u64 {
     let text = object.metadata.resource_version.as_deref();
     text.and_then(|text| text.parse().ok()).unwrap_or(0)
-}
-
-/// The earliest moment at which something needs another look.
-struct Wake {
-    now: Timestamp,
-    left: Duration,
-}
-
-impl Wake {
-    fn new(now: Timestamp) -> Self {
-        Self { now, left: LOOK_AGAIN }
-    }
-
-    fn at(&mut self, moment: Instant) {
-        self.left = self.left.min(moment.saturating_duration_since(Instant::now()));
-    }
-
-    fn at_ms(&mut self, ms: Option<u64>) {
-        if let Some(ms) = ms {
-            self.left = self.left.min(Duration::from_millis(ms.saturating_sub(self.now.0)));
-        }
-    }
-
-    fn left(&self) -> Duration {
-        // Never a hot loop, whatever the clocks say.
-        self.left.max(Duration::from_millis(10))
-    }
 }

@@ -2,15 +2,28 @@
 
 use serde_json::{Value, json};
 
+use crate::admission;
 use crate::crd::GROUP;
 
 /// The operator's name: of its account, its roles and its Deployment.
 pub const NAME: &str = "drumline-operator";
 
+/// The cluster role of gateways.
+pub const GATEWAY: &str = "drumline-gateway";
+/// The port on which ranks and gateways are served.
+pub const RANKS_PORT: u16 = 7443;
+
+/// Returns where pods reach the operator that leads.
+#[must_use]
+pub fn url(namespace: &str) -> String {
+    format!("https://{NAME}.{namespace}.svc:{RANKS_PORT}")
+}
+
 /// Returns the cluster role: what the operator does, and nothing more.
 ///
-/// It reads nodes and pods of all namespaces, because it accounts for what others use. It writes no
-/// node, reads no secret, and cannot change its own resources' specs.
+/// It reads nodes and pods of all namespaces, because it accounts for what others use. It asks whose
+/// tokens it is shown and what their owners may do. It writes no node, reads no secret but its own,
+/// and cannot change its own resources' specs.
 #[must_use]
 pub fn cluster_role() -> Value {
     let rule = |group: &str, resources: &[&str], verbs: &[&str]| json!({ "apiGroups": [group], "resources": resources, "verbs": verbs });
@@ -29,17 +42,23 @@ pub fn cluster_role() -> Value {
             // Owner references that block deletion need it where that admission plugin is on.
             { "apiGroups": [GROUP], "resources": texts(&finalizers), "verbs": ["update"] },
             rule(GROUP, &["queues"], &["get", "list", "watch"]),
-            rule("", &["nodes"], &["get", "list", "watch"]),
+            rule(GROUP, &["queues/status"], &["patch"]),
+            rule("", &["nodes", "namespaces"], &["get", "list", "watch"]),
+            rule("policy", &["poddisruptionbudgets"], &["get", "list", "watch"]),
+            // No objects: who may bind it makes pods of gangs, which others may not.
+            rule(GROUP, &[admission::GANGS], &["bind"]),
             // `patch` takes the scheduling gate off.
             rule("", &["pods"], &["get", "list", "watch", "create", "patch", "delete"]),
             rule("", &["pods/binding"], &["create"]),
             rule("", &["services"], &["get", "create", "delete"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
+            rule("authentication.k8s.io", &["tokenreviews"], &["create"]),
+            rule("authorization.k8s.io", &["subjectaccessreviews"], &["create"]),
         ],
     })
 }
 
-/// Returns the role in the operator's own namespace: its lease.
+/// Returns the role in the operator's own namespace: its lease and its keys.
 #[must_use]
 pub fn lease_role(namespace: &str) -> Value {
     json!({
@@ -50,6 +69,9 @@ pub fn lease_role(namespace: &str) -> Value {
             { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"] },
             { "apiGroups": ["coordination.k8s.io"], "resources": ["leases"],
               "resourceNames": [crate::lease::NAME], "verbs": ["get", "update"] },
+            { "apiGroups": [""], "resources": ["secrets"], "verbs": ["create"] },
+            { "apiGroups": [""], "resources": ["secrets"],
+              "resourceNames": [crate::ranks::keys::NAME], "verbs": ["get"] },
         ],
     })
 }
@@ -67,7 +89,7 @@ pub fn all(namespace: &str, image: &str) -> Vec<Value> {
             "subjects": [account.clone()],
         })
     };
-    vec![
+    let mut all = vec![
         json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }),
         json!({ "apiVersion": "v1", "kind": "ServiceAccount",
                 "metadata": { "name": NAME, "namespace": namespace, "labels": labels() } }),
@@ -81,8 +103,39 @@ pub fn all(namespace: &str, image: &str) -> Vec<Value> {
                 "name": NAME, "namespace": namespace, "labels": labels(),
             }),
         ),
-        deployment(namespace, image),
-    ]
+        gateway_role(),
+        service(namespace),
+    ];
+    all.extend(admission::roles());
+    all.extend(admission::all());
+    all.push(deployment(namespace, image));
+    all
+}
+
+/// Returns what a gateway's account is bound to: it may learn where models are served.
+#[must_use]
+pub fn gateway_role() -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": { "name": GATEWAY, "labels": labels() },
+        "rules": [{ "apiGroups": [GROUP], "resources": [crate::ranks::services::RESOURCE],
+                    "verbs": ["get"] }],
+    })
+}
+
+/// Returns the service that leads to whichever operator leads.
+#[must_use]
+pub fn service(namespace: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "name": NAME, "namespace": namespace, "labels": labels() },
+        "spec": {
+            "selector": { "app.kubernetes.io/name": NAME, crate::ranks::place::LEADS: "true" },
+            "ports": [{ "name": "ranks", "port": RANKS_PORT, "targetPort": "ranks" }],
+        },
+    })
 }
 
 fn labels() -> Value {
@@ -111,6 +164,9 @@ fn deployment(namespace: &str, image: &str) -> Value {
                         "name": "operator",
                         "image": image,
                         "args": ["operator", "--namespace", namespace, "--image", image],
+                        "env": [{ "name": "DRUMLINE_POD", "valueFrom": {
+                            "fieldRef": { "fieldPath": "metadata.name" } } }],
+                        "ports": [{ "name": "ranks", "containerPort": RANKS_PORT }],
                         "resources": {
                             "requests": { "cpu": "100m", "memory": "128Mi" },
                             "limits": { "memory": "512Mi" },

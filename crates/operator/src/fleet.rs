@@ -1,6 +1,6 @@
 //! Nodes and pods of the API server, as the decision core sees them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drumline_cluster::{Device, Domain, External, Health, Node, Taint};
 use drumline_spec::{DeviceKind, WHOLE_DEVICE};
@@ -49,17 +49,35 @@ pub struct Fleet {
 /// What the ranks of each gang hold.
 type Ranks = BTreeMap<JobId, (Attempt, Vec<(u32, DeviceId)>)>;
 
+/// A rank's hold on a device of one node.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Ours {
+    kind: DeviceKind,
+    /// Those that name a slot come first; the others take what is left.
+    slot: u32,
+    job: JobId,
+    attempt: Attempt,
+    rank: u32,
+}
+
 /// What one node's pods take.
 #[derive(Debug, Clone, Default)]
 struct Taken {
     gpus: u64,
     cpu_milli: u64,
     memory: u64,
-    ours: Vec<(JobId, Attempt, u32, DeviceKind)>,
+    ours: Vec<Ours>,
 }
 
-/// Keeps apart what GPU and CPU ranks hold of a node that is gone.
-const APART: u32 = 1 << 16;
+/// A node's devices in the core's order: GPU slots first, then those of CPU devices. A slot keeps
+/// its place for as long as the layout is kept, also while the node does not offer it.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    gpu_slots: BTreeMap<String, u32>,
+}
+
+/// No node has more devices of one kind.
+const SLOTS_MAX: u32 = 1 << 14;
 
 /// A rank that holds a device of a node: seen on the API server, or assumed until it is.
 #[derive(Debug, Clone)]
@@ -74,6 +92,9 @@ pub struct Held {
     pub device: DeviceKind,
     /// Kubernetes' name of the node.
     pub node: String,
+    /// Which of the node's devices of that kind the plan gave it; which one it is in truth is the
+    /// kubelet's choice.
+    pub slot: Option<u32>,
 }
 
 impl Fleet {
@@ -81,14 +102,20 @@ impl Fleet {
     #[must_use]
     pub fn build<'a>(
         rules: &FleetRules,
+        layout: &mut Layout,
         nodes: impl IntoIterator<Item = &'a KubeNode>,
         held: &[Held],
         others: impl IntoIterator<Item = &'a Pod>,
     ) -> Self {
         let mut taken: BTreeMap<&str, Taken> = BTreeMap::new();
         for rank in held {
-            let entry = (rank.job.clone(), rank.attempt, rank.rank, rank.device);
-            taken.entry(&rank.node).or_default().ours.push(entry);
+            taken.entry(&rank.node).or_default().ours.push(Ours {
+                kind: rank.device,
+                slot: rank.slot.filter(|slot| *slot < SLOTS_MAX).unwrap_or(u32::MAX),
+                job: rank.job.clone(),
+                attempt: rank.attempt,
+                rank: rank.rank,
+            });
         }
         for pod in others {
             let Some(node) = occupied(pod) else { continue };
@@ -102,17 +129,14 @@ impl Fleet {
         for node in nodes {
             let Some(name) = node.metadata.name.as_deref() else { continue };
             let alias = alias(name);
-            let mut taken = taken.remove(name).unwrap_or_default();
-            taken.ours.sort();
+            let taken = taken.remove(name).unwrap_or_default();
             fleet.names.insert(alias.clone(), name.to_owned());
-            let read = read(rules, node, alias, &taken);
-            give_out(&read, &taken, &mut ranks);
-            fleet.nodes.push(read);
+            fleet.nodes.push(read(rules, layout, node, alias, taken, &mut ranks));
         }
         // What is held of nodes that are gone is held all the same.
         for (name, taken) in taken {
-            let gone = Node::new(alias(name), Vec::new());
-            give_out(&gone, &taken, &mut ranks);
+            let slots = Slots::of(&taken.ours);
+            slots.give_out(&alias(name), layout.gpu_slots(name, slots.gpus), &mut ranks);
         }
         for (job, (attempt, mut devices)) in ranks {
             devices.sort();
@@ -129,33 +153,114 @@ impl Fleet {
     }
 }
 
-/// Reads one node: GPUs first, then CPU devices; the last of each kind are what others use.
-fn read(rules: &FleetRules, node: &KubeNode, alias: NodeName, taken: &Taken) -> Node {
+impl Layout {
+    /// Returns the number of a node's GPU slots, which never becomes less.
+    fn gpu_slots(&mut self, node: &str, least: u32) -> u32 {
+        let slots = self.gpu_slots.entry(node.to_owned()).or_default();
+        *slots = (*slots).max(least.min(SLOTS_MAX));
+        *slots
+    }
+
+    /// Returns which of its kind a device is.
+    #[must_use]
+    pub fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
+        let gpus = self.gpu_slots.get(node).copied().unwrap_or(0);
+        if kind == DeviceKind::Gpu { index } else { index.saturating_sub(gpus) }
+    }
+}
+
+/// The slots that gangs hold of one node, each named once.
+struct Slots<'a> {
+    held: Vec<(&'a Ours, u32)>,
+    /// One more than the greatest GPU slot that is held.
+    gpus: u32,
+    /// The same for CPU devices.
+    cpus: u32,
+}
+
+impl<'a> Slots<'a> {
+    fn of(ours: &'a [Ours]) -> Self {
+        let mut sorted: Vec<&Ours> = ours.iter().collect();
+        sorted.sort();
+        let mut slots = Self { held: Vec::new(), gpus: 0, cpus: 0 };
+        let mut taken: BTreeSet<(DeviceKind, u32)> = BTreeSet::new();
+        for one in sorted {
+            // Pods that name no slot, or one that another has, get the first that is free.
+            let free = |slot: &u32| !taken.contains(&(one.kind, *slot));
+            let named = Some(one.slot).filter(|slot| *slot < SLOTS_MAX).filter(free);
+            let Some(slot) = named.or_else(|| (0..SLOTS_MAX).find(free)) else { continue };
+            taken.insert((one.kind, slot));
+            let end = if one.kind == DeviceKind::Gpu { &mut slots.gpus } else { &mut slots.cpus };
+            *end = (*end).max(slot + 1);
+            slots.held.push((one, slot));
+        }
+        slots
+    }
+
+    fn count(&self, kind: DeviceKind) -> u64 {
+        self.held.iter().filter(|(one, _)| one.kind == kind).count() as u64
+    }
+
+    fn has(&self, kind: DeviceKind, slot: u32) -> bool {
+        self.held.iter().any(|(one, held)| one.kind == kind && *held == slot)
+    }
+
+    /// Gives the node's devices to the gangs that hold them.
+    fn give_out(&self, node: &NodeName, gpu_slots: u32, ranks: &mut Ranks) {
+        for (one, slot) in &self.held {
+            let first = if one.kind == DeviceKind::Gpu { 0 } else { gpu_slots };
+            let device = DeviceId { node: node.clone(), index: first + slot };
+            let entry = ranks.entry(one.job.clone()).or_insert((one.attempt, Vec::new()));
+            entry.1.push((one.rank, device));
+        }
+    }
+}
+
+/// Reads one node: GPUs first, then CPU devices; of what no gang holds, the last of each kind are
+/// what others use.
+fn read(
+    rules: &FleetRules,
+    layout: &mut Layout,
+    node: &KubeNode,
+    alias: NodeName,
+    taken: Taken,
+    ranks: &mut Ranks,
+) -> Node {
     let labels = node.metadata.labels.clone().unwrap_or_default();
+    let name = node.metadata.name.as_deref().unwrap_or_default();
     let gpu_model = labels.get("nvidia.com/gpu.product").cloned().unwrap_or_default();
-    let ours = |kind| taken.ours.iter().filter(|held| held.3 == kind).count() as u64;
-    let gpus = allocatable(node, &rules.gpu_resource).unwrap_or(0) / 1000;
+    let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX).min(SLOTS_MAX);
+    let gpus = count(allocatable(node, &rules.gpu_resource).unwrap_or(0) / 1000);
     let cpu_milli = allocatable(node, "cpu").unwrap_or(0);
     let device_milli = rules.cpu_device_milli.max(1);
-    let cpus = cpu_milli / device_milli;
-    let (gpus_ours, cpus_ours) = (ours(DeviceKind::Gpu), ours(DeviceKind::Cpu));
+    let cpus = count(cpu_milli / device_milli);
+    let slots = Slots::of(&taken.ours);
+    let gpu_slots = layout.gpu_slots(name, gpus.max(slots.gpus));
+    let cpu_slots = cpus.max(slots.cpus);
+    slots.give_out(&alias, gpu_slots, ranks);
     let mut out = Node::new(
         alias,
-        devices(DeviceKind::Gpu, gpus, gpus_ours, &gpu_model)
-            .chain(devices(DeviceKind::Cpu, cpus, cpus_ours, "cpu"))
+        devices(DeviceKind::Gpu, gpus, gpu_slots, &gpu_model)
+            .chain(devices(DeviceKind::Cpu, cpus, cpu_slots, "cpu"))
             .collect(),
     );
-    let last = |end: u64, count: u64| end.saturating_sub(count)..end;
-    let gpus_end = gpus.max(gpus_ours);
-    let cpus_end = gpus_end + cpus.max(cpus_ours);
-    let cpus_others = taken.cpu_milli.div_ceil(device_milli).min(cpus);
+    let slots = &slots;
+    let others = |kind, first: u32, count: u32, used: u64| {
+        let room = u64::from(count).saturating_sub(slots.count(kind));
+        let free = (0..count).rev().filter(move |slot| !slots.has(kind, *slot));
+        free.take(used.min(room) as usize).map(move |slot| (first + slot, WHOLE_DEVICE))
+    };
+    let cpus_others = taken.cpu_milli.div_ceil(device_milli);
     out.external = External {
         cpu_milli: taken.cpu_milli,
         memory: Bytes(taken.memory),
-        devices: last(gpus_end, taken.gpus.min(gpus_end))
-            .chain(last(cpus_end, cpus_others))
-            .filter_map(|index| Some((u32::try_from(index).ok()?, WHOLE_DEVICE)))
-            .collect(),
+        devices: [
+            others(DeviceKind::Gpu, 0, gpus, taken.gpus).collect::<Vec<_>>(),
+            others(DeviceKind::Cpu, gpu_slots, cpus, cpus_others).collect(),
+        ]
+        .concat()
+        .into_iter()
+        .collect(),
     };
     let place = |(level, label): &(String, String)| {
         Some(Domain { level: level.clone(), name: labels.get(label)?.clone() })
@@ -171,31 +276,14 @@ fn read(rules: &FleetRules, node: &KubeNode, alias: NodeName, taken: &Taken) -> 
     out
 }
 
-/// Gives the node's devices to the gangs that hold some, in order of their names and ranks.
-fn give_out(node: &Node, taken: &Taken, ranks: &mut Ranks) {
-    let of = |kind| {
-        let known = (0u32..).zip(&node.devices).filter(move |(_, device)| device.kind == kind);
-        // A gang holds what it holds, whatever the node offers by now.
-        let beyond = node.devices.len() as u32 + if kind == DeviceKind::Gpu { 0 } else { APART };
-        known.map(|(index, _)| index).chain(beyond..)
-    };
-    let (mut gpus, mut cpus) = (of(DeviceKind::Gpu), of(DeviceKind::Cpu));
-    for (job, attempt, rank, kind) in &taken.ours {
-        let index = if *kind == DeviceKind::Gpu { gpus.next() } else { cpus.next() };
-        let entry = ranks.entry(job.clone()).or_insert((*attempt, Vec::new()));
-        let device = index.map(|index| DeviceId { node: node.name.clone(), index });
-        entry.1.extend(device.map(|device| (*rank, device)));
-    }
-}
-
-/// Returns `count` devices, and those beyond them that are in use all the same.
+/// Returns `count` devices, and the slots beyond them that were devices once.
 fn devices(
     kind: DeviceKind,
-    count: u64,
-    used: u64,
+    count: u32,
+    slots: u32,
     model: &str,
 ) -> impl Iterator<Item = Device> + '_ {
-    (0..count.max(used)).map(move |index| Device {
+    (0..slots).map(move |index| Device {
         health: if index < count {
             Health::Healthy
         } else {
@@ -284,6 +372,7 @@ pub fn held(member: &Member) -> Option<Held> {
         rank: member.rank,
         device: member.device,
         node: member.holds.clone()?,
+        slot: member.slot,
     })
 }
 
@@ -359,7 +448,7 @@ mod tests {
             pod("a", "Succeeded", json!({ "nvidia.com/gpu": "5" })),
             pod("b.example.org", "Pending", json!({ "cpu": "100m" })),
         ];
-        let fleet = Fleet::build(&rules, &nodes, &[], &others);
+        let fleet = Fleet::build(&rules, &mut Layout::default(), &nodes, &[], &others);
         assert_eq!(free(&fleet, "a", DeviceKind::Gpu), 5);
         assert_eq!(free(&fleet, "a", DeviceKind::Cpu), 2);
         assert_eq!(free(&fleet, "b.example.org", DeviceKind::Cpu), 2);
@@ -376,12 +465,47 @@ mod tests {
                 rank,
                 device: DeviceKind::Gpu,
                 node: node.to_owned(),
+                slot: None,
             })
             .to_vec();
-        let fleet = Fleet::build(&FleetRules::default(), &nodes, &held, &[]);
+        let fleet =
+            Fleet::build(&FleetRules::default(), &mut Layout::default(), &nodes, &held, &[]);
         assert_eq!(fleet.held[&"j".parse().unwrap()].1.len(), 3);
         assert_eq!(free(&fleet, "a", DeviceKind::Gpu), 0);
         assert_eq!(free(&fleet, "b", DeviceKind::Gpu), 1);
+    }
+
+    #[test]
+    fn a_held_device_keeps_its_place_whatever_the_node_offers() {
+        let rules = FleetRules::default();
+        let mut layout = Layout::default();
+        let mut held = Held {
+            job: "j".parse().unwrap(),
+            attempt: Attempt(1),
+            rank: 0,
+            device: DeviceKind::Cpu,
+            node: "a".to_owned(),
+            slot: Some(2),
+        };
+        let job = held.job.clone();
+        let mut index = |held: &Held, gpus, others: &[Pod]| {
+            let nodes = [node("a", gpus, "4")];
+            let held = std::slice::from_ref(held);
+            let fleet = Fleet::build(&rules, &mut layout, &nodes, held, others);
+            let device = fleet.held[&job].1[0].index;
+            let node = &fleet.nodes[0];
+            assert_eq!(node.devices[device as usize].kind, held[0].device);
+            assert!(!node.external.devices.contains_key(&device), "given away twice");
+            device
+        };
+        assert_eq!(index(&held, 2, &[]), 4);
+        // The device plugin restarts, and others fill the rest of the node.
+        assert_eq!(index(&held, 0, &[]), 4);
+        let others = [pod("a", "Running", json!({ "cpu": "3" }))];
+        assert_eq!(index(&held, 2, &others), 4);
+        (held.device, held.slot) = (DeviceKind::Gpu, Some(1));
+        assert_eq!(index(&held, 0, &others), 1);
+        assert_eq!(layout.slot("a", DeviceKind::Cpu, 4), 2);
     }
 
     #[test]
@@ -393,7 +517,8 @@ mod tests {
             { "key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule" },
         ]}))
         .unwrap();
-        let fleet = Fleet::build(&FleetRules::default(), [&tainted], &[], &[]);
+        let fleet =
+            Fleet::build(&FleetRules::default(), &mut Layout::default(), [&tainted], &[], &[]);
         let node = &fleet.nodes[0];
         assert!(node.cordoned);
         assert_eq!(node.taints.len(), 1);

@@ -16,8 +16,12 @@ pub const JOB_ID: &str = "drumline.dev/job-id";
 pub const ATTEMPT: &str = "drumline.dev/attempt";
 /// Label: the rank.
 pub const RANK: &str = "drumline.dev/rank";
+/// Label: the number of ranks of the attempt.
+pub const RANKS: &str = "drumline.dev/ranks";
 /// Label: the kind of device that the rank holds.
 pub const DEVICE: &str = "drumline.dev/device";
+/// Annotation: which of its node's devices of that kind the plan gave it.
+pub const SLOT: &str = "drumline.dev/planned-device";
 /// Label: the job's name.
 pub const JOB: &str = "drumline.dev/job";
 /// The scheduler that pods of gangs name, and the gate that they are created with.
@@ -55,8 +59,12 @@ pub struct Member {
     pub attempt: u32,
     /// Its rank.
     pub rank: u32,
+    /// The number of ranks of its attempt; 0: not known.
+    pub ranks: u32,
     /// The kind of device that it holds.
     pub device: DeviceKind,
+    /// Which of its node's devices of that kind the plan gave it.
+    pub slot: Option<u32>,
     /// Where it stands.
     pub standing: Standing,
     /// The node that it is bound to.
@@ -67,6 +75,8 @@ pub struct Member {
     pub is_ready: bool,
     /// Whether its deletion was asked for.
     pub is_deleting: bool,
+    /// Why its node or an administrator ended it: its `DisruptionTarget` condition.
+    pub disrupted: Option<String>,
     /// The exit code of its container.
     pub exit_code: Option<i32>,
     /// What the node says about it.
@@ -100,6 +110,7 @@ impl Member {
             status.and_then(|status| status.reason.clone()),
             status.and_then(|status| status.message.clone()),
             ended.and_then(|ended| ended.reason.clone()),
+            ended.and_then(|ended| last_line(ended.message.as_deref()?)),
             waits.and_then(|waits| waits.reason.clone()),
         ];
         let told: Vec<String> = told.into_iter().flatten().filter(|t| !t.is_empty()).collect();
@@ -111,10 +122,17 @@ impl Member {
             job_id: labels.get(JOB_ID).and_then(|id| id.parse().ok()),
             attempt: labels.get(ATTEMPT)?.parse().ok()?,
             rank: labels.get(RANK)?.parse().ok()?,
+            ranks: labels.get(RANKS).and_then(|text| text.parse().ok()).unwrap_or(0),
             device: match labels.get(DEVICE).map(String::as_str) {
                 Some("gpu") => DeviceKind::Gpu,
                 _ => DeviceKind::Cpu,
             },
+            slot: pod
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|all| all.get(SLOT))
+                .and_then(|text| text.parse().ok()),
             standing,
             node: spec.node_name.clone(),
             holds: occupied(pod).map(str::to_owned),
@@ -122,11 +140,23 @@ impl Member {
                 .into_iter()
                 .flatten()
                 .any(|condition| condition.type_ == "Ready" && condition.status == "True"),
+            disrupted: conditions
+                .into_iter()
+                .flatten()
+                .find(|one| one.type_ == "DisruptionTarget" && one.status == "True")
+                .map(|one| one.reason.clone().unwrap_or_default()),
             is_deleting: pod.metadata.deletion_timestamp.is_some(),
             exit_code: ended.map(|ended| ended.exit_code),
             told: told.join(": "),
         })
     }
+}
+
+/// Returns the last line that says something: of a rank that failed, why.
+fn last_line(text: &str) -> Option<String> {
+    const LENGTH_MAX: usize = 400;
+    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(line.chars().take(LENGTH_MAX).collect())
 }
 
 /// What a gang as a whole shows.
@@ -183,6 +213,11 @@ fn broken(member: &Member, is_lost: &dyn Fn(&str) -> bool) -> Option<Explanation
         return None;
     }
     let node = member.node.as_deref().unwrap_or("no node");
+    let is_lost_node = member.node.as_deref().is_some_and(is_lost);
+    if let Some(how) = member.disrupted.as_ref().filter(|_| !is_lost_node) {
+        let message = format!("the pod of rank {rank} on {node} was evicted ({how})");
+        return Some(Explanation::new(Reason::Moved, message));
+    }
     if member.standing == Standing::Failed {
         let (reason, how) = match member.exit_code {
             Some(code) if code > 128 => {
@@ -195,7 +230,7 @@ fn broken(member: &Member, is_lost: &dyn Fn(&str) -> bool) -> Option<Explanation
             if member.told.is_empty() { String::new() } else { format!(" ({})", member.told) };
         return Some(Explanation::new(reason, format!("rank {rank} on {node} {how}{told}")));
     }
-    if member.node.as_deref().is_some_and(is_lost) {
+    if is_lost_node {
         let message = format!("node {node} with rank {rank} is gone or not ready");
         return Some(Explanation::new(Reason::NodeLost, message));
     }
@@ -217,12 +252,15 @@ mod tests {
             job_id: None,
             attempt: 1,
             rank,
+            ranks: 2,
             device: DeviceKind::Cpu,
+            slot: None,
             standing,
             node: (standing != Standing::Unbound).then(|| "a".to_owned()),
             holds: None,
             is_ready: false,
             is_deleting: false,
+            disrupted: None,
             exit_code: None,
             told: String::new(),
         }

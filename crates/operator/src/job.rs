@@ -2,7 +2,7 @@
 
 use drumline_spec::manifest::parse;
 use drumline_spec::{JobKind, JobSpec};
-use drumline_types::JobId;
+use drumline_types::{JobId, QueueName};
 use kube::api::{ApiResource, DynamicObject};
 use kube::core::GroupVersionKind;
 use serde_json::{Value, json};
@@ -16,6 +16,12 @@ pub const FINALIZER: &str = "drumline.dev/gang";
 pub const IMAGE: &str = "drumline.dev/image";
 /// Annotation: names of image pull secrets, separated by commas.
 pub const PULL_SECRETS: &str = "drumline.dev/image-pull-secrets";
+/// Annotation: the persistent volume claim that is the folder which all ranks share.
+pub const SHARED_CLAIM: &str = "drumline.dev/shared-claim";
+/// Annotation: a folder of the nodes that is the folder which all ranks share.
+pub const HOST_PATH: &str = "drumline.dev/host-path";
+/// Annotation: the size of each rank's `/dev/shm`.
+pub const SHM_SIZE: &str = "drumline.dev/shm-size";
 
 /// Returns how a kind is called in the API.
 #[must_use]
@@ -59,6 +65,14 @@ pub struct Job {
     pub image: Option<String>,
     /// Image pull secrets.
     pub pull_secrets: Vec<String>,
+    /// The claim of its shared folder, when it names one.
+    pub shared_claim: Option<String>,
+    /// The node folder that is its shared folder, when it names one.
+    pub host_path: Option<String>,
+    /// The size of each rank's `/dev/shm`, when it says one.
+    pub shm_size: Option<String>,
+    /// The queue that its namespace names.
+    pub space_queue: Option<QueueName>,
     /// What it asks for, or every mistake in it, in one line.
     pub spec: Result<JobSpec, String>,
     /// What is known of it.
@@ -99,6 +113,10 @@ impl Job {
                 .map(|name| name.trim().to_owned())
                 .filter(|name| !name.is_empty())
                 .collect(),
+            space_queue: None,
+            shared_claim: annotation(SHARED_CLAIM),
+            host_path: annotation(HOST_PATH),
+            shm_size: annotation(SHM_SIZE),
             spec: spec(kind, &name, object),
             status: status
                 .and_then(|status| serde_json::from_value(status.clone()).ok())
@@ -107,6 +125,37 @@ impl Job {
             name,
             uid,
         })
+    }
+
+    /// Takes the queue that its namespace names, unless the job names one itself.
+    pub fn belongs_to(&mut self, queue: Option<QueueName>) {
+        if let (Ok(spec), Some(queue)) = (&mut self.spec, &queue)
+            && spec.settings.queue == QueueName::default_queue()
+        {
+            spec.settings.queue = queue.clone();
+        }
+        self.space_queue = queue;
+    }
+
+    /// Refuses what its annotations ask for and an administrator has not allowed.
+    pub fn hold_against(&mut self, host_paths: &[String]) {
+        if let Some(path) = &self.host_path {
+            let below = |allowed: &String| {
+                path.strip_prefix(allowed.trim_end_matches('/'))
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            };
+            if path.split('/').any(|part| part == "..") || !host_paths.iter().any(below) {
+                self.spec = Err(format!(
+                    "annotation {HOST_PATH}: {path} is not below a folder that the operator allows \
+                     (--allow-host-path); use {SHARED_CLAIM}"
+                ));
+            }
+        }
+        if let Some(size) = &self.shm_size
+            && crate::quantity::milli(size).is_none_or(|milli| milli == 0)
+        {
+            self.spec = Err(format!("annotation {SHM_SIZE}: {size:?} is no size, such as 1Gi"));
+        }
     }
 
     /// Returns the name of the service that gives the job's ranks their addresses.

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use drumline_spec::JobSpec;
 use drumline_types::Explanation;
 use futures::{TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Binding, Pod, Service};
@@ -12,17 +13,19 @@ use kube::api::{
 };
 use kube::core::Status;
 use kube::runtime::events::{Event, EventType, Recorder};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::crd::status::JobStatus;
 use crate::gang::{ATTEMPT, UID};
-use crate::job::{FINALIZER, Job, resource};
+use crate::job::{FINALIZER, Job, resource, resource_named};
 use crate::lease::{Leadership, NotLeading};
 use crate::pods::{self, PodRules, Seat};
 use crate::step::Doomed;
 
 /// Calls to the API server that one gang has under way at a time.
 const CALLS_MAX: usize = 16;
+/// Times that a pod's gate is taken off before its gang is taken back.
+const UNGATE_TRIES: u32 = 4;
 /// Longest time that the pods of a gang that is taken back may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks at whether they are gone.
@@ -90,13 +93,10 @@ impl Writer {
         status: &JobStatus,
     ) -> Result<DynamicObject, LaunchError> {
         self.leadership.check()?;
-        let mut value = serde_json::to_value(status)?;
-        if status.step.is_none() {
-            value["step"] = Value::Null;
-        }
+        // What is not known any more is sent as null, which takes it away.
         let patch = json!({
             "metadata": { "resourceVersion": job.resource_version },
-            "status": value,
+            "status": status,
         });
         let written = self
             .jobs(job)
@@ -170,14 +170,37 @@ impl Writer {
         Ok(self.jobs(job).patch(&job.name, &PatchParams::default(), &Patch::Merge(&patch)).await?)
     }
 
-    /// Starts an attempt: writes it down, creates every pod gated, then binds every one. `written`
-    /// is the job's object once the attempt is written down.
+    /// Writes what stands in a queue.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn queue_status(
+        &self,
+        queue: &str,
+        pending: u64,
+        running: u64,
+    ) -> Result<(), LaunchError> {
+        self.leadership.check()?;
+        let queues: Api<DynamicObject> =
+            Api::all_with(self.client.clone(), &resource_named("Queue"));
+        let patch = json!({ "status": { "pending": pending, "running": running } });
+        match queues.patch_status(queue, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(_) => Ok(()),
+            Err(error) if is_missing(&error) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Starts an attempt: writes it down, creates every pod gated, then binds every one. `spec` is
+    /// the job's at the size of the attempt, `written`
+    /// the job's object once the attempt is written down.
     ///
     /// # Errors
     /// [`LaunchError`]. The caller takes the gang back.
     pub async fn launch(
         &self,
         job: &Job,
+        spec: &JobSpec,
         attempt: u32,
         status: &JobStatus,
         seats: &[Seat],
@@ -186,7 +209,6 @@ impl Writer {
         // Fenced: of two operators that both believe they lead, one gets a conflict here.
         *written = Some(self.status(job, status).await?);
         self.ensure_service(job).await?;
-        let Ok(spec) = &job.spec else { return Ok(()) };
         let pods = self.pods(job);
         let made: Vec<Pod> = seats
             .iter()
@@ -224,11 +246,21 @@ impl Writer {
     }
 
     async fn bind(&self, job: &Job, attempt: u32, seat: &Seat) -> Result<(), LaunchError> {
-        self.leadership.check()?;
         let name = job.pod(attempt, seat.rank);
         let pods = self.pods(job);
         let ungate = json!({ "spec": { "schedulingGates": null } });
-        pods.patch(&name, &PatchParams::default(), &Patch::Merge(&ungate)).await?;
+        let mut tries = 1;
+        loop {
+            self.leadership.check()?;
+            match pods.patch(&name, &PatchParams::default(), &Patch::Merge(&ungate)).await {
+                Ok(_) => break,
+                // Somebody else wrote to the pod at the same moment: no reason to give a gang up.
+                Err(kube::Error::Api(status)) if status.code == 409 && tries < UNGATE_TRIES => {
+                    tries += 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
         self.leadership.check()?;
         let mut binding = Binding::default();
         binding.metadata.name = Some(name.clone());

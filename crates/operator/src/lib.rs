@@ -4,22 +4,29 @@
 //! decision core chose as everywhere else. What there is to know is on the API server: an operator
 //! that is killed anywhere is followed by one that comes to the same answer.
 
+pub mod admission;
+pub mod budgets;
 mod core;
 pub mod crd;
-pub mod decide;
 pub mod deploy;
+pub mod desk;
 pub mod fleet;
 pub mod gang;
 pub mod job;
 pub mod launch;
 pub mod lease;
 pub mod pods;
+mod promise;
 pub mod quantity;
+pub mod queues;
+pub mod ranks;
 pub mod service;
 pub mod status;
 pub mod step;
+mod wake;
 
 pub use fleet::FleetRules;
 pub use lease::LeaseRules;
 pub use pods::PodRules;
+pub use ranks::RankRules;
 pub use service::{Options, ServiceError, run};

@@ -5,13 +5,22 @@
 
 use drumline_spec::{DeviceKind, Gang, JobSpec, Work};
 use drumline_types::JobId;
+use drumline_wire::contract;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use serde_json::{Value, json};
 
 use crate::crd::{GROUP, VERSION};
-use crate::decide::gang;
-use crate::gang::{ATTEMPT, DEVICE, GATE, JOB, JOB_ID, RANK, SCHEDULER, UID};
+use crate::desk::gang;
+use crate::gang::{ATTEMPT, DEVICE, GATE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SLOT, UID};
 use crate::job::Job;
+use crate::ranks::AUDIENCE;
+
+/// Where the folder that all ranks share is in their pods.
+pub const SHARED_DIR: &str = "/drumline/shared";
+/// Where the token is that says who a rank's pod is.
+const TOKEN_DIR: &str = "/var/run/secrets/drumline.dev";
+/// How long such a token is good for; the kubelet renews it long before. Unit: seconds.
+const TOKEN_SECONDS: u32 = 3600;
 
 /// For `MASTER_PORT`: every pod has a network of its own, so all gangs may use the same.
 pub const MASTER_PORT: u16 = 29_500;
@@ -27,9 +36,15 @@ pub struct PodRules {
     pub cpu_device_milli: u64,
     /// Keys of taints that every gang tolerates.
     pub tolerated: Vec<String>,
-    /// Persistent volume claim, in the job's namespace, that is mounted as the folder that all nodes
-    /// share; empty: none.
+    /// Persistent volume claim, in the job's namespace, that is mounted as the folder that all ranks
+    /// share, for jobs that name none; empty: none.
     pub shared_claim: String,
+    /// Folders of nodes below which jobs may name one as the folder that all ranks share.
+    pub host_paths: Vec<String>,
+    /// `https://HOST:PORT` at which ranks reach the operator.
+    pub ranks_url: String,
+    /// The certificate to trust there, in PEM.
+    pub ranks_ca: String,
     /// Size of `/dev/shm`, as a quantity.
     pub shm_size: String,
     /// The user that ranks run as; 0: as the image says.
@@ -44,6 +59,9 @@ impl Default for PodRules {
             cpu_device_milli: 1000,
             tolerated: vec!["nvidia.com/gpu".to_owned()],
             shared_claim: String::new(),
+            host_paths: Vec::new(),
+            ranks_url: String::new(),
+            ranks_ca: String::new(),
             shm_size: "1Gi".to_owned(),
             run_as_user: 65_532,
         }
@@ -57,6 +75,8 @@ pub struct Seat {
     pub rank: u32,
     /// Kubernetes' name of the node that the checked plan gives it.
     pub node: String,
+    /// Which of the node's devices of its kind.
+    pub slot: u32,
 }
 
 /// Returns the pod of a rank, gated: nothing binds it before its whole gang is there.
@@ -71,17 +91,16 @@ pub fn pod(
     seat: &Seat,
 ) -> Result<Pod, serde_json::Error> {
     let gang = gang(spec, rules.cpu_device_milli);
-    let labels = labels(job, &job.id, attempt, seat.rank, gang.device);
+    let labels = labels(job, &job.id, attempt, seat.rank, gang.ranks, gang.device);
     let mut container = json!({
         "name": "rank",
         "image": job.image.as_deref().unwrap_or(&rules.image),
-        "env": environment(job, spec, attempt, seat.rank),
+        "env": environment(rules, job, spec, attempt, seat.rank)?,
         "resources": resources(rules, &gang),
         "securityContext": {
             "allowPrivilegeEscalation": false,
             "capabilities": { "drop": ["ALL"] },
         },
-        "volumeMounts": [{ "name": "shm", "mountPath": "/dev/shm" }],
         // The last lines of the log are what is told of a rank that failed.
         "terminationMessagePolicy": "FallbackToLogsOnError",
     });
@@ -96,17 +115,9 @@ pub fn pod(
             container["command"] = json!(["drumline", "rank"]);
         }
     }
-    let mut volumes = vec![json!({
-        "name": "shm", "emptyDir": { "medium": "Memory", "sizeLimit": rules.shm_size },
-    })];
-    if !rules.shared_claim.is_empty() {
-        volumes.push(json!({
-            "name": "shared", "persistentVolumeClaim": { "claimName": rules.shared_claim },
-        }));
-        if let Some(mounts) = container["volumeMounts"].as_array_mut() {
-            mounts.push(json!({ "name": "shared", "mountPath": "/drumline/shared" }));
-        }
-    }
+    let volumes = volumes(rules, job, spec);
+    container["volumeMounts"] = volumes.iter().map(|(_, mount)| mount.clone()).collect();
+    let volumes: Vec<Value> = volumes.into_iter().map(|(volume, _)| volume).collect();
     let mut security =
         json!({ "runAsNonRoot": true, "seccompProfile": { "type": "RuntimeDefault" } });
     if rules.run_as_user > 0 {
@@ -125,7 +136,7 @@ pub fn pod(
             "name": job.pod(attempt, seat.rank),
             "namespace": job.namespace,
             "labels": labels,
-            "annotations": { "drumline.dev/planned-node": seat.node },
+            "annotations": { "drumline.dev/planned-node": seat.node, SLOT: seat.slot.to_string() },
             "ownerReferences": [owner(job)],
         },
         "spec": {
@@ -169,7 +180,7 @@ pub fn service(job: &Job) -> Result<Service, serde_json::Error> {
     }))
 }
 
-fn labels(job: &Job, id: &JobId, attempt: u32, rank: u32, device: DeviceKind) -> Value {
+fn labels(job: &Job, id: &JobId, attempt: u32, rank: u32, ranks: u32, device: DeviceKind) -> Value {
     json!({
         "app.kubernetes.io/managed-by": "drumline",
         JOB: job.name,
@@ -177,6 +188,7 @@ fn labels(job: &Job, id: &JobId, attempt: u32, rank: u32, device: DeviceKind) ->
         UID: job.uid,
         ATTEMPT: attempt.to_string(),
         RANK: rank.to_string(),
+        RANKS: ranks.to_string(),
         DEVICE: device.as_str(),
     })
 }
@@ -211,8 +223,51 @@ fn resources(rules: &PodRules, gang: &Gang) -> Value {
     json!({ "requests": requests, "limits": limits })
 }
 
+/// Returns the volumes of a rank, each with its mount.
+fn volumes(rules: &PodRules, job: &Job, spec: &JobSpec) -> Vec<(Value, Value)> {
+    let size = job.shm_size.as_ref().unwrap_or(&rules.shm_size);
+    let mut all = vec![(
+        json!({ "name": "shm", "emptyDir": { "medium": "Memory", "sizeLimit": size } }),
+        json!({ "name": "shm", "mountPath": "/dev/shm" }),
+    )];
+    let claim = job.shared_claim.as_ref().unwrap_or(&rules.shared_claim);
+    let shared = match &job.host_path {
+        Some(path) => {
+            Some(json!({ "name": "shared", "hostPath": { "path": path, "type": "Directory" } }))
+        }
+        None if !claim.is_empty() => Some(json!({
+            "name": "shared", "persistentVolumeClaim": { "claimName": claim },
+        })),
+        None => None,
+    };
+    all.extend(shared.map(|volume| (volume, json!({ "name": "shared", "mountPath": SHARED_DIR }))));
+    if is_native(spec) {
+        // Says who the pod is, to the operator and to nobody else; the kubelet renews it.
+        let token = json!({ "serviceAccountToken": {
+            "audience": AUDIENCE, "path": "token", "expirationSeconds": TOKEN_SECONDS,
+        }});
+        all.push((
+            json!({ "name": "operator-token", "projected": { "sources": [token] } }),
+            json!({ "name": "operator-token", "mountPath": TOKEN_DIR, "readOnly": true }),
+        ));
+    }
+    all
+}
+
+/// Whether a job's ranks are Drumline's own.
+#[must_use]
+pub fn is_native(spec: &JobSpec) -> bool {
+    !matches!(spec.work, Work::CommandJob(_))
+}
+
 /// Returns the variables of a rank: the user's first, so that ours cannot be overridden.
-fn environment(job: &Job, spec: &JobSpec, attempt: u32, rank: u32) -> Vec<Value> {
+fn environment(
+    rules: &PodRules,
+    job: &Job,
+    spec: &JobSpec,
+    attempt: u32,
+    rank: u32,
+) -> Result<Vec<Value>, serde_json::Error> {
     let world = spec.gang().ranks;
     let mut env: Vec<Value> = match &spec.work {
         Work::CommandJob(command) => command
@@ -235,17 +290,29 @@ fn environment(job: &Job, spec: &JobSpec, attempt: u32, rank: u32) -> Vec<Value>
         ("MASTER_PORT", MASTER_PORT.to_string()),
         ("TORCHELASTIC_RESTART_COUNT", attempt.saturating_sub(1).to_string()),
         ("TORCHELASTIC_RUN_ID", job.id.to_string()),
-        ("DRUMLINE_JOB", job.id.to_string()),
-        ("DRUMLINE_ATTEMPT", attempt.to_string()),
-        ("DRUMLINE_DEVICE", "0".to_owned()),
-        ("DRUMLINE_SHARED_DIR", "/drumline/shared".to_owned()),
-        ("DRUMLINE_JOB_DIR", format!("/drumline/shared/jobs/{}", job.id)),
+        (contract::JOB, job.id.to_string()),
+        (contract::ATTEMPT, attempt.to_string()),
+        (contract::DEVICE, "0".to_owned()),
+        (contract::SHARED_DIR, SHARED_DIR.to_owned()),
+        (contract::JOB_DIR, format!("{SHARED_DIR}/jobs/{}", job.id)),
     ] {
         env.push(json!({ "name": name, "value": value }));
     }
-    for (name, path) in [("DRUMLINE_HOST", "spec.nodeName"), ("DRUMLINE_LISTEN_IP", "status.podIP")]
-    {
+    if is_native(spec) {
+        let cores = gang(spec, rules.cpu_device_milli).cpu_milli / 1000;
+        for (name, value) in [
+            (contract::AGENT, rules.ranks_url.clone()),
+            (contract::AGENT_CA, rules.ranks_ca.clone()),
+            (contract::TOKEN_FILE, format!("{TOKEN_DIR}/token")),
+            (contract::SPEC_JSON, serde_json::to_string(spec)?),
+            (contract::THREADS, cores.max(1).to_string()),
+        ] {
+            env.push(json!({ "name": name, "value": value }));
+        }
+    }
+    // A pod is a host of its own to its ranks: memory is shared with nobody.
+    for (name, path) in [(contract::HOST, "metadata.uid"), (contract::LISTEN_IP, "status.podIP")] {
         env.push(json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } }));
     }
-    env
+    Ok(env)
 }

@@ -2,13 +2,15 @@
 
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use drumline_spec::JobKind;
 use drumline_types::Timestamp;
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node as KubeNode, Pod};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::events::{Recorder, Reporter};
@@ -16,15 +18,24 @@ use kube::runtime::reflector::{self, Store};
 use kube::runtime::watcher::{self, DefaultBackoff};
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::core::{Core, Stores};
+use crate::deploy::{RANKS_PORT, url};
 use crate::fleet::FleetRules;
 use crate::job::{resource, resource_named};
 use crate::launch::Writer;
 use crate::lease::{self, Leadership, LeaseRules};
 use crate::pods::PodRules;
+use crate::ranks::admit::{self, Admitted};
+use crate::ranks::callers::Callers;
+use crate::ranks::keys::{Keys, KeysError};
+use crate::ranks::serve::{CALLS_MAX, ServeError, serve};
+use crate::ranks::services::{Board, Services};
+use crate::ranks::{RankRules, place};
 
 /// Changes that come together are looked at together.
 const SETTLE: Duration = Duration::from_millis(10);
@@ -44,6 +55,8 @@ pub struct Options {
     pub fleet: FleetRules,
     /// How pods are made.
     pub pods: PodRules,
+    /// Where ranks and gateways are served.
+    pub ranks: RankRules,
 }
 
 /// Why the operator cannot start.
@@ -52,6 +65,12 @@ pub enum ServiceError {
     /// The API server cannot be called.
     #[error("the API server cannot be called: {0}")]
     Client(#[from] kube::Error),
+    /// There are no keys to serve ranks with.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// Ranks cannot be served.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
 }
 
 /// Runs until `stop`.
@@ -60,6 +79,17 @@ pub enum ServiceError {
 /// [`ServiceError`] when it cannot start. What fails later is tried again.
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), ServiceError> {
     let client = Client::try_from(options.client)?;
+    let secrets = Api::namespaced(client.clone(), &options.namespace);
+    let keys = Arc::new(Keys::ensure(&secrets).await?);
+    let (board, shown) = watch::channel(None);
+    let callers = Callers::new(client.clone());
+    let (calls, called) = mpsc::channel(CALLS_MAX);
+    let (admitted_in, admitted) = mpsc::channel(CALLS_MAX);
+    let services = Services { callers: callers.clone(), board: shown };
+    let ended = stop.child_token();
+    let listens = serve(options.ranks.listen, &keys, calls, services, ended).await?;
+    tracing::info!(%listens, "ranks and gateways are served");
+    tokio::spawn(admit::run(called, admitted_in, callers));
     let changed = Arc::new(Notify::new());
     let mut jobs = Vec::new();
     for kind in JobKind::ALL {
@@ -71,6 +101,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
     let stores = Stores {
         jobs,
         queues: watch(Api::all_with(client.clone(), &queue), queue, &changed, &stop),
+        namespaces: watch(Api::<Namespace>::all(client.clone()), (), &changed, &stop),
+        budgets: watch(Api::<PodDisruptionBudget>::all(client.clone()), (), &changed, &stop),
         nodes: watch(Api::<KubeNode>::all(client.clone()), (), &changed, &stop),
         pods: watch(Api::<Pod>::all(client.clone()), (), &changed, &stop),
     };
@@ -80,64 +112,113 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
     let writer = Writer {
         client: client.clone(),
         leadership: leadership.clone(),
-        rules: options.pods,
+        rules: PodRules {
+            ranks_url: options.ranks.url,
+            ranks_ca: keys.certificate.clone(),
+            ..options.pods
+        },
         recorder: Recorder::new(client.clone(), reporter),
     };
-    let leases = Api::namespaced(client, &options.namespace);
+    let leases = Api::namespaced(client.clone(), &options.namespace);
     let lease = tokio::spawn(lease::run(leases, options.lease, leadership.clone(), stop.clone()));
-    follow(stores, options.fleet, writer, &leadership, &changed, &stop).await;
+    if !options.ranks.pod.is_empty() {
+        let (pod, leadership) = (options.ranks.pod, leadership.clone());
+        tokio::spawn(place::keep(client, options.namespace, pod, leadership, stop.clone()));
+    }
+    let mut following = Following { stores, rules: options.fleet, writer, keys, board, admitted };
+    following.run(&leadership, &changed, &stop).await;
     // Handing the lease back lets the next leader start at once.
     let _ = tokio::time::timeout(Duration::from_secs(3), lease).await;
     Ok(())
 }
 
-/// Waits for leadership, leads, and starts from nothing whenever leadership was lost.
-async fn follow(
+/// What lasts from one term of leadership to the next.
+struct Following {
     stores: Stores,
     rules: FleetRules,
     writer: Writer,
-    leadership: &Leadership,
-    changed: &Notify,
-    stop: &CancellationToken,
-) {
-    if stop.run_until_cancelled(all_listed(&stores)).await.is_none() {
-        return;
-    }
-    loop {
-        while !leadership.holds() {
-            if stop.run_until_cancelled(tokio::time::sleep(FOLLOW)).await.is_none() {
+    keys: Arc<Keys>,
+    board: watch::Sender<Board>,
+    admitted: mpsc::Receiver<Admitted>,
+}
+
+impl Following {
+    /// Waits for leadership, leads, and starts from nothing whenever leadership was lost.
+    async fn run(&mut self, leadership: &Leadership, changed: &Notify, stop: &CancellationToken) {
+        let mut listed = std::pin::pin!(all_listed(self.stores.clone()));
+        let mut is_listed = false;
+        loop {
+            while !(is_listed && leadership.holds()) {
+                tokio::select! {
+                    () = &mut listed, if !is_listed => is_listed = true,
+                    () = tokio::time::sleep(FOLLOW) => {}
+                    Some(one) = self.admitted.recv() => {
+                        one.call.refuse(Status::unavailable("this operator does not lead"));
+                    }
+                    () = stop.cancelled() => return,
+                }
+            }
+            tracing::info!("leading");
+            // What the last leader wrote may not be shown yet: let the watches settle.
+            tokio::time::sleep(FOLLOW).await;
+            self.lead(leadership, changed, stop).await;
+            self.board.send_replace(None);
+            if stop.is_cancelled() {
                 return;
             }
+            tracing::warn!("not leading any more");
         }
-        tracing::info!("leading");
-        // What the last leader wrote may not be shown yet: let the watches settle.
-        tokio::time::sleep(FOLLOW).await;
+    }
+
+    async fn lead(&mut self, leadership: &Leadership, changed: &Notify, stop: &CancellationToken) {
         let (sender, mut done) = mpsc::unbounded_channel();
-        let writer = Writer { leadership: leadership.begin(), ..writer.clone() };
-        let mut core = Core::new(stores.clone(), rules.clone(), writer, sender);
+        let writer = Writer { leadership: leadership.begin(), ..self.writer.clone() };
+        let (stores, rules) = (self.stores.clone(), self.rules.clone());
+        let (keys, board) = (self.keys.clone(), self.board.clone());
+        let mut core = Core::new(stores, rules, writer, keys, board, sender, now());
+        let mut look = true;
+        let mut look_at = Instant::now();
+        // In a large cluster a look takes its time: no more than every other moment is spent on it.
+        let mut settle = SETTLE;
         while leadership.holds() {
-            let left = core.pass(now());
-            let first = tokio::select! {
-                () = tokio::time::sleep(left) => None,
-                () = changed.notified() => None,
-                done = done.recv() => done,
+            if look {
+                let began = Instant::now();
+                let left = core.pass(now());
+                look_at = Instant::now() + left;
+                settle = SETTLE.max(began.elapsed());
+            }
+            look = tokio::select! {
+                () = tokio::time::sleep_until(look_at) => true,
+                () = changed.notified() => true,
+                Some(one) = done.recv() => {
+                    core.done(one, now());
+                    true
+                }
+                Some(one) = self.admitted.recv() => core.rank_call(one, now()),
                 () = stop.cancelled() => return,
             };
-            tokio::time::sleep(SETTLE).await;
-            for one in first.into_iter().chain(std::iter::from_fn(|| done.try_recv().ok())) {
+            if look {
+                tokio::time::sleep(settle).await;
+            }
+            while let Ok(one) = done.try_recv() {
                 core.done(one, now());
+                look = true;
+            }
+            while let Ok(one) = self.admitted.try_recv() {
+                look |= core.rank_call(one, now());
             }
         }
-        tracing::warn!("not leading any more");
     }
 }
 
-async fn all_listed(stores: &Stores) {
+async fn all_listed(stores: Stores) {
     // A writer is dropped only when its watch has ended with the whole process.
     for (_, store) in &stores.jobs {
         let _ = store.wait_until_ready().await;
     }
     let _ = stores.queues.wait_until_ready().await;
+    let _ = stores.namespaces.wait_until_ready().await;
+    let _ = stores.budgets.wait_until_ready().await;
     let _ = stores.nodes.wait_until_ready().await;
     let _ = stores.pods.wait_until_ready().await;
 }
@@ -189,10 +270,15 @@ impl Options {
         let client = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
         Ok(Self {
             client,
-            namespace,
             lease: LeaseRules { identity, duration: Duration::from_secs(15) },
             fleet: FleetRules::default(),
             pods: PodRules::default(),
+            ranks: RankRules {
+                listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, RANKS_PORT)),
+                url: url(&namespace),
+                pod: String::new(),
+            },
+            namespace,
         })
     }
 

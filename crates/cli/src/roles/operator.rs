@@ -1,5 +1,7 @@
 //! `drumline operator`: the control plane of a Kubernetes cluster.
 
+use std::net::{Ipv4Addr, SocketAddr};
+
 use clap::Args;
 use drumline_operator::Options;
 use tokio_util::sync::CancellationToken;
@@ -27,9 +29,24 @@ pub struct OperatorArgs {
     /// Taint that every gang tolerates; may be given more than once.
     #[arg(long, value_name = "KEY", default_value = "nvidia.com/gpu")]
     pub tolerate: Vec<String>,
-    /// Persistent volume claim, in each job's namespace, that all ranks see as their shared folder.
+    /// Persistent volume claim, in each job's namespace, that all ranks see as their shared folder,
+    /// for jobs without the annotation drumline.dev/shared-claim.
     #[arg(long, default_value = "")]
     pub shared_claim: String,
+    /// Folder of the nodes below which the annotation drumline.dev/host-path may name one as a job's
+    /// shared folder; may be given more than once. Without it no job gets a folder of a node.
+    #[arg(long, value_name = "FOLDER")]
+    pub allow_host_path: Vec<String>,
+    /// Where ranks and gateways are served, by TLS.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7443)))]
+    pub ranks_listen: SocketAddr,
+    /// Where pods reach the operator that leads [default: https://drumline-operator.NAMESPACE.svc:7443].
+    #[arg(long, value_name = "URL")]
+    pub ranks_url: Option<String>,
+    /// The pod that this process is, which is labelled drumline.dev/leads=true while it leads: the
+    /// service of the operator selects it. Empty: no pod.
+    #[arg(long, value_name = "NAME", default_value = "", env = "DRUMLINE_POD")]
+    pub pod: String,
     /// Size of each rank's /dev/shm.
     #[arg(long, default_value = "1Gi")]
     pub shm_size: String,
@@ -66,5 +83,11 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
     options.pods.shared_claim = args.shared_claim;
     options.pods.shm_size = args.shm_size;
     options.pods.run_as_user = args.run_as_user;
+    options.pods.host_paths = args.allow_host_path;
+    options.ranks.listen = args.ranks_listen;
+    options.ranks.pod = args.pod;
+    if let Some(url) = args.ranks_url {
+        options.ranks.url = url;
+    }
     drumline_operator::run(options, stop).await.map_err(|error| Failure::failed(error.to_string()))
 }

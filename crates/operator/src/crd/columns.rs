@@ -27,6 +27,10 @@ pub fn of(kind: &str) -> Vec<Value> {
         }
         columns.push(column("Ranks", "string", ".status.ready"));
         columns.push(column("Queue", "string", ".spec.queue"));
+        if kind == "TrainingJob" {
+            columns.push(wide("Loss", "string", ".status.loss"));
+            columns.push(wide("Checkpoint", "integer", ".status.checkpoint"));
+        }
         columns.push(wide("Attempt", "integer", ".status.attempt"));
         columns.push(wide("Message", "string", ".status.message"));
     }

@@ -66,8 +66,20 @@ pub struct JobStatus {
     #[serde(default)]
     pub selector: String,
     /// The last finished step of a training run.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub step: Option<u64>,
+    /// The loss of that step.
+    #[serde(default)]
+    pub loss: Option<String>,
+    /// The step of the newest complete checkpoint.
+    #[serde(default)]
+    pub checkpoint: Option<u64>,
+    /// The same when the newest attempt was launched: whether an attempt has brought the job on.
+    #[serde(default)]
+    pub checkpoint_at_launch: Option<u64>,
+    /// Ranks of the newest attempt; 0 before the first.
+    #[serde(default)]
+    pub ranks: u32,
     /// The generation of the spec that this is about.
     #[serde(default)]
     pub observed_generation: i64,
@@ -81,6 +93,11 @@ pub struct JobStatus {
 pub fn job_schema() -> Value {
     let text = |doc: &str| json!({ "type": "string", "description": doc });
     let count = |doc: &str| json!({ "type": "integer", "format": "int64", "minimum": 0, "description": doc });
+    let maybe = |doc: &str| {
+        let mut schema = count(doc);
+        schema["nullable"] = json!(true);
+        schema
+    };
     json!({
         "type": "object",
         "description": "Written by the operator; not read from manifests.",
@@ -97,7 +114,11 @@ pub fn job_schema() -> Value {
             "ready": text("Ranks that run, of all."),
             "replicas": count("Replicas that run; services only."),
             "selector": text("Selects the job's pods."),
-            "step": count("The last finished step of a training run."),
+            "step": maybe("The last finished step of a training run."),
+            "loss": { "type": "string", "nullable": true, "description": "The loss of that step." },
+            "checkpoint": maybe("The step of the newest complete checkpoint."),
+            "checkpointAtLaunch": maybe("The same when the newest attempt was launched."),
+            "ranks": count("Ranks of the newest attempt; 0 before the first."),
             "observedGeneration": count("The generation of the spec that this is about."),
             "conditions": conditions(),
         },
@@ -144,7 +165,7 @@ mod tests {
 
     #[test]
     fn the_schema_knows_every_field_of_the_status() {
-        let status = JobStatus { step: Some(1), ..JobStatus::default() };
+        let status = JobStatus::default();
         let written = serde_json::to_value(status).unwrap();
         let schema = job_schema();
         let known = schema["properties"].as_object().unwrap();

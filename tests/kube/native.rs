@@ -1,0 +1,202 @@
+//! Ranks of Drumline's own under the operator: they meet, train, survive the loss of a pod and of
+//! the operator, and serve what they have trained.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use drumline_data::{BuildOptions, Corpus};
+use drumline_operator::{deploy, ranks::AUDIENCE};
+use drumline_spec::JobKind;
+use drumline_wire::auth::Token;
+use drumline_wire::line::Credential;
+use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use kube::api::{Api, DeleteParams, PostParams};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::{Admin, Cluster, OPERATOR, cluster, free_port};
+use crate::containers::Containers;
+use crate::operator::{Operator, options};
+
+const T: JobKind = JobKind::TrainingJob;
+const S: JobKind = JobKind::ModelService;
+const STEPS: u64 = 400;
+
+fn phase(status: &Value) -> &str {
+    status["phase"].as_str().unwrap_or_default()
+}
+
+/// Builds a small dataset in `folder`.
+fn dataset(folder: &Path) {
+    let text: String =
+        (0..4000).map(|n| format!("line {n} says {} and {}\n", n % 17, n * 7 % 31)).collect();
+    let source = folder.join("corpus.txt");
+    std::fs::write(&source, text).unwrap();
+    let corpus = Corpus::from_path(&source, 1 << 20).unwrap();
+    let options = BuildOptions { vocab: 300, ..BuildOptions::default() };
+    drumline_data::build(&corpus, &folder.join("data"), &options, &mut |_| {}).unwrap();
+}
+
+fn training() -> Value {
+    json!({
+        "model": { "family": "llama", "layers": 2, "hidden": 64, "ffn": 128, "heads": 4,
+                   "vocab": 300, "context": 64 },
+        "data": { "path": "data" },
+        "parallelism": { "tensor": 2 },
+        "batch": { "global": 8, "micro": 4 },
+        "steps": STEPS, "seed": 1,
+        "learningRate": { "peak": 0.001 },
+        "checkpoint": { "intervalSteps": 10, "keep": 2, "path": "run" },
+        "restarts": { "limit": 3, "backoff": "100ms" },
+    })
+}
+
+async fn operator(cluster: &Cluster, port: u16, identity: &str) -> Operator {
+    let mut options = options(cluster.config(OPERATOR).await, identity);
+    options.ranks.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    options.ranks.url = format!("https://127.0.0.1:{port}");
+    Operator::run(options)
+}
+
+/// Waits until the run has a checkpoint on disk.
+async fn until_checkpoint(run: &Path) -> PathBuf {
+    for _ in 0..1200 {
+        if let Ok(found) = drumline_checkpoint::latest(run)
+            && let Some(checkpoint) = found.checkpoint
+        {
+            return checkpoint.path().to_owned();
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("no checkpoint in {}", run.display());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_training_job_meets_trains_resumes_and_is_served() {
+    let Some(cluster) = cluster() else { return };
+    let _turn = cluster.turn.lock().await;
+    let admin = Admin::start(cluster, "native").await;
+    admin.add_node("a", 0, "2").await;
+    let folder = tempfile::tempdir().unwrap();
+    dataset(folder.path());
+    let _containers = Containers::start(admin.client.clone(), "native", folder.path());
+    let port = free_port();
+    let first = operator(cluster, port, "first").await;
+    admin.apply(T, "demo", training()).await.unwrap();
+    admin.wait(T, "demo", "running", |s| phase(s) == "running").await;
+    until_checkpoint(&folder.path().join("run")).await;
+
+    // A pod is deleted in the middle of the run: the gang goes on from its last checkpoint.
+    admin.pods().delete("demo-t1-1", &DeleteParams::default()).await.unwrap();
+    let again = admin
+        .wait(T, "demo", "running again", |s| phase(s) == "running" && s["attempt"] == 2)
+        .await;
+    assert_eq!(again["restarts"], 1);
+    let log = std::fs::read_to_string(folder.path().join("pods/demo-t2-0/log")).unwrap();
+    assert!(log.contains("continues from step"), "{log}");
+
+    // The operator is replaced in the middle of the run: the gang does not notice.
+    first.stop().await;
+    let second = operator(cluster, port, "second").await;
+    let done = admin.wait(T, "demo", "done", |s| phase(s) == "succeeded").await;
+    assert_eq!((&done["attempt"], &done["reason"]), (&json!(2), &json!("Completed")), "{done}");
+    assert_eq!(done["step"], STEPS, "{done}");
+    let loss: f64 = done["loss"].as_str().unwrap().parse().unwrap();
+    assert!(loss > 0.0 && loss < 5.0, "an untrained model's is ln 300 = 5.7: {loss}");
+
+    served(&admin, port).await;
+    second.stop().await;
+}
+
+/// Serves the trained model, through a gateway that may ask the operator and through one that may
+/// not.
+async fn served(admin: &Admin, port: u16) {
+    let service = json!({
+        "model": "run", "servedName": "demo", "parallelism": { "tensor": 2 },
+        "maxContext": 64, "maxBatch": 2,
+    });
+    admin.apply(S, "demo", service).await.unwrap();
+    admin.wait(S, "demo", "running", |s| phase(s) == "running").await;
+    let keys: Api<Secret> = Api::namespaced(admin.client.clone(), "drumline-system");
+    let keys = keys.get(drumline_operator::ranks::keys::NAME).await.unwrap();
+    let certificate = String::from_utf8(keys.data.unwrap()["tls.crt"].0.clone()).unwrap();
+    let stranger = gateway(admin, port, &certificate, "stranger").await;
+    let allowed = gateway(admin, port, &certificate, "gateway").await;
+    let roles: Api<ClusterRole> = Api::all(admin.client.clone());
+    let mut role: ClusterRole = serde_json::from_value(deploy::gateway_role()).unwrap();
+    // Under another name than the chart's, which a test installs beside it.
+    role.metadata.name = Some("test-gateway".to_owned());
+    roles.create(&PostParams::default(), &role).await.unwrap();
+    let binding: ClusterRoleBinding = serde_json::from_value(json!({
+        "metadata": { "name": "test-gateway" },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole",
+                     "name": "test-gateway" },
+        "subjects": [{ "kind": "ServiceAccount", "name": "gateway", "namespace": "native" }],
+    }))
+    .unwrap();
+    let bindings: Api<ClusterRoleBinding> = Api::all(admin.client.clone());
+    bindings.create(&PostParams::default(), &binding).await.unwrap();
+    let mut answer = Value::Null;
+    for _ in 0..600 {
+        answer = complete(allowed).await;
+        if answer["choices"].is_array() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(answer["usage"]["completion_tokens"], 8, "{answer}");
+    let refused = complete(stranger).await;
+    assert!(refused["choices"].is_null(), "{refused}");
+}
+
+const KEY: &str = "a-key-of-the-gateway-0123456789";
+
+/// Starts a gateway as a service account.
+async fn gateway(admin: &Admin, port: u16, certificate: &str, account: &str) -> SocketAddr {
+    let accounts: Api<ServiceAccount> = Api::namespaced(admin.client.clone(), &admin.namespace);
+    let mut made = ServiceAccount::default();
+    made.metadata.name = Some(account.to_owned());
+    accounts.create(&PostParams::default(), &made).await.unwrap();
+    let request = TokenRequest {
+        spec: TokenRequestSpec { audiences: vec![AUDIENCE.to_owned()], ..Default::default() },
+        ..TokenRequest::default()
+    };
+    let token =
+        accounts.create_token_request(account, &PostParams::default(), &request).await.unwrap();
+    let token = Token::new(&token.status.unwrap().token).unwrap();
+    let (ready, listening) = tokio::sync::oneshot::channel();
+    let options = drumline_gateway::Options {
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        allow_hosts: Vec::new(),
+        control: Arc::new(move || Ok(format!("https://127.0.0.1:{port}"))),
+        control_ca: Some(certificate.to_owned()),
+        credential: Credential::Fixed(token),
+        keys: vec![Token::new(KEY).unwrap()],
+    };
+    // It ends with the test's runtime.
+    tokio::spawn(drumline_gateway::run(options, ready, CancellationToken::new()));
+    listening.await.unwrap()
+}
+
+/// Asks for eight tokens.
+async fn complete(gateway: SocketAddr) -> Value {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let body = json!({ "model": "demo", "prompt": "line 1", "max_tokens": 8, "temperature": 0,
+                       "ignore_eos": true })
+    .to_string();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: {gateway}\r\nAuthorization: Bearer {KEY}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let mut stream = tokio::net::TcpStream::connect(gateway).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    serde_json::from_str(body).unwrap_or_else(|_| json!({ "raw": text }))
+}

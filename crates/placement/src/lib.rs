@@ -33,12 +33,13 @@
 //!
 //! It checks nothing for others: `audit` judges every plan with logic of its own.
 
-pub mod cycle;
+mod cycle;
 pub mod misfit;
 pub mod place;
 pub mod plan;
 pub mod scoring;
 
+mod baseline;
 mod devices;
 mod fill;
 mod leader;

@@ -18,6 +18,19 @@ pub enum Scoring {
     FirstFit,
     /// The node with the least left over.
     BestFit,
+    /// The node where what is left and what is asked for have the least product.
+    DotProduct,
+    /// Devices in use first, then free ones of a node in use, then idle nodes.
+    GpuPacking,
+    /// The node whose fragmentation grows least, as seen by gangs like those that run.
+    FragmentationGradient,
+}
+
+impl Scoring {
+    /// Returns whether it is one of the published rules that cost each node.
+    pub(crate) fn costs_nodes(self) -> bool {
+        matches!(self, Self::DotProduct | Self::GpuPacking | Self::FragmentationGradient)
+    }
 }
 
 /// What bounds the choice for one gang.

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use drumline_cluster::{DomainAt, LevelAt, NodeAt, state::NODE_FIRST};
 use drumline_spec::WHOLE_DEVICE;
 
+use crate::baseline::Baseline;
 use crate::fill::{Bin, Part, divide_in};
 use crate::plan::mix;
 use crate::scoring::{Constraints, Scoring};
@@ -63,7 +64,11 @@ impl Search<'_, '_> {
         {
             let node = match wanted {
                 Scoring::Drumline | Scoring::BestFit => self.best_node(),
-                Scoring::Random | Scoring::FirstFit => self.any_node(),
+                Scoring::Random
+                | Scoring::FirstFit
+                | Scoring::DotProduct
+                | Scoring::GpuPacking
+                | Scoring::FragmentationGradient => self.any_node(),
             };
             if node.is_some() || self.shape.whole == Whole::Node || self.shape.ranks == 1 {
                 return node.map(Found::Node);
@@ -97,7 +102,11 @@ impl Search<'_, '_> {
             let found = topology.at_level(level).iter().copied().filter(holds);
             let key = |at: DomainAt| mix(topology.place(at).key() ^ self.draw());
             let best = match self.constraints.scoring {
-                Scoring::Drumline | Scoring::BestFit => {
+                Scoring::Drumline
+                | Scoring::BestFit
+                | Scoring::DotProduct
+                | Scoring::GpuPacking
+                | Scoring::FragmentationGradient => {
                     found.min_by_key(|&at| (self.survey.devices(at), key(at)))
                 }
                 Scoring::Random => found.min_by_key(|&at| key(at)),
@@ -266,6 +275,13 @@ impl Search<'_, '_> {
         }
         let holding = self.holding(&roots, need).into_iter().map(|(_, part)| part);
         match self.constraints.scoring {
+            scoring if scoring.costs_nodes() => {
+                let rule = Baseline::new(fleet, scoring, self.survey.slice, need);
+                holding.min_by_key(|part| {
+                    let state = fleet.at(part.node);
+                    (rule.cost(state, part.pool), mix(state.key() ^ self.draw()))
+                })
+            }
             Scoring::FirstFit => holding.min_by_key(|part| fleet.at(part.node).node().name.clone()),
             _ => holding.min_by_key(|part| mix(fleet.at(part.node).key() ^ self.draw())),
         }
@@ -294,7 +310,15 @@ impl Search<'_, '_> {
                 let state = fleet.at(node);
                 (self.survey.ranks_on(pool, state), state.key())
             }),
-            Scoring::FirstFit | Scoring::Drumline => {
+            scoring if scoring.costs_nodes() => {
+                let ranks = u32::try_from(self.shape.group).unwrap_or(u32::MAX);
+                let rule = Baseline::new(fleet, scoring, self.survey.slice, ranks);
+                nodes.sort_by_cached_key(|&(pool, node)| {
+                    let state = fleet.at(node);
+                    (rule.cost(state, pool), mix(state.key() ^ self.draw()))
+                });
+            }
+            _ => {
                 nodes.sort_by(|a, b| fleet.at(a.1).node().name.cmp(&fleet.at(b.1).node().name));
             }
         }

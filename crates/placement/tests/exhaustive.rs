@@ -188,8 +188,15 @@ fn assert_legal(fleet: &Snapshot, gang: &Gang, placed: &Placed) {
     }
 }
 
-const SCORINGS: [Scoring; 4] =
-    [Scoring::Drumline, Scoring::Random, Scoring::FirstFit, Scoring::BestFit];
+const SCORINGS: [Scoring; 7] = [
+    Scoring::Drumline,
+    Scoring::Random,
+    Scoring::FirstFit,
+    Scoring::BestFit,
+    Scoring::DotProduct,
+    Scoring::GpuPacking,
+    Scoring::FragmentationGradient,
+];
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]

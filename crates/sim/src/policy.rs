@@ -23,6 +23,9 @@ pub const POLICIES: &[(&str, &str)] = &[
     ("random", "as drumline, on any place that fits"),
     ("first-fit", "as drumline, on the first place that fits"),
     ("best-fit", "as drumline, on the machines with the least left over"),
+    ("dot-product", "as drumline, where what is left and what is asked for have the least product"),
+    ("gpu-packing", "as drumline, on GPUs in use, then on machines in use, then on idle ones"),
+    ("fgd", "as drumline, where fragmentation grows least (Weng et al. 2023)"),
 ];
 
 impl Policy {
@@ -45,6 +48,9 @@ impl Policy {
             "random" => placed(Scoring::Random),
             "first-fit" => placed(Scoring::FirstFit),
             "best-fit" => placed(Scoring::BestFit),
+            "dot-product" => placed(Scoring::DotProduct),
+            "gpu-packing" => placed(Scoring::GpuPacking),
+            "fgd" => placed(Scoring::FragmentationGradient),
             _ => return None,
         };
         Some(Self { name: name.to_owned(), options: Options { seed: Seed(seed), ..options } })

@@ -67,9 +67,11 @@ impl Scheduler {
         let there = self.places(&movable);
         let devices: u64 = movable.iter().map(|victim| u64::from(victim.devices)).sum();
         self.searches.steps += devices / LOOKS_A_STEP;
+        let id = self.job(slot).id.clone();
+        let kept = self.holds.unused(&id, &self.fleet);
         let mut best: Option<(u128, Move)> = None;
         for level in self.fleet.topology().levels_inside_out() {
-            for (domain, here) in self.domains(gang, &movable, &there, level) {
+            for (domain, here) in self.domains(gang, &movable, &there, level, kept) {
                 let here: Vec<Victim> = here.into_iter().map(|at| movable[at].clone()).collect();
                 let Some(found) = self.try_move(slot, gang, domain, &here) else { continue };
                 let loss = found.moved.iter().map(|(victim, _)| victim.whole).sum();

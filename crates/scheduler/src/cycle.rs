@@ -106,6 +106,9 @@ impl Scheduler {
             let job = self.job(slot);
             let Some(placed) = job.placed() else { continue };
             let later = job.later_end(placed, now);
+            if let Some(held) = self.fleet.commitment(&id) {
+                self.holds.doubt(&held.devices);
+            }
             if let Some(placed) = self.job_mut(slot).placed_mut() {
                 placed.ends = later;
             }
@@ -131,27 +134,28 @@ impl Scheduler {
 
     /// Starts the jobs whose nominated devices are all free now.
     fn start_nominated(&mut self, work: &mut Work) {
-        let nominated: Vec<(JobId, Vec<DeviceId>)> = self
+        let nominated: Vec<JobId> = self
             .holds
             .iter()
             .filter(|(_, hold)| matches!(hold.keep, Keep::Nominated { .. }))
-            .map(|(job, hold)| (job.clone(), hold.devices.clone()))
+            .map(|(job, _)| job.clone())
             .collect();
-        for (id, devices) in nominated {
+        for id in nominated {
             let Some(&slot) = self.ids.get(&id) else { continue };
             let Stand::InLine { class, .. } = &self.job(slot).stand else { continue };
             let Some(class) = self.lines.class(*class) else { continue };
-            let queue = class.alike.queue.clone();
-            let Ok(leaf) = self.tree.leaf(&queue) else { continue };
-            let gang = class.alike.gang.clone();
-            let free = devices.iter().all(|device| usable(&self.fleet, device, &gang));
-            if !free {
+            let alike = class.alike.clone();
+            let (queue, gang) = (&alike.queue, &alike.gang);
+            let Ok(leaf) = self.tree.leaf(queue) else { continue };
+            let Some(hold) = self.holds.of(&id) else { continue };
+            if !hold.devices.iter().all(|device| usable(&self.fleet, device, gang)) {
                 continue;
             }
-            let charge = self.charge_of(&gang, &devices, work.now);
+            let devices = hold.devices.clone();
+            let charge = self.charge_of(gang, &devices, work.now);
             if self.tree.check(leaf, &charge).is_ok() {
                 let job = self.job(slot);
-                let (split, slice) = (job.split(devices.len() as u32), slice(&gang));
+                let (split, slice) = (job.split(devices.len() as u32), slice(gang));
                 self.start(slot, Placed { devices, split, slice }, work);
             }
         }
@@ -211,19 +215,20 @@ impl Scheduler {
         let classes: Vec<ClassId> = line.classes.iter().copied().collect();
         for class_id in classes {
             let stamps = self.stamps(class_id);
-            let Some(class) = self.lines.class_mut(class_id) else { continue };
-            if let Standing::Blocked { by, freed } = class.standing
-                && freed != stamps.of(by)
-            {
-                class.standing = Standing::Ready;
-            }
+            let Some(class) = self.lines.class(class_id) else { continue };
+            let mut again = matches!(class.standing,
+                Standing::Blocked { by, freed } if freed != stamps.of(by));
             if let Some(asked) = &class.asked {
                 if asked.again <= work.now {
-                    class.standing = Standing::Ready;
+                    again = true;
                 } else {
                     work.wake(asked.again);
                 }
             }
+            if again {
+                self.lines.set_standing(class_id, Standing::Ready);
+            }
+            let Some(class) = self.lines.class(class_id) else { continue };
             let Some(first) = class.places.first().cloned() else { continue };
             match class.standing {
                 Standing::Ready => {
@@ -326,9 +331,7 @@ impl Scheduler {
 
     fn block(&mut self, class_id: ClassId, refusal: &Refusal) {
         let freed = self.stamps(class_id).of(refusal.by);
-        if let Some(class) = self.lines.class_mut(class_id) {
-            class.standing = Standing::Blocked { by: refusal.by, freed };
-        }
+        self.lines.set_standing(class_id, Standing::Blocked { by: refusal.by, freed });
         self.set_why(class_id, &refusal.why);
     }
 
@@ -341,24 +344,23 @@ impl Scheduler {
         work: &mut Work,
     ) -> Result<Placed, Refusal> {
         let Some(class) = self.lines.class(class_id) else { return Err(gone()) };
-        let (gang, shape) = (class.alike.gang.clone(), class.shape);
+        let (alike, shape) = (class.alike.clone(), class.shape);
+        let gang = &alike.gang;
         let own = self.uncount_own(slot);
         let mut refusal: Option<Refusal> = None;
         let mut found = None;
-        for choice in self.choices(leaf, &gang) {
-            let most = match self.most_allowed(slot, leaf, &gang, choice.charged, work.now) {
+        for choice in self.choices(leaf, gang) {
+            let most = match self.most_allowed(slot, leaf, gang, choice.charged, work.now) {
                 Ok(most) => most,
                 Err(short) => {
-                    refusal.get_or_insert_with(|| self.short_refusal(leaf, &gang, short));
+                    refusal.get_or_insert_with(|| self.short_refusal(leaf, gang, short));
                     continue;
                 }
             };
             let known = (most == gang.ranks && choice.models.is_none()).then_some(shape);
-            let mut chosen = gang.clone();
-            if let Some(models) = choice.models {
-                chosen.models = models;
-            }
-            match self.find(slot, &chosen, known, most, work.now) {
+            let chosen = choice.models.map(|models| Gang { models, ..gang.clone() });
+            let chosen = chosen.as_ref().unwrap_or(gang);
+            match self.find(slot, chosen, known, most, work.now) {
                 Ok(placed) => {
                     found = Some(placed);
                     break;
@@ -451,9 +453,9 @@ impl Scheduler {
         now: Timestamp,
     ) -> Result<Placed, (By, Explanation)> {
         let job = self.jobs[slot.0].as_ref().ok_or_else(|| (By::Outright, gone().why))?;
-        let split = job.split(gang.ranks);
+        let (id, split, bound) = (job.id.clone(), job.split(gang.ranks), job.bound(now));
         let bounds = self.bounds(Some(most));
-        let own = self.holds.of(&job.id).is_some();
+        let own = self.holds.of(&id).is_some();
         let others = self.holds.len() > usize::from(own);
         // What was found out about the same gang without devices of its own holds for this one.
         let shape = shape.filter(|_| !own);
@@ -465,9 +467,9 @@ impl Scheduler {
             .map(|(_, why)| Explanation::clone(why));
         let first = match known {
             Some(why) => Err(why),
-            None if own && self.may_hold(gang, std::iter::once(&*job.id)) => {
+            None if own && self.may_hold(gang, std::slice::from_ref(&*id)) => {
                 let mut trial = self.fleet.trial();
-                trial.unreserve(&job.id);
+                trial.unreserve(&id);
                 site::find(trial.snapshot(), gang, split, &bounds)
             }
             None => {
@@ -483,42 +485,41 @@ impl Scheduler {
             Err(why) if !others => return Err((by_devices(&why), why)),
             Err(why) => why,
         };
-        let bound = job.bound(now);
+        let by = if by_devices(&why) == By::Outright { By::Outright } else { By::Kept };
+        // Who does not say how long it runs gets nothing that is kept for later.
+        let Some(bound) = bound else { return Err((by, why)) };
+        let out = shape
+            .and_then(|shape| self.lines.kept_out.get(&shape))
+            .is_some_and(|(at, least)| *at == any && bound >= *least);
+        if out || (!own && self.searches.is_kept_out(gang, bound)) {
+            return Err((by, why));
+        }
         let later: Vec<JobId> = self
             .holds
             .iter()
             .filter(|(owner, hold)| {
-                **owner != *job.id
-                    && matches!(hold.keep, Keep::Reserved { start }
-                        if bound.is_some_and(|bound| bound <= start))
+                **owner != *id && matches!(hold.keep, Keep::Reserved { start } if bound <= start)
             })
             .map(|(owner, _)| owner.clone())
             .collect();
-        let out = shape
-            .and_then(|shape| self.lines.kept_out.get(&shape))
-            .is_some_and(|(at, least)| *at == any && bound.is_some_and(|bound| bound >= *least));
-        let out = out
-            || (!own && bound.is_some_and(|bound| self.searches.is_kept_out(gang, bound)))
-            || !self.may_hold(gang, later.iter().chain(own.then_some(&*job.id)));
-        if !later.is_empty() && !out {
+        let lifted: Vec<JobId> =
+            later.iter().cloned().chain(own.then(|| JobId::clone(&id))).collect();
+        if !later.is_empty() && self.may_hold(gang, &lifted) {
             let mut trial = self.fleet.trial();
-            trial.unreserve(&job.id);
+            trial.unreserve(&id);
             for owner in &later {
                 trial.unreserve(owner);
             }
-            match site::fit(trial.snapshot(), gang, split, &bounds) {
-                Some(placed) => return Ok(placed),
-                None => {
-                    if let (false, Some(bound)) = (own, bound) {
-                        self.searches.kept_out(gang, bound);
-                    }
-                    if let (Some(shape), Some(bound)) = (shape, bound) {
-                        self.lines.kept_out.insert(shape, (any, bound));
-                    }
-                }
+            if let Some(placed) = site::fit(trial.snapshot(), gang, split, &bounds) {
+                return Ok(placed);
+            }
+            if !own {
+                self.searches.kept_out(gang, bound);
+            }
+            if let Some(shape) = shape {
+                self.lines.kept_out.insert(shape, (any, bound));
             }
         }
-        let by = if by_devices(&why) == By::Outright { By::Outright } else { By::Kept };
         Err((by, why))
     }
 
@@ -546,7 +547,7 @@ impl Scheduler {
         }
         self.placed(slot, work.now, work.now, None, None);
         // Who was disrupted once is left alone for a while when it runs again.
-        let immune = work.now.plus_ms(self.options.cooldown_ms);
+        let immune = self.left_alone(self.job(slot).past.lost_ms, work.now);
         let past = &mut self.job_mut(slot).past;
         if !past.disrupted.is_empty() {
             past.immune = immune;

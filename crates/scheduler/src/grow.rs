@@ -18,6 +18,9 @@ const LOOKED_AT_MAX: usize = 32;
 /// What is thought to be left of a job that says nothing, in milliseconds.
 const UNKNOWN_MS: u64 = 3_600_000;
 
+/// Devices that nobody wants now are thought to be wanted again after so long, in milliseconds.
+const IDLE_MS: u64 = 2 * 3_600_000;
+
 impl Scheduler {
     /// Lets one elastic gang start again with more devices, if nobody waits for them and the work
     /// that it gains is more than what it loses.
@@ -73,9 +76,10 @@ impl Scheduler {
         };
         let Ok(found) = found else { return false };
         let size = found.devices.len() as u32;
-        // Device-time won with the devices that are added, against that lost by all of the gang.
-        let won = u128::from(size.saturating_sub(ranks)) * u128::from(left_ms);
-        let lost = u128::from(ranks) * u128::from(lost_ms);
+        // Device-time won with the devices that are added, against that lost by all of the gang:
+        // now, and once more when they are wanted back.
+        let won = u128::from(size.saturating_sub(ranks)) * u128::from(left_ms.min(IDLE_MS));
+        let lost = 2 * u128::from(ranks) * u128::from(lost_ms);
         if size <= ranks || won <= lost {
             return false;
         }

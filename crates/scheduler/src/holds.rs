@@ -1,8 +1,9 @@
 //! Devices that are kept for a job that waits: those freed for it by a preemption, and those of
 //! the place where it will start when the jobs that run there have ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use drumline_cluster::{Revision, Snapshot};
 use drumline_types::{DeviceId, JobId, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,10 @@ pub struct Hold {
 pub(crate) struct Holds {
     by_job: BTreeMap<JobId, Hold>,
     by_device: BTreeMap<DeviceId, JobId>,
+    /// Those whose devices may not be fit any more, or free later than was thought.
+    doubted: BTreeSet<JobId>,
+    /// How many devices of a hold nobody uses, as counted at a revision of the fleet.
+    unused: BTreeMap<JobId, (Revision, u64)>,
 }
 
 impl Holds {
@@ -68,6 +73,7 @@ impl Holds {
             self.by_device.insert(device.clone(), job.clone());
         }
         self.by_job.insert(job.clone(), hold);
+        self.doubted.insert(job.clone());
     }
 
     pub(crate) fn restart(&mut self, job: &JobId, keep: Keep) {
@@ -81,11 +87,56 @@ impl Holds {
         for device in &hold.devices {
             self.by_device.remove(device);
         }
+        self.doubted.remove(job);
+        self.unused.remove(job);
         Some(hold)
     }
 
     /// Returns for whom a device is kept.
     pub(crate) fn holder(&self, device: &DeviceId) -> Option<&JobId> {
         self.by_device.get(device)
+    }
+
+    /// Takes note that these devices, of which some may be kept, are free later than was thought.
+    pub(crate) fn doubt(&mut self, devices: &[DeviceId]) {
+        if self.by_job.is_empty() {
+            return;
+        }
+        for device in devices {
+            if let Some(job) = self.by_device.get(device) {
+                self.doubted.insert(job.clone());
+            }
+        }
+    }
+
+    /// Takes note that any device may not be what it was.
+    pub(crate) fn doubt_all(&mut self) {
+        self.doubted.extend(self.by_job.keys().cloned());
+    }
+
+    /// Returns whose devices have to be looked at anew.
+    pub(crate) fn take_doubted(&mut self) -> BTreeSet<JobId> {
+        std::mem::take(&mut self.doubted)
+    }
+
+    /// Returns how many of the devices that are kept for a job nobody uses. Not to be asked during
+    /// a trial, whose revisions mean nothing later.
+    pub(crate) fn unused(&mut self, job: &JobId, fleet: &Snapshot) -> u64 {
+        let now = fleet.revision();
+        if let Some((at, count)) = self.unused.get(job)
+            && *at == now
+        {
+            return *count;
+        }
+        let Some(hold) = self.by_job.get(job) else { return 0 };
+        let mut count = 0u64;
+        for on_node in hold.devices.chunk_by(|a, b| a.node == b.node) {
+            let state = on_node.first().and_then(|device| fleet.node(&device.node));
+            let Some(state) = state else { continue };
+            let unused = |device: &&DeviceId| state.used_milli(device.index) == 0;
+            count += on_node.iter().filter(unused).count() as u64;
+        }
+        self.unused.insert(job.clone(), (now, count));
+        count
     }
 }

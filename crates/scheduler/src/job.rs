@@ -56,6 +56,10 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    pub(crate) fn gang(&self) -> &Gang {
+        &self.request.gang
+    }
+
     pub(crate) fn priority(&self) -> i32 {
         self.request.settings.priority
     }

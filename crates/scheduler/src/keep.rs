@@ -58,7 +58,8 @@ impl Scheduler {
             return;
         }
         let Some(hold) = self.holds.of(job) else { return };
-        let devices = hold.devices.clone();
+        let count = hold.devices.len();
+        let first: Vec<DeviceId> = hold.devices.iter().take(2).cloned().collect();
         let Some(owner) = self.known(job) else { return };
         if owner.placed().is_some() {
             // What a gang that shrinks will keep is charged already.
@@ -66,7 +67,7 @@ impl Scheduler {
         }
         let gang = owner.request.gang.clone();
         let Some(queue) = self.tree.find(&owner.request.settings.queue) else { return };
-        let charge = self.charge_of(&gang, &devices, self.now);
+        let charge = self.charge_for(&gang, &first, count, self.now);
         self.tree.suppose(queue, &charge, true);
         if let Some(supposed) = &mut self.supposed {
             supposed.insert(job.clone(), (queue, charge));

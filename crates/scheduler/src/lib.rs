@@ -24,10 +24,11 @@ pub mod scheduler;
 mod site;
 mod tell;
 mod vain;
+mod worth;
 
 pub use holds::{Hold, Keep};
 pub use lines::By;
 pub use options::{Options, Order, Scoring};
 pub use saved::{Leaving, Past, Saved, SavedClass, SavedJob, SavedShape, Stands};
 pub use scheduler::Scheduler;
-pub use vain::{Search, Vain};
+pub use vain::{Priced, Search, Vain};

@@ -83,6 +83,23 @@ pub(crate) struct Asked {
 pub(crate) struct Line {
     pub(crate) classes: BTreeSet<ClassId>,
     pub(crate) length: usize,
+    /// The first job of each class that things as they are do not exclude.
+    heads: BTreeSet<(Place, ClassId)>,
+}
+
+impl Line {
+    /// Returns the first job that things as they are do not exclude.
+    pub(crate) fn head(&self) -> Option<&(Place, ClassId)> {
+        self.heads.first()
+    }
+}
+
+impl Class {
+    /// Returns its first job, if things as they are do not exclude it.
+    fn head(&self) -> Option<&Place> {
+        let out = matches!(self.standing, Standing::Blocked { by: By::Outright, .. });
+        if out { None } else { self.places.first() }
+    }
 }
 
 /// Everyone who waits, except who is held back or rests before a restart.
@@ -97,6 +114,8 @@ pub(crate) struct Lines {
     pub(crate) misfits: BTreeMap<ShapeId, (u64, Arc<Explanation>)>,
     /// They did not fit either where jobs that end by then may use what is reserved.
     pub(crate) kept_out: BTreeMap<ShapeId, (u64, Timestamp)>,
+    /// Classes with a new reason, or with a new first job, that is still to be told.
+    pub(crate) news: BTreeSet<ClassId>,
     /// Jobs that have not been told anything yet.
     pub(crate) untold: BTreeSet<Arc<JobId>>,
     length: usize,
@@ -145,23 +164,49 @@ impl Lines {
         if untold {
             self.untold.insert(place.job().clone());
         }
-        if let Some(class) = self.classes[id.0].as_mut() {
+        self.length += 1;
+        self.change(id, |class| {
             class.places.insert(place);
-            self.length += 1;
-            if let Some(line) = self.lines.get_mut(&class.alike.queue) {
-                line.length += 1;
-            }
+        });
+        if let Some(class) = self.class(id) {
+            let queue = class.alike.queue.clone();
+            self.lines.entry(queue).or_default().length += 1;
         }
         id
+    }
+
+    /// Changes a class, and keeps the heads of its line in step.
+    fn change(&mut self, id: ClassId, change: impl FnOnce(&mut Class)) {
+        let Some(class) = self.classes.get_mut(id.0).and_then(Option::as_mut) else { return };
+        let (before, first) = (class.head().cloned(), class.places.first().cloned());
+        change(class);
+        if class.places.first() != first.as_ref() {
+            self.news.insert(id);
+        }
+        let after = class.head();
+        if before.as_ref() == after {
+            return;
+        }
+        let Some(line) = self.lines.get_mut(&class.alike.queue) else { return };
+        if let Some(before) = before {
+            line.heads.remove(&(before, id));
+        }
+        if let Some(after) = after {
+            line.heads.insert((after.clone(), id));
+        }
+    }
+
+    /// Says where a class stands.
+    pub(crate) fn set_standing(&mut self, id: ClassId, standing: Standing) {
+        self.change(id, |class| class.standing = standing);
     }
 
     /// Takes a job out of its class.
     pub(crate) fn leave(&mut self, id: ClassId, place: &Place) {
         self.untold.remove(place.job());
-        let Some(class) = self.classes[id.0].as_mut() else { return };
-        if !class.places.remove(place) {
-            return;
-        }
+        let mut there = false;
+        self.change(id, |class| there = class.places.remove(place));
+        let Some(class) = self.classes[id.0].as_mut().filter(|_| there) else { return };
         self.length -= 1;
         let queue = &class.alike.queue;
         let line = self.lines.entry(queue.clone()).or_default();
@@ -199,8 +244,8 @@ impl Lines {
 
     /// Makes every class tried again.
     pub(crate) fn wake_all(&mut self) {
-        for class in self.classes.iter_mut().flatten() {
-            class.standing = Standing::Ready;
+        for id in (0..self.classes.len()).map(ClassId) {
+            self.set_standing(id, Standing::Ready);
         }
     }
 }

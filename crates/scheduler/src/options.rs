@@ -42,6 +42,9 @@ pub struct Options {
     pub priority_band: u32,
     /// What a restart costs a gang beside the work since its last checkpoint, in milliseconds.
     pub restart_cost_ms: u64,
+    /// A job that has waited so long, in milliseconds, takes what it has a claim to at any price;
+    /// before that only if it wins more device time than the others lose.
+    pub patience_ms: u64,
     /// After a reclaim or preemption, the same job is left alone for this long, in milliseconds.
     pub cooldown_ms: u64,
 }
@@ -59,6 +62,7 @@ impl Default for Options {
             ageing_ms: 3_600_000,
             priority_band: 1000,
             restart_cost_ms: 60_000,
+            patience_ms: 600_000,
             cooldown_ms: 60_000,
         }
     }

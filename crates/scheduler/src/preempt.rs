@@ -27,6 +27,9 @@ const DOMAINS_MAX: usize = 4;
 /// Disruptions that are remembered of one job.
 const REMEMBERED_MAX: usize = 64;
 
+/// A claim that was found to cost too much is priced anew after so long, in milliseconds.
+const PRICED_MS: u64 = 60_000;
+
 /// Victims that are tried to be spared one by one.
 const SPARED_MAX: usize = 16;
 
@@ -81,7 +84,9 @@ impl Scheduler {
             None => return Err(again),
         };
         let asked = self.asked(Search::Victims, slot, gang, refusal.short.as_ref(), work.now);
-        if let Some(until) = self.searches.barred(&asked) {
+        let mut price = self.priced(slot, gang);
+        let barred = self.searches.barred(&asked).or_else(|| self.searches.priced(&price));
+        if let Some(until) = barred {
             return Err(until.max(work.now.plus_ms(1)));
         }
         let before = self.searches.steps;
@@ -104,6 +109,15 @@ impl Scheduler {
             self.searches.failed(asked, before);
             return Err(again);
         };
+        // A higher band takes at once; within one, the price counts.
+        let band = self.band(self.job(slot).priority());
+        let outranks = outcome.victims.iter().all(|(victim, _)| victim.loss.0 < band);
+        if !outranks && !self.is_worth(slot, gang, outcome.loss, refusal, work.now) {
+            price.until = price.enforced.min(work.now.plus_ms(PRICED_MS));
+            again = again.min(price.until);
+            self.searches.costs_too_much(price);
+            return Err(again);
+        }
         self.carry_out(slot, outcome, work);
         Ok(())
     }
@@ -165,6 +179,10 @@ impl Scheduler {
             if !self.relieves(id, refusal.short.as_ref()) {
                 continue;
             }
+            let below = self.below(claimant, leaf, claim, id);
+            if jobs.first().is_none_or(|(least, _)| i64::from(*least) >= below) {
+                continue;
+            }
             // What a queue has borrowed in this very cycle is not taken back in it.
             if id != leaf
                 && let Some((_, theirs)) = self.tree.fork(leaf, id)
@@ -173,14 +191,13 @@ impl Scheduler {
                 *again = (*again).min(now.plus_ms(1));
                 continue;
             }
-            // In its own queue only lower priorities; and a queue that has borrowed nothing gives
-            // nothing back.
-            let all = if id == leaf { claimant.priority().saturating_sub(1) } else { i32::MAX };
+            // A queue that has borrowed nothing gives nothing back.
             if id != leaf && !self.tree.names_models(id) && !self.tree.all_borrowed(leaf, id, claim)
             {
                 continue;
             }
-            for (_, holder) in jobs.iter().take_while(|(priority, _)| *priority <= all) {
+            let theirs = jobs.iter().take_while(|(priority, _)| i64::from(*priority) < below);
+            for (_, holder) in theirs {
                 let Some(job) = self.known(holder) else { continue };
                 let Some(placed) = job.placed() else { continue };
                 if job.request.gang.device != gang.device || placed.cycle == self.cycles {
@@ -241,6 +258,25 @@ impl Scheduler {
         })
     }
 
+    /// Returns the priority below which jobs of a queue may have to leave for another: a bound that
+    /// holds whatever they hold, so that those above it need no look.
+    fn below(&self, claimant: &Job, leaf: QueueId, claim: &Charge, queue: QueueId) -> i64 {
+        let above = i64::from(claimant.priority());
+        let spec = self.tree.spec(leaf);
+        if queue == leaf {
+            return if spec.preempt_within { above } else { i64::MIN };
+        }
+        let lower_bands = i64::from(self.band(claimant.priority()))
+            * i64::from(self.options.priority_band.max(1));
+        let within =
+            || self.tree.fork(leaf, queue).is_some_and(|(mine, _)| self.tree.within(mine, claim));
+        match spec.reclaim {
+            Reclaim::Any if within() => i64::MAX,
+            Reclaim::LowerPriority if within() => above,
+            _ => lower_bands,
+        }
+    }
+
     /// Returns by which rule a job may take the devices of another.
     fn cause(
         &self,
@@ -288,10 +324,12 @@ impl Scheduler {
         let there = self.places(victims);
         let devices: u64 = victims.iter().map(|victim| u64::from(victim.devices)).sum();
         self.searches.steps += devices / LOOKS_A_STEP;
+        let id = self.job(slot).id.clone();
+        let kept = self.holds.unused(&id, &self.fleet);
         let mut sure = false;
         for level in self.fleet.topology().levels_inside_out() {
             let mut best: Option<Outcome> = None;
-            for (domain, here) in self.domains(gang, victims, &there, level) {
+            for (domain, here) in self.domains(gang, victims, &there, level, kept) {
                 let all = victims;
                 let victims: Vec<Victim> = here.into_iter().map(|at| victims[at].clone()).collect();
                 let outcome =
@@ -353,14 +391,15 @@ impl Scheduler {
         there
     }
 
-    /// Returns the domains of a level whose free devices and victims would make enough room, the
-    /// cheapest first, each with the victims in it.
+    /// Returns the domains of a level whose free devices, with as many as are `kept` for the claimant
+    /// itself, and victims would make enough room, the cheapest first, each with the victims in it.
     pub(crate) fn domains(
         &self,
         gang: &Gang,
         victims: &[Victim],
         there: &BTreeMap<DomainAt, Vec<(usize, u32)>>,
         level: drumline_cluster::LevelAt,
+        kept: u64,
     ) -> Vec<(DomainAt, Vec<usize>)> {
         let topology = self.fleet.topology();
         let mut counts: BTreeMap<DomainAt, BTreeMap<usize, u32>> = BTreeMap::new();
@@ -373,7 +412,7 @@ impl Scheduler {
         }
         let mut found: Vec<(u128, u64, DomainAt, Vec<usize>)> = Vec::new();
         for (domain, counts) in counts {
-            let mut room = self.free_in(gang, domain);
+            let mut room = self.free_in(gang, domain) + kept;
             let mut loss = 0u128;
             for (at, count) in &counts {
                 if room < u64::from(gang.ranks) {
@@ -392,11 +431,7 @@ impl Scheduler {
     }
 
     pub(crate) fn free_in(&self, gang: &Gang, domain: DomainAt) -> u64 {
-        self.fleet
-            .pools()
-            .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)
-            .map(|(_, pool)| pool.counts(domain).free())
-            .sum()
+        free_in(&self.fleet, gang, domain)
     }
 
     /// Takes victims away in a trial, the least loss first, until the claimant has quota and
@@ -461,13 +496,14 @@ impl Scheduler {
         let least = gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1));
         let mut bounds = self.bounds(Some(gang.ranks));
         bounds.within = within;
-        let mut room = self.free_in(gang, within.unwrap_or(DomainAt::ROOT));
         let mut supposed: Vec<(QueueId, Charge)> = Vec::new();
         let (tree, fleet) = (&mut self.tree, &mut self.fleet);
         let mut found = None;
         {
             let mut trial = fleet.trial();
             trial.unreserve(&id);
+            // What is kept for the claimant itself counts for it.
+            let mut room = free_in(trial.snapshot(), gang, within.unwrap_or(DomainAt::ROOT));
             let mut step = 1usize;
             let mut since = 0usize;
             for (at, victim) in victims.iter().enumerate() {
@@ -592,6 +628,7 @@ impl Scheduler {
         let Some(&slot) = self.ids.get(victim) else { return };
         let job = self.job_mut(slot);
         let attempt = job.attempt;
+        let id = job.id.clone();
         let Some(placed) = job.placed_mut() else { return };
         placed.leaving =
             Some(Leaving { cause, beneficiary: beneficiary.clone(), resize_to, since: now });
@@ -599,9 +636,19 @@ impl Scheduler {
         if job.past.disrupted.len() > REMEMBERED_MAX {
             job.past.disrupted.remove(0);
         }
+        self.leaving.insert(id);
         let job = victim.clone();
         work.evictions.push(Eviction { job, attempt, cause, beneficiary, resize_to, message });
     }
+}
+
+/// Returns the whole devices in a domain that nobody uses and that are kept for nobody.
+fn free_in(fleet: &Snapshot, gang: &Gang, domain: DomainAt) -> u64 {
+    fleet
+        .pools()
+        .filter(|(_, pool)| fleet.stock(pool.model()).kind() == gang.device)
+        .map(|(_, pool)| pool.counts(domain).free())
+        .sum()
 }
 
 pub(crate) fn holders(fleet: &Snapshot, devices: &[DeviceId]) -> std::collections::BTreeSet<JobId> {

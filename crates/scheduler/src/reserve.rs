@@ -10,30 +10,37 @@ use drumline_spec::{Gang, WHOLE_DEVICE};
 use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
 
 use crate::cycle::{Refusal, Work};
-use crate::holds::{Hold, Keep};
+use crate::holds::Keep;
 use crate::job::{Stand, milli};
-use crate::lines::{Asked, By, ClassId, Standing};
+use crate::lines::{Asked, By, ClassId};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
-use crate::vain::{FIND_STEPS, LOOKS_A_STEP, Search};
+use crate::vain::{FIND_STEPS, Search};
 
 /// Reservations at one time, at most: each keeps devices from long jobs.
 const RESERVED_MAX: usize = 16;
 
 impl Scheduler {
     /// Gives up what is kept for jobs that no longer wait for it, and corrects estimated starts.
+    /// The devices of a hold are looked at only where something may have become of them.
     pub(crate) fn review_holds(&mut self, work: &mut Work) {
-        let holds: Vec<(JobId, Hold)> =
-            self.holds.iter().map(|(job, hold)| (job.clone(), hold.clone())).collect();
-        for (id, hold) in holds {
-            if !self.still_wanted(&id, &hold) {
+        let doubted = self.holds.take_doubted();
+        let holds: Vec<(JobId, Keep)> =
+            self.holds.iter().map(|(job, hold)| (job.clone(), hold.keep)).collect();
+        for (id, keep) in holds {
+            let doubted = doubted.contains(&id);
+            if !self.still_wanted(&id, keep, doubted) {
                 self.drop_hold(&id);
                 continue;
             }
-            match hold.keep {
+            match keep {
                 Keep::Nominated { until } if until <= work.now => self.drop_hold(&id),
                 Keep::Nominated { until } => work.wake(until),
                 Keep::Reserved { start } => {
+                    if !doubted && start >= work.now {
+                        continue;
+                    }
+                    let Some(hold) = self.holds.of(&id) else { continue };
                     let corrected = self.free_at(&hold.devices, work.now);
                     if corrected > start {
                         self.holds.restart(&id, Keep::Reserved { start: corrected });
@@ -44,8 +51,9 @@ impl Scheduler {
         }
     }
 
-    fn still_wanted(&self, id: &JobId, hold: &Hold) -> bool {
+    fn still_wanted(&self, id: &JobId, keep: Keep, doubted: bool) -> bool {
         let Some(job) = self.known(id) else { return false };
+        let nominated = matches!(keep, Keep::Nominated { .. });
         let (class, place) = match &job.stand {
             Stand::InLine { class, place, .. } => (class, place),
             // A gang that leaves to come back, smaller or elsewhere, keeps what it will need.
@@ -54,7 +62,7 @@ impl Scheduler {
                     leaving.resize_to.is_some() || leaving.cause == EvictionCause::Consolidated
                 });
             }
-            Stand::Aside { .. } => return matches!(hold.keep, Keep::Nominated { .. }) && !job.held,
+            Stand::Aside { .. } => return nominated && !job.held,
         };
         let Some(class) = self.lines.class(*class) else { return false };
         let queue = &class.alike.queue;
@@ -62,9 +70,12 @@ impl Scheduler {
             return false;
         }
         let gang = &class.alike.gang;
-        let sound = hold.devices.iter().all(|device| self.may_use(device, gang));
+        let sound = || {
+            let devices = self.holds.of(id).map_or(&[][..], |hold| &hold.devices);
+            devices.iter().all(|device| self.may_use(device, gang))
+        };
         let first = || self.head(queue).is_none_or(|(head, _)| head == *place);
-        sound && (matches!(hold.keep, Keep::Nominated { .. }) || first())
+        (!doubted || sound()) && (nominated || first())
     }
 
     fn may_use(&self, device: &DeviceId, gang: &Gang) -> bool {
@@ -77,41 +88,22 @@ impl Scheduler {
 
     /// Returns the first job of a line that things as they are do not exclude.
     pub(crate) fn head(&self, queue: &QueueName) -> Option<(Place, ClassId)> {
-        let line = self.lines.lines.get(queue)?;
-        line.classes
-            .iter()
-            .filter_map(|&id| {
-                let class = self.lines.class(id)?;
-                let out = matches!(class.standing, Standing::Blocked { by: By::Outright, .. });
-                (!out).then_some((class.places.first()?, id))
-            })
-            .min_by(|a, b| a.0.cmp(b.0))
-            .map(|(place, id)| (place.clone(), id))
+        self.lines.lines.get(queue)?.head().cloned()
     }
 
     /// Returns whether a gang could fit if what is kept for these jobs were not: a count of devices,
     /// without a look at where they are.
-    pub(crate) fn may_hold<'a>(
-        &self,
-        gang: &Gang,
-        owners: impl Iterator<Item = &'a JobId>,
-    ) -> bool {
+    pub(crate) fn may_hold(&mut self, gang: &Gang, owners: &[JobId]) -> bool {
         if gang.share_milli < WHOLE_DEVICE || gang.leader.is_some() {
             return true;
         }
         let least = u64::from(gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1)));
         let mut free = self.free_in(gang, DomainAt::ROOT);
         for owner in owners {
-            let Some(hold) = self.holds.of(owner) else { continue };
-            for on_node in hold.devices.chunk_by(|a, b| a.node == b.node) {
-                if free >= least {
-                    return true;
-                }
-                let state = on_node.first().and_then(|device| self.fleet.node(&device.node));
-                let Some(state) = state else { continue };
-                let unused = |device: &&DeviceId| state.used_milli(device.index) == 0;
-                free += on_node.iter().filter(unused).count() as u64;
+            if free >= least {
+                return true;
             }
+            free += self.holds.unused(owner, &self.fleet);
         }
         free >= least
     }
@@ -165,39 +157,39 @@ impl Scheduler {
             work.wake(asked.again);
             return false;
         }
-        let gang = class.alike.gang.clone();
-        let queue = class.alike.queue.clone();
+        let alike = class.alike.clone();
+        let (gang, queue) = (&alike.gang, &alike.queue);
         let mut again = Timestamp(u64::MAX);
         if self.options.preemption {
-            match self.preempt(slot, &gang, leaf, refusal, work) {
+            match self.preempt(slot, gang, leaf, refusal, work) {
                 Ok(()) => return true,
                 Err(at) => again = at,
             }
         }
-        let first = self.head(&queue).is_some_and(|(head, _)| head.job() == &id);
+        let first = self.head(queue).is_some_and(|(head, _)| head.job() == &id);
         let reservable = self.options.backfill
             && first
             && refusal.by != By::Quota
             && gang.ranks > 1
             && self.holds.of(&id).is_none()
             && self.holds.len() < RESERVED_MAX;
-        if first && self.consolidate(slot, &gang, leaf, refusal, work) {
+        if first && self.consolidate(slot, gang, leaf, refusal, work) {
             return true;
         }
         // What is lent until another's reserved start is not this job's to count on.
         let reservable = reservable && {
             let claim = self
-                .choices(leaf, &gang)
+                .choices(leaf, gang)
                 .first()
-                .map(|c| vec![(c.charged, milli(&gang, gang.ranks))]);
+                .map(|c| vec![(c.charged, milli(gang, gang.ranks))]);
             claim.is_some_and(|claim| self.tree.check(leaf, &claim).is_ok())
         };
         if reservable {
-            let asked = self.asked(Search::Reservation, slot, &gang, None, work.now);
+            let asked = self.asked(Search::Reservation, slot, gang, None, work.now);
             let before = self.searches.steps;
             match self.searches.barred(&asked) {
                 Some(until) => again = again.min(until),
-                None => match self.earliest(slot, &gang, work.now) {
+                None => match self.earliest(slot, gang, work.now) {
                     Some((devices, start)) => self.keep(&id, devices, Keep::Reserved { start }),
                     None => self.searches.failed(asked, before),
                 },
@@ -222,61 +214,51 @@ impl Scheduler {
         let job = self.jobs[slot.0].as_ref()?;
         let (id, split, bounds) =
             (job.id.clone(), job.split(gang.ranks), self.bounds(Some(gang.ranks)));
-        let mut ends: Vec<(Timestamp, Arc<JobId>)> = Vec::new();
-        for (at, holder) in &self.ends {
-            let Some(job) = self.known(holder) else { continue };
-            let Some(placed) = job.placed() else { continue };
-            let at = if placed.leaving.is_some() { now } else { *at };
-            let of = &job.request.gang;
-            if of.device == gang.device || Some(of.device) == gang.leader {
-                ends.push((at, holder.clone()));
-            }
-        }
-        ends.sort();
-        self.searches.steps += ends.len() as u64 / LOOKS_A_STEP;
-        let mut free: u64 = self
-            .fleet
-            .pools()
-            .filter(|(_, pool)| self.fleet.stock(pool.model()).kind() == gang.device)
-            .map(|(_, pool)| pool.counts(DomainAt::ROOT).free())
-            .sum();
+        let mut free = self.free_in(gang, DomainAt::ROOT);
+        let (ids, jobs, steps) = (&self.ids, &self.jobs, &mut self.searches.steps);
+        // Who was asked to leave goes first, then the others as they are thought to end.
+        let ends = self.ends.iter().map(|(_, holder)| holder);
+        let ends = ends.filter(|holder| !self.leaving.contains(*holder));
+        let mut ends = self.leaving.iter().chain(ends).filter(|holder| {
+            let of = ids.get(*holder).and_then(|slot| jobs[slot.0].as_ref()).map(|job| job.gang());
+            of.is_some_and(|of| of.device == gang.device || Some(of.device) == gang.leader)
+        });
         let devices = {
             let mut trial = self.fleet.trial();
             trial.unreserve(&id);
-            let mut marks: Vec<Mark> = Vec::new();
+            let mut gone: Vec<(Mark, &Arc<JobId>)> = Vec::new();
             let mut step = 1usize;
             let mut failed = 0usize;
             let found = loop {
-                let want = marks.len() + step;
-                while marks.len() < ends.len()
-                    && (marks.len() < want || free < u64::from(gang.ranks))
-                {
-                    let holder = &ends[marks.len()].1;
-                    let count = trial
-                        .snapshot()
-                        .commitment(holder)
-                        .map_or(0, |held| held.devices.len() as u64);
-                    marks.push(trial.checkpoint());
+                let want = gone.len() + step;
+                let mut all = false;
+                while gone.len() < want || free < u64::from(gang.ranks) {
+                    let Some(holder) = ends.next() else {
+                        all = true;
+                        break;
+                    };
+                    let held = trial.snapshot().commitment(holder);
+                    free += held.map_or(0, |held| held.devices.len() as u64);
+                    gone.push((trial.checkpoint(), holder));
                     trial.evict(holder);
-                    self.searches.steps += 1;
-                    free += count;
+                    *steps += 1;
                 }
-                self.searches.steps += FIND_STEPS;
+                *steps += FIND_STEPS;
                 match site::fit(trial.snapshot(), gang, split, &bounds) {
                     Some(placed) => break Some(placed.devices),
-                    None if marks.len() >= ends.len() => break None,
+                    None if all => break None,
                     None => {
-                        failed = marks.len();
+                        failed = gone.len();
                         step *= 2;
                     }
                 }
             };
             let mut best = found?;
-            let (mut low, mut high) = (failed, marks.len());
+            let (mut low, mut high) = (failed, gone.len());
             while high - low > 1 {
                 let middle = low.midpoint(high);
-                trial.rollback(marks[middle]);
-                self.searches.steps += FIND_STEPS;
+                trial.rollback(gone[middle].0);
+                *steps += FIND_STEPS;
                 match site::fit(trial.snapshot(), gang, split, &bounds) {
                     Some(placed) => {
                         best = placed.devices;
@@ -288,9 +270,9 @@ impl Scheduler {
                 }
                 // Forward again to where it fits, if that is not here.
                 if low == middle {
-                    for at in middle..high {
-                        marks[at] = trial.checkpoint();
-                        trial.evict(&ends[at].1);
+                    for (mark, holder) in &mut gone[middle..high] {
+                        *mark = trial.checkpoint();
+                        trial.evict(holder);
                     }
                 }
             }

@@ -14,6 +14,7 @@ impl Scheduler {
     /// Returns the whole state.
     #[must_use]
     pub fn save(&self) -> Saved {
+        let (vain, priced) = self.searches.saved(self.now);
         Saved {
             version: Saved::VERSION,
             now: self.now,
@@ -30,7 +31,8 @@ impl Scheduler {
             history: self.tree.history(),
             classes: self.saved_classes(),
             shapes: self.saved_shapes(),
-            vain: self.searches.saved(self.now),
+            vain,
+            priced,
             dirty: self.dirty,
         }
     }
@@ -131,7 +133,7 @@ impl Scheduler {
         scheduler.tree.remember(saved.history);
         scheduler.remember_classes(saved.classes);
         scheduler.remember_shapes(saved.shapes);
-        scheduler.searches.remember(saved.vain);
+        scheduler.searches.remember(saved.vain, saved.priced);
         scheduler.dirty = saved.dirty;
         Ok(scheduler)
     }
@@ -150,12 +152,12 @@ impl Scheduler {
             };
             let told_to = saved.told_to.as_ref().and_then(|job| place(self, job));
             let telling = saved.telling.then_some(told_to);
+            // A count that is never reached stands for one that is past.
+            if let Some((by, fresh)) = saved.blocked {
+                let freed = if fresh { stamps.of(by) } else { u64::MAX };
+                self.lines.set_standing(id, Standing::Blocked { by, freed });
+            }
             if let Some(class) = self.lines.class_mut(id) {
-                // A count that is never reached stands for one that is past.
-                if let Some((by, fresh)) = saved.blocked {
-                    let freed = if fresh { stamps.of(by) } else { u64::MAX };
-                    class.standing = Standing::Blocked { by, freed };
-                }
                 class.why = saved.why.map(Arc::new);
                 class.telling = telling;
                 class.asked = saved.asked.map(|(job, again, fresh)| crate::lines::Asked {

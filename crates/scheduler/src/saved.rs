@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::holds::Hold;
 use crate::lines::By;
 use crate::options::Options;
-use crate::vain::Vain;
+use crate::vain::{Priced, Vain};
 
 /// Where a job stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,10 @@ pub struct Leaving {
 pub struct Past {
     /// Work that is safe, from earlier attempts, in milliseconds.
     pub done_ms: u64,
+    /// When it began to wait again after its last attempt.
+    pub since: Timestamp,
+    /// What disruptions cost it and it has not made up for yet, in milliseconds.
+    pub lost_ms: u64,
     /// It is left alone until this moment.
     pub immune: Timestamp,
     /// When it was disrupted, as far back as its budget counts.
@@ -117,6 +121,9 @@ pub struct Saved {
     /// Costly searches that found nothing and are not made again yet.
     #[serde(default)]
     pub vain: Vec<Vain>,
+    /// Claims that cost others more than they win, and are not priced again yet.
+    #[serde(default)]
+    pub priced: Vec<Priced>,
     /// Whether the next cycle has something to decide.
     #[serde(default = "yes")]
     pub dirty: bool,

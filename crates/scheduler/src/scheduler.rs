@@ -38,6 +38,8 @@ pub struct Scheduler {
     pub(crate) aside: BTreeSet<(Timestamp, Arc<JobId>)>,
     /// Jobs that hold devices, by their estimated ends.
     pub(crate) ends: BTreeSet<(Timestamp, Arc<JobId>)>,
+    /// Of those, the ones that were asked to leave.
+    pub(crate) leaving: BTreeSet<Arc<JobId>>,
     /// Jobs that hold devices, by queue and priority.
     pub(crate) placed: BTreeMap<QueueName, BTreeSet<(i32, Arc<JobId>)>>,
     pub(crate) holds: Holds,
@@ -76,6 +78,7 @@ impl Scheduler {
             lines: Lines::default(),
             aside: BTreeSet::new(),
             ends: BTreeSet::new(),
+            leaving: BTreeSet::new(),
             placed: BTreeMap::new(),
             holds: Holds::default(),
             supposed: None,
@@ -120,12 +123,14 @@ impl Scheduler {
         let now = self.now;
         match change {
             Change::Node { node } => {
+                self.holds.doubt_all();
                 self.count_node(&node.name.clone(), false, now);
                 let name = node.name.clone();
                 self.fleet.upsert_node(*node);
                 self.count_node(&name, true, now);
             }
             Change::NodeGone { node } => {
+                self.holds.doubt_all();
                 self.count_node(&node, false, now);
                 self.fleet.remove_node(&node);
             }
@@ -281,6 +286,7 @@ impl Scheduler {
             Stand::Placed(placed) => {
                 let (queue, priority) = (job.request.settings.queue.clone(), job.priority());
                 self.ends.remove(&(placed.ends, id.clone()));
+                self.leaving.remove(&id);
                 if let Some(set) = self.placed.get_mut(&queue) {
                     set.remove(&(priority, id.clone()));
                     if set.is_empty() {
@@ -344,6 +350,7 @@ impl Scheduler {
         };
         let slot = self.insert(request, attempt, held, past);
         self.placed(slot, started, started, None, None);
+        self.holds.doubt_all();
         Ok(())
     }
 
@@ -366,6 +373,9 @@ impl Scheduler {
         let charge = Arc::new(self.charge_of(&gang, &devices, now));
         self.tree.charge(&queue, &charge, now);
         self.ends.insert((ends, id.clone()));
+        if leaving.is_some() {
+            self.leaving.insert(id.clone());
+        }
         let priority = self.job(slot).priority();
         self.placed.entry(queue).or_default().insert((priority, id));
         let cycle = self.cycles;
@@ -377,7 +387,14 @@ impl Scheduler {
     pub(crate) fn requeue(&mut self, slot: Slot, attempt: Attempt, not_before: Timestamp) {
         if let Some(placed) = self.job(slot).placed() {
             let (safe_ms, leaving) = (placed.safe.since_ms(placed.started), placed.leaving.clone());
+            let lost_ms = match &leaving {
+                Some(_) => self.now.since_ms(placed.safe) + self.options.restart_cost_ms,
+                None => 0,
+            };
+            let now = self.now;
             let job = self.job_mut(slot);
+            job.past.since = now;
+            job.past.lost_ms = job.past.lost_ms.saturating_sub(safe_ms).saturating_add(lost_ms);
             job.past.done_ms = job.past.done_ms.saturating_add(safe_ms);
             job.past.size = leaving.and_then(|leaving| leaving.resize_to);
         }
@@ -413,18 +430,29 @@ impl Scheduler {
         devices: &[DeviceId],
         now: Timestamp,
     ) -> Charge {
+        self.charge_for(gang, devices, devices.len(), now)
+    }
+
+    /// Does as [`Scheduler::charge_of`], told the first two devices and the number of all.
+    pub(crate) fn charge_for(
+        &mut self,
+        gang: &Gang,
+        first: &[DeviceId],
+        count: usize,
+        now: Timestamp,
+    ) -> Charge {
         let share = u64::from(gang.share_milli.min(WHOLE_DEVICE));
         let mut charge: Charge = Vec::with_capacity(2);
         let mut add = |model: ModelId, amount: u64| match charge.iter_mut().find(|c| c.0 == model) {
             Some(entry) => entry.1 += amount,
             None => charge.push((model, amount)),
         };
-        let (first, rest) = match (gang.leader, devices.split_first()) {
+        let (first, rest) = match (gang.leader, first.split_first()) {
             (Some(kind), Some((leader, rest))) => {
                 add(self.model_of(leader, kind, now), share);
-                (rest.first(), rest.len())
+                (rest.first(), count - 1)
             }
-            _ => (devices.first(), devices.len()),
+            _ => (first.first(), count),
         };
         if let Some(first) = first {
             add(self.model_of(first, gang.device, now), share * rest as u64);
@@ -462,11 +490,13 @@ impl Scheduler {
                 self.wait(slot, not_before, Some(told.clone()));
             }
         }
+        self.holds.doubt_all();
         for eviction in &cycle.evictions {
             if let Some(&slot) = self.ids.get(&eviction.job)
                 && let Some(placed) = self.job_mut(slot).placed_mut()
             {
                 placed.leaving = None;
+                self.leaving.remove(&eviction.job);
             }
             if let Some(beneficiary) = &eviction.beneficiary {
                 self.drop_hold(beneficiary);

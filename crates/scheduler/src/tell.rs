@@ -19,6 +19,7 @@ const TOLD_MAX: usize = 1_024;
 impl Scheduler {
     /// Sets what the jobs of a class are told.
     pub(crate) fn set_why(&mut self, class: ClassId, why: &Explanation) {
+        let id = class;
         let Some(class) = self.lines.class_mut(class) else { return };
         if class.why.as_deref() == Some(why) {
             return;
@@ -27,6 +28,7 @@ impl Scheduler {
             class.telling = Some(None);
         }
         class.why = Some(Arc::new(why.clone()));
+        self.lines.news.insert(id);
     }
 
     /// Tells those whose reason has changed, and the first of each class also when only the
@@ -51,8 +53,7 @@ impl Scheduler {
                 told.insert(id, why);
             }
         }
-        let classes: Vec<ClassId> = self.lines.ids().collect();
-        for id in classes {
+        for id in std::mem::take(&mut self.lines.news) {
             let Some(class) = self.lines.class_mut(id) else { continue };
             let Some(why) = class.why.clone() else { continue };
             if let Some(from) = class.telling.take() {
@@ -76,8 +77,12 @@ impl Scheduler {
                     work.unfinished = true;
                 }
             }
+            let unfinished = class.telling.is_some();
             if let Some(first) = class.places.first() {
                 told.entry(first.job().clone()).or_insert(why);
+            }
+            if unfinished {
+                self.lines.news.insert(id);
             }
         }
         for (id, why) in told {

@@ -84,10 +84,26 @@ fn at_least(gang: &Gang, other: &Gang) -> bool {
             && Gang { ranks: gang.ranks, ..other.clone() } == *gang)
 }
 
+/// A claim to what others hold that costs them more than it wins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Priced {
+    /// The queue of the job that has it.
+    pub queue: QueueName,
+    /// The priority of that job.
+    pub priority: i32,
+    /// What it asks for.
+    pub gang: Gang,
+    /// From this moment on it takes at any price.
+    pub enforced: Timestamp,
+    /// It is not priced again before this moment.
+    pub until: Timestamp,
+}
+
 /// Every search in vain that still keeps others from being made.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Searches {
     vain: BTreeMap<QueueName, Vec<Vain>>,
+    priced: BTreeMap<QueueName, Vec<Priced>>,
     /// Gangs that this cycle found no place for even where those may run that end by then.
     kept_out: Vec<(Gang, Timestamp)>,
     /// Steps that this cycle has spent.
@@ -101,6 +117,10 @@ impl Searches {
         self.kept_out.clear();
         self.vain.retain(|_, of_queue| {
             of_queue.retain(|vain| vain.until > now);
+            !of_queue.is_empty()
+        });
+        self.priced.retain(|_, of_queue| {
+            of_queue.retain(|claim| claim.until > now);
             !of_queue.is_empty()
         });
     }
@@ -131,6 +151,23 @@ impl Searches {
         list.push(vain);
     }
 
+    /// Returns when a claim may be priced again if it may not be now: one like it, of a job that
+    /// has waited as long, was found to cost more than it wins.
+    pub(crate) fn priced(&self, claim: &Priced) -> Option<Timestamp> {
+        let of_queue = self.priced.get(&claim.queue)?;
+        let found = of_queue.iter().find(|old| {
+            old.gang == claim.gang
+                && old.priority >= claim.priority
+                && old.enforced <= claim.enforced
+        });
+        found.map(|old| old.until)
+    }
+
+    /// Takes note of a claim that costs more than it wins.
+    pub(crate) fn costs_too_much(&mut self, claim: Priced) {
+        self.priced.entry(claim.queue.clone()).or_default().push(claim);
+    }
+
     /// Takes note that a gang that ends by `bound` fits nowhere, what is reserved for later included.
     pub(crate) fn kept_out(&mut self, gang: &Gang, bound: Timestamp) {
         self.kept_out.push((gang.clone(), bound));
@@ -144,16 +181,22 @@ impl Searches {
 
     pub(crate) fn clear(&mut self) {
         self.vain.clear();
+        self.priced.clear();
     }
 
     /// Returns those that outlast the last cycle.
-    pub(crate) fn saved(&self, now: Timestamp) -> Vec<Vain> {
-        self.vain.values().flatten().filter(|vain| vain.until > now).cloned().collect()
+    pub(crate) fn saved(&self, now: Timestamp) -> (Vec<Vain>, Vec<Priced>) {
+        let vain = self.vain.values().flatten().filter(|vain| vain.until > now);
+        let priced = self.priced.values().flatten().filter(|claim| claim.until > now);
+        (vain.cloned().collect(), priced.cloned().collect())
     }
 
-    pub(crate) fn remember(&mut self, saved: Vec<Vain>) {
-        for vain in saved {
+    pub(crate) fn remember(&mut self, vain: Vec<Vain>, priced: Vec<Priced>) {
+        for vain in vain {
             self.vain.entry(vain.queue.clone()).or_default().push(vain);
+        }
+        for claim in priced {
+            self.priced.entry(claim.queue.clone()).or_default().push(claim);
         }
     }
 }

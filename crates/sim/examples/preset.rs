@@ -1,5 +1,5 @@
 //! Runs presets and prints the report: `cargo run --release -p drumline-sim --example preset --
-//! small drumline,fifo 1`.
+//! small drumline,fifo,mine.toml 1`.
 
 use std::sync::atomic::AtomicBool;
 
@@ -18,7 +18,10 @@ fn main() -> Result<(), String> {
     let mut last = 0;
     let mut reports = Vec::new();
     for name in policies.split(',') {
-        let policy = Policy::named(name, seed).ok_or("no such policy")?;
+        let policy = match std::fs::read_to_string(name) {
+            Ok(text) => Policy::read(name, &text).map_err(|fault| fault.to_string())?,
+            Err(_) => Policy::named(name, seed).ok_or("no such policy")?,
+        };
         let mut progress = |status: &drumline_sim::Status| {
             if status.now_ms / 3_600_000 != last {
                 last = status.now_ms / 3_600_000;

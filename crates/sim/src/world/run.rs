@@ -444,7 +444,11 @@ impl<'a> World<'a> {
 
     fn leave(&mut self, slot: u32, start: u64) -> Result<(), SimError> {
         let Some(live) = self.present(slot, start) else { return Ok(()) };
-        let failed = live.ends == End::Failed;
+        let (failed, saved) = (live.ends == End::Failed, live.ends == End::Evicted { saved: true });
+        let job = live.job.id.clone();
+        if saved {
+            self.tell(Change::Checkpointed { job })?;
+        }
         self.give_back(slot);
         let wants = match self.live.get(slot as usize) {
             Some(Some(live)) => self.wants(live),

@@ -1,25 +1,32 @@
 """Compares Drumline's serving step with llama.cpp on a LLaMA shape of 110 million parameters.
 
-Usage: compare_llama_cpp.py SERVE_RATE [ROUNDS] [THREADS,...]
+Usage: compare_llama_cpp.py SERVE_RATE [--rounds N] [--threads 1,2] [--batches 1,2,4,8,16,32] [--no-peer]
 
 SERVE_RATE is the example built by `cargo build --release -p drumline-engine --example serve_rate`. Both sides have
-the same shape with random weights of their own; the rounds alternate, so that a busy machine slows both alike, and
-the medians count. Measured: prefill of 512 tokens, and 64 decoded tokens after 128, one sequence, no network.
+the same shape with random weights of their own. One process for each way to store weights and llama.cpp are asked in
+turn, one round after the other, so that a busy machine slows all alike; times are of the day, medians count. The
+memory bandwidth is measured in every round. Measured: prefill of 512 tokens; 64 decoded tokens after 128, one
+sequence; then decoding of several sequences at once (ours alone); memory beside what was planned.
 
-Needs: llama-cpp-python, gguf, numpy. Run by hand: the build takes minutes. Prints one JSON object for each setting.
+Needs: llama-cpp-python, gguf, numpy. Run by hand: the build takes minutes. Prints one JSON object a line.
 """
 
+import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-import gguf
-import llama_cpp
-import numpy
+try:
+    import gguf
+    import llama_cpp
+    import numpy
+except ImportError:
+    print("llama-cpp-python, gguf or numpy is missing: only --no-peer works", file=sys.stderr)
 
 LAYERS, WIDTH, FEED, HEADS, VOCAB, CONTEXT = 12, 768, 2048, 12, 32000, 1024
 PROMPT, BEFORE, MADE = 512, 128, 64
@@ -96,47 +103,110 @@ class Peer:
         return prefill, 1 / statistics.median(steps)
 
 
-def ours(program: str, weights: str, threads: int) -> dict[str, float]:
-    """Returns one round of ours."""
-    def rate(prompt: int, made: int) -> dict[str, float]:
-        command = [program, "llama-110m", weights, str(threads), "1", str(prompt), str(made)]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
+class Ours:
+    """One process of ours that is asked line by line."""
 
-    decode = rate(BEFORE, MADE)
-    return {
-        "prefill": rate(PROMPT, 2)["prefill_tokens_per_second"],
-        "decode": decode["decode_tokens_per_second"],
-        "bound": decode["bandwidth_bound"],
-    }
+    def __init__(self, program: str, weights: str, threads: int, max_batch: int) -> None:
+        context = PROMPT + 16
+        cached = max(context, max_batch * 64)
+        command = [program, "llama-110m", weights, *map(str, (threads, max_batch, context, cached))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = json.loads(self.process.stdout.readline())
+
+    def ask(self, batch: int, prompt: int, made: int) -> dict[str, float]:
+        self.process.stdin.write(f"{batch} {prompt} {made}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def round(self) -> dict[str, float]:
+        """Returns the rates of one sequence."""
+        decode = self.ask(1, BEFORE, MADE)
+        return {
+            "prefill": self.ask(1, PROMPT, 2)["prefill_tokens_per_second"],
+            "decode": decode["decode_tokens_per_second"],
+            "of_bandwidth": decode["decode_tokens_per_second"] / decode["bandwidth_bound"],
+            "memory_gb_per_second": decode["memory_gb_per_second"],
+        }
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def median(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+
+
+def compare(program: str, path: str | None, threads: int, rounds: int, batches: list[int]) -> None:
+    """Prints the rows of one number of threads."""
+    peer = Peer(path, threads) if path else None
+    if peer:
+        peer.round()
+    kinds = {weights: Ours(program, weights, threads, max(batches)) for weights in ("bf16", "f16", "int8", "f32")}
+    for weights, ours in kinds.items():
+        memory = {key: ours.about[key] for key in ours.about if key.endswith("_bytes") or key == "over_weights_and_cache"}
+        print(json.dumps({"row": "memory", "threads": threads, "weights": weights, **memory}), flush=True)
+    theirs, found = [], {weights: [] for weights in kinds}
+    for _ in range(rounds):
+        if peer:
+            prefill, decode = peer.round()
+            theirs.append({"prefill": prefill, "decode": decode})
+        for weights, ours in kinds.items():
+            found[weights].append(ours.round())
+    their = median(theirs) if peer else None
+    bf16 = median(found["bf16"])["decode"]
+    for weights, results in found.items():
+        own = median(results)
+        row = {"row": "one sequence", "threads": threads, "weights": weights, "rounds": rounds,
+               **{key: round(value, 2) for key, value in own.items()}, "decode_of_bf16": round(own["decode"] / bf16, 2)}
+        for key in ("prefill", "decode") if peer else ():
+            ratios = [r[key] / t[key] for r, t in zip(results, theirs)]
+            row[f"llama_cpp_{key}"] = round(their[key], 1)
+            row[f"{key}_ratio"] = round(own[key] / their[key], 2)
+            row[f"{key}_ratio_of_rounds"] = [round(min(ratios), 2), round(max(ratios), 2)]
+        print(json.dumps(row), flush=True)
+    many = {weights: {batch: [] for batch in batches} for weights in kinds}
+    for _ in range(min(rounds, 3)):
+        for batch in batches:
+            for weights, ours in kinds.items():
+                many[weights][batch].append(ours.ask(batch, 32, 24)["decode_tokens_per_second"])
+    for weights, by_batch in many.items():
+        rates = {batch: statistics.median(results) for batch, results in by_batch.items()}
+        row = {"row": "batches", "threads": threads, "weights": weights,
+               "tokens_per_second": {batch: round(rate, 1) for batch, rate in rates.items()},
+               "of_one": {batch: round(rate / rates[batches[0]], 2) for batch, rate in rates.items()}}
+        print(json.dumps(row), flush=True)
+    for ours in kinds.values():
+        ours.close()
 
 
 def main() -> None:
-    program = sys.argv[1]
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    counts = [int(t) for t in sys.argv[3].split(",")] if len(sys.argv) > 3 else [1, 2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--batches", default="1,2,4,8,16,32")
+    parser.add_argument("--no-peer", action="store_true", help="measure ours alone")
+    args = parser.parse_args()
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    about = {
+        "row": "settings", "model": f"{LAYERS} layers, width {WIDTH}, {VOCAB} tokens", "prompt": PROMPT,
+        "decoded": [BEFORE, MADE], "rounds": args.rounds, "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+    }
+    if not args.no_peer:
+        about["llama_cpp_python"] = llama_cpp.__version__
+        about["llama_cpp_system"] = llama_cpp.llama_print_system_info().decode()
+        about["llama_cpp_settings"] = f"f16 weights, f16 cache, n_batch {PROMPT}, memory-mapped"
+    print(json.dumps(about), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.gguf")
-        write_model(path)
-        for threads in counts:
-            peer = Peer(path, threads)
-            peer.round()
-            theirs, found = [], {weights: [] for weights in ("bf16", "f16", "int8")}
-            for _ in range(rounds):
-                theirs.append(peer.round())
-                for weights, results in found.items():
-                    results.append(ours(program, weights, threads))
-            prefill = statistics.median(t[0] for t in theirs)
-            decode = statistics.median(t[1] for t in theirs)
-            for weights, results in found.items():
-                own = {key: statistics.median(r[key] for r in results) for key in results[0]}
-                print(json.dumps({
-                    "threads": threads, "weights": weights, "rounds": rounds, "llama_cpp_python": llama_cpp.__version__,
-                    "prefill": own["prefill"], "peer_prefill": round(prefill, 1),
-                    "prefill_ratio": round(own["prefill"] / prefill, 2),
-                    "decode": own["decode"], "peer_decode": round(decode, 1),
-                    "decode_ratio": round(own["decode"] / decode, 2),
-                    "decode_of_bandwidth": round(own["decode"] / own["bound"], 2),
-                }), flush=True)
+        path = None
+        if not args.no_peer:
+            path = os.path.join(folder, "model.gguf")
+            write_model(path)
+        for threads in numbers(args.threads):
+            compare(args.program, path, threads, args.rounds, numbers(args.batches))
 
 
 if __name__ == "__main__":

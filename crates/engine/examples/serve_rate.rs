@@ -1,14 +1,25 @@
-//! Measures one rank's serving step: `serve_rate PRESET WEIGHTS THREADS BATCH [PROMPT MADE]`, with
-//! WEIGHTS one of f32, f16, bf16 and int8.
+//! Measures one rank's serving step: `serve_rate PRESET WEIGHTS THREADS [MAX_BATCH MAX_CONTEXT CACHED]`, with
+//! WEIGHTS one of f32, f16, bf16 and int8; CACHED: the tokens that the cache holds.
 //!
-//! Prints one JSON object. The clock lives here: the engine has none. With one thread it is that
-//! thread's time on a processor, so that a busy machine matters less.
+//! Prints one JSON object with the memory that was planned beside what is resident; then, for each line
+//! `BATCH PROMPT MADE` on its input, one with the rates, by the time of day, and the memory bandwidth of the
+//! same moment. `tests/peers/compare_llama_cpp.py` asks several of these and llama.cpp in turn. The
+//! clock lives here: the engine has none.
 
+use std::io::BufRead;
 use std::time::Instant;
 
 use drumline_engine::bench::presets;
-use drumline_engine::infer::rate::{ServingLoad, llama_110m, serve};
-use drumline_tensor::{DType, peak};
+use drumline_engine::infer::rate::{Server, ServingLoad, Setting, llama_110m};
+use drumline_tensor::{Cpu, DType, peak};
+use serde_json::json;
+
+/// Bytes of this process that are in memory; 0 where the system does not tell.
+fn resident() -> usize {
+    let told = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = told.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok());
+    pages.unwrap_or(0) * rustix::param::page_size()
+}
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -27,31 +38,41 @@ fn main() {
         "int8" => DType::I8,
         other => panic!("{other} is none of f32, f16, bf16 and int8"),
     };
-    let (threads, batch) = (number(2, 2), number(3, 1));
-    let (prompt, made) = (number(4, 128), number(5, 64));
+    let (threads, max_batch, max_context) = (number(2, 2), number(3, 1), number(4, 576));
+    let cached_tokens = number(5, 0);
     let start = Instant::now();
-    let seconds = || {
-        if threads > 1 {
-            return start.elapsed().as_secs_f64();
-        }
-        let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        spent.tv_sec as f64 + spent.tv_nsec as f64 / 1e9
-    };
-    let load = ServingLoad { weights, threads, batch, prompt, made };
-    let rate = serve(&model, load, &seconds).expect("it serves");
-    let memory = peak::read_bandwidth(threads, 5, seconds).expect("there is memory");
-    let bound = memory / rate.step_bytes * batch as f64;
-    println!(
-        "{{\"preset\": \"{name}\", \"weights\": \"{weights:?}\", \"threads\": {threads}, \
-         \"batch\": {batch}, \"prefill_tokens_per_second\": {:.0}, \
-         \"decode_tokens_per_second\": {:.1}, \"bandwidth_bound\": {bound:.1}, \
-         \"memory_gb_per_second\": {:.1}, \"weights_mib\": {:.1}, \"cache_mib\": {:.1}, \
-         \"buffers_mib\": {:.1}}}",
-        rate.prefill_tokens_per_second,
-        rate.decode_tokens_per_second,
-        memory / 1e9,
-        rate.memory.weights as f64 / (1u64 << 20) as f64,
-        rate.memory.cache as f64 / (1u64 << 20) as f64,
-        rate.memory.buffers as f64 / (1u64 << 20) as f64,
-    );
+    let seconds = || start.elapsed().as_secs_f64();
+    let before = resident();
+    let setting = Setting { weights, threads, max_batch, max_context, cached_tokens };
+    let mut server = Server::new(&model, setting).expect("it fits");
+    let warm = ServingLoad { batch: 1, prompt: max_context - 2, made: 2 };
+    server.run(warm, &seconds).expect("it serves");
+    let memory = server.memory();
+    let after = resident();
+    let told = json!({
+        "preset": name, "weights": format!("{weights:?}"), "threads": threads,
+        "instructions": Cpu::instructions(), "max_batch": max_batch, "max_context": max_context,
+        "weights_bytes": memory.weights, "cache_bytes": memory.cache, "buffers_bytes": memory.buffers,
+        "scratch_bytes": memory.scratch,
+        "resident_bytes": after, "resident_before_bytes": before,
+        "over_weights_and_cache": after as f64 / (memory.weights + memory.cache) as f64,
+    });
+    println!("{told}");
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("lines of text");
+        let load: Vec<usize> =
+            line.split_whitespace().map(|n| n.parse().expect("a whole number")).collect();
+        let [batch, prompt, made] = load[..] else { panic!("{line:?} is not BATCH PROMPT MADE") };
+        let load = ServingLoad { batch, prompt, made };
+        let rate = server.run(load, &seconds).expect("it serves");
+        let bytes = peak::read_bandwidth(threads, 3, seconds).expect("there is memory");
+        let told = json!({
+            "batch": batch, "prompt": prompt, "made": made,
+            "prefill_tokens_per_second": rate.prefill_tokens_per_second,
+            "decode_tokens_per_second": rate.decode_tokens_per_second,
+            "bandwidth_bound": bytes / rate.step_bytes * batch as f64,
+            "memory_gb_per_second": bytes / 1e9,
+        });
+        println!("{told}");
+    }
 }

@@ -8,7 +8,7 @@ use drumline_tensor::{
     NormKind, Normalise, WeightLayout,
 };
 
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 12] = [
     "attention",
     "attention-gradient",
     "cached-attention",
@@ -17,7 +17,10 @@ const NAMES: [&str; 9] = [
     "swiglu",
     "adamw",
     "stored-f16",
+    "stored-bf16",
     "stored-int8",
+    "stored-f16-one",
+    "stored-bf16-many",
 ];
 
 fn main() {
@@ -42,7 +45,8 @@ fn main() {
         cpu.write_matrix(&w, &mut matrix);
         matrix
     };
-    let (half, byte) = (stored(DType::F16), stored(DType::I8));
+    let (half, bf16, byte) = (stored(DType::F16), stored(DType::Bf16), stored(DType::I8));
+    let mut many = vec![0.0; 64 * 96];
     let n = Normalise { rows: 64, width: 256, kind: NormKind::Rms, epsilon: 1e-5 };
     let (rows, gain, mut normal) = (r.values(64 * 256), r.values(256), vec![0.0; 64 * 256]);
     let mut stats = vec![0.0; 128];
@@ -76,6 +80,9 @@ fn main() {
             "swiglu" => cpu.swiglu(128, &rows, &mut normal[..64 * 128]),
             "adamw" => cpu.adamw(step, &mut p, &rows[..8192], &mut m, &mut v),
             "stored-f16" => cpu.linear_stored(4, &x, &half, None, &mut y),
+            "stored-bf16" => cpu.linear_stored(4, &x, &bf16, None, &mut y),
+            "stored-f16-one" => cpu.linear_stored(1, &x[..256], &half, None, &mut y[..96]),
+            "stored-bf16-many" => cpu.linear_stored(64, &rows, &bf16, None, &mut many),
             "stored-int8" => cpu.linear_stored(4, &x, &byte, None, &mut y),
             other => panic!("{other} is none of {}", NAMES.join(", ")),
         }

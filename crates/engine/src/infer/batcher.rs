@@ -50,6 +50,16 @@ pub struct Limits {
     pub vocab: usize,
 }
 
+impl Limits {
+    /// Returns the greatest number of rows that a step computes: prompts alone, or all but one of the
+    /// sequences decoding beside the smaller part of a prompt.
+    #[must_use]
+    pub fn rows_max(&self) -> usize {
+        let beside = self.prefill_beside_decode.min(self.prefill_tokens).max(1);
+        self.prefill_tokens.max(1).max(self.max_batch + beside)
+    }
+}
+
 /// Why a request is not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Admission {
@@ -125,6 +135,8 @@ pub struct Event {
     pub top: Vec<TokenScore>,
     /// Set on the last event of a request.
     pub finish: Option<FinishReason>,
+    /// Tokens of the prompt that were in the cache already.
+    pub reused: usize,
 }
 
 /// How busy a batcher is.
@@ -160,6 +172,8 @@ struct Sequence {
     tokens: Vec<u32>,
     /// How many of them are in the cache.
     cached: usize,
+    /// How many of the prompt were there when it began.
+    reused: usize,
     blocks: Vec<u32>,
 }
 
@@ -223,7 +237,8 @@ impl Batcher {
         let id = RequestId(self.next);
         self.next += 1;
         let tokens = request.prompt.clone();
-        self.waiting.push_back(Sequence { id, request, tokens, cached: 0, blocks: Vec::new() });
+        let blocks = Vec::new();
+        self.waiting.push_back(Sequence { id, request, tokens, cached: 0, reused: 0, blocks });
         Ok(id)
     }
 
@@ -267,6 +282,7 @@ impl Batcher {
             if let Some(mut sequence) = self.waiting.pop_front() {
                 sequence.blocks = blocks;
                 sequence.cached = reused * KV_BLOCK;
+                sequence.reused = sequence.cached;
                 self.reused_tokens += sequence.cached as u64;
                 self.running.push(sequence);
             }
@@ -342,8 +358,14 @@ impl Sequence {
         let made = self.tokens.len() - self.request.prompt.len();
         let sampling = self.request.sampling;
         let token = sampler::sample(sampling, made as u64, logits);
-        let mut event =
-            Event { request: self.id, token: None, logprob: None, top: Vec::new(), finish: None };
+        let mut event = Event {
+            request: self.id,
+            token: None,
+            logprob: None,
+            top: Vec::new(),
+            finish: None,
+            reused: self.reused,
+        };
         if self.request.stop_tokens.contains(&token) {
             event.finish = Some(FinishReason::Stop);
             return event;
@@ -414,6 +436,34 @@ mod tests {
     fn step(b: &mut Batcher, token: usize) -> StepOutput {
         let plan = b.plan();
         b.commit(&always(token, samples(&plan)))
+    }
+
+    #[test]
+    fn a_step_that_decodes_has_a_bound_whatever_prompts_come() {
+        let mut b = Batcher::new(Limits { max_queue: 50, ..batcher(4, 64).limits() });
+        let bound = b.limits().rows_max();
+        assert_eq!(bound, 10, "four sequences and six tokens of prompts, or ten of these");
+        let old = [b.submit(request(3, 40)).unwrap(), b.submit(request(4, 40)).unwrap()];
+        let plan = b.plan();
+        b.commit(&always(2, samples(&plan)));
+        // From now on long prompts keep coming, more than there are places.
+        let long: Vec<RequestId> = (0..10).map(|_| b.submit(request(50, 2)).unwrap()).collect();
+        let mut ended = Vec::new();
+        for step in 0..39 {
+            let plan = b.plan();
+            let StepPlan::Run(segments) = &plan else { panic!("there is work") };
+            let rows: usize = segments.iter().map(|s| s.tokens.len()).sum();
+            let decoding = segments.iter().filter(|s| s.position >= 50).count() + old.len();
+            assert!(rows <= bound && rows - decoding <= 6, "step {step}: {rows} rows");
+            let output = b.commit(&always(2, samples(&plan)));
+            for id in old {
+                let own = output.events.iter().filter(|e| e.request == id && e.token.is_some());
+                assert_eq!(own.count(), 1, "step {step}: every running sequence gets its token");
+            }
+            ended.extend(output.events.iter().filter(|e| e.finish.is_some()).map(|e| e.request));
+        }
+        // The prompts do not starve either: 39 steps of six tokens are four prompts of 50.
+        assert!(ended.contains(&long[0]) && ended.contains(&long[1]) && ended.contains(&long[2]));
     }
 
     #[test]

@@ -60,17 +60,18 @@ pub struct MemoryUse {
     pub cache: usize,
     /// Everything else that was planned: the buffers of a step.
     pub buffers: usize,
+    /// What kernels keep for the next step; grows up to the largest step.
+    pub scratch: usize,
 }
 
 /// Buffers of one step, for as many rows as a step can have.
 struct Memory<B: Backend> {
     x: B::Buffer,
     normal: B::Buffer,
-    qkv: B::Buffer,
-    attended: B::Buffer,
     branch: B::Buffer,
-    up: B::Buffer,
-    act: B::Buffer,
+    /// First queries, keys and values, and what attention makes of them; then both widths of the
+    /// feed-forward part: never both.
+    wide: B::Buffer,
     stats: B::Buffer,
     logits: Option<B::Buffer>,
 }
@@ -128,7 +129,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let split = Split::new(parallelism, coords);
         let layout = Layout::new(config, split)?;
         let limits = limits(config, options);
-        let rows_max = limits.max_batch + limits.prefill_tokens;
+        let rows_max = limits.rows_max();
         let dims = Dims::new(config, split, 1, rows_max);
         let b = &backend;
         let shape = cache_shape(dims);
@@ -142,11 +143,10 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let memory = Memory {
             x: b.alloc(rows_max * dims.hidden)?,
             normal: b.alloc(rows_max * dims.hidden)?,
-            qkv: b.alloc(rows_max * dims.qkv_width())?,
-            attended: b.alloc(rows_max * dims.attention_width())?,
             branch: b.alloc(rows_max * dims.hidden)?,
-            up: b.alloc(rows_max * dims.up)?,
-            act: b.alloc(rows_max * dims.ffn)?,
+            wide: b.alloc(
+                rows_max * (dims.qkv_width() + dims.attention_width()).max(dims.up + dims.ffn),
+            )?,
             stats: b.alloc(2 * rows_max)?,
             logits,
         };
@@ -159,6 +159,14 @@ impl<B: Backend, P: Probe> Model<B, P> {
             None
         };
         let weights = Weights::new(b, layout, dims.hidden, options.weights)?;
+        // On the host: every row's logits as the sampler takes them, and before that, with several
+        // ranks, as they come from these.
+        let takes = split.is_last() || split.is_first() && split.tensor_rank == 0;
+        let whole = if takes { limits.max_batch * limits.vocab } else { 0 };
+        let parts = match &memory.logits {
+            Some(own) if parallelism.tensor > 1 => b.elements(own) * parallelism.tensor as usize,
+            _ => 0,
+        };
         Ok(Self {
             backend: Arc::new(backend),
             probe,
@@ -172,8 +180,8 @@ impl<B: Backend, P: Probe> Model<B, P> {
             memory,
             rotary,
             rows_max,
-            gathered: Vec::new(),
-            logits: Vec::new(),
+            gathered: Vec::with_capacity(parts),
+            logits: Vec::with_capacity(whole),
         })
     }
 
@@ -206,11 +214,14 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let b = &*self.backend;
         let bytes = |buffer: &B::Buffer| b.elements(buffer) * size_of::<f32>();
         let m = &self.memory;
-        let step = [&m.x, &m.normal, &m.qkv, &m.attended, &m.branch, &m.up, &m.act, &m.stats];
+        let step = [&m.x, &m.normal, &m.branch, &m.wide, &m.stats];
+        let device: usize = step.into_iter().chain(&m.logits).chain(&self.rotary).map(bytes).sum();
+        let host = (self.gathered.capacity() + self.logits.capacity()) * size_of::<f32>();
         MemoryUse {
             weights: self.weights.bytes(b),
             cache: self.keys.iter().chain(&self.values).map(bytes).sum(),
-            buffers: step.into_iter().chain(&m.logits).chain(&self.rotary).map(bytes).sum(),
+            buffers: device + host,
+            scratch: b.scratch_bytes(),
         }
     }
 
@@ -426,38 +437,42 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let (b, d, n) = (self.backend, self.dims, self.dims.rows);
         let at = &self.layout.layers[index];
         let hidden = 0..n * d.hidden;
-        let (qkv, attended) = (0..n * d.qkv_width(), 0..n * d.attention_width());
+        let (qkv, attended) = (n * d.qkv_width(), n * d.attention_width());
         let normal = b.view_mut(&mut m.normal, hidden.clone());
         let stats = b.view_mut(&mut m.stats, 0..2 * n);
         self.norm(&at.norm1, n, b.view(&m.x, hidden.clone()), normal, stats);
-        let out = b.view_mut(&mut m.qkv, qkv.clone());
+        let out = b.view_mut(&mut m.wide, 0..qkv);
         self.linear_stored(w, &at.qkv, b.view(&m.normal, hidden.clone()), out, true);
         if let Some(table) = self.rotary {
             timed(self.probe, Span::Other, || {
-                let x = b.view_mut(&mut m.qkv, qkv.clone());
+                let x = b.view_mut(&mut m.wide, 0..qkv);
                 b.rotary(d.rotation(n, false), all(b, table), &rows.positions, x);
             });
         }
         timed(self.probe, Span::Attention, || {
             let shape = cache_shape(d);
-            let x = b.view(&m.qkv, qkv);
+            let (x, out) = b.split_mut(b.view_mut(&mut m.wide, 0..qkv + attended), qkv);
+            let x = b.as_view(&x);
             b.cache_write(shape, x, &rows.slots, all_mut(b, keys), all_mut(b, values));
-            let out = b.view_mut(&mut m.attended, attended.clone());
             b.cached_attention(shape, &rows.segments, x, all(b, keys), all(b, values), out);
         });
         let branch = b.view_mut(&mut m.branch, hidden.clone());
-        let input = b.view(&m.attended, attended);
+        let input = b.view(&m.wide, qkv..qkv + attended);
         self.linear_stored(w, &at.project, input, branch, false);
         self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
         self.add_branch(&at.project, m, hidden.clone());
         let normal = b.view_mut(&mut m.normal, hidden.clone());
         let stats = b.view_mut(&mut m.stats, 0..2 * n);
         self.norm(&at.norm2, n, b.view(&m.x, hidden.clone()), normal, stats);
-        let up = b.view_mut(&mut m.up, 0..n * d.up);
-        self.linear_stored(w, &at.up, b.view(&m.normal, hidden.clone()), up, true);
-        self.activate(b.view(&m.up, 0..n * d.up), b.view_mut(&mut m.act, 0..n * d.ffn));
+        let (up, act) = (n * d.up, n * d.ffn);
+        let out = b.view_mut(&mut m.wide, 0..up);
+        self.linear_stored(w, &at.up, b.view(&m.normal, hidden.clone()), out, true);
+        {
+            let (from, to) = b.split_mut(b.view_mut(&mut m.wide, 0..up + act), up);
+            self.activate(b.as_view(&from), to);
+        }
         let branch = b.view_mut(&mut m.branch, hidden.clone());
-        self.linear_stored(w, &at.down, b.view(&m.act, 0..n * d.ffn), branch, false);
+        self.linear_stored(w, &at.down, b.view(&m.wide, up..up + act), branch, false);
         self.add_partial(b.view_mut(&mut m.branch, hidden.clone()))?;
         self.add_branch(&at.down, m, hidden);
         Ok(())
@@ -560,6 +575,12 @@ impl<B: Backend, P: Probe> Leader<B, P> {
     #[must_use]
     pub fn load(&self) -> Load {
         self.batcher.load()
+    }
+
+    /// Returns the memory that this rank takes.
+    #[must_use]
+    pub fn memory(&self) -> MemoryUse {
+        self.model.memory()
     }
 
     /// Returns what the batcher may use.

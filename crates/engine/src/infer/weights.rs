@@ -72,8 +72,14 @@ impl<B: Backend> Weights<B> {
         b: &B,
         mut source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let (mut part, mut whole) = (Vec::new(), Vec::new());
         let parameters = std::mem::take(&mut self.layout.parameters);
+        // Once, and as large as needed: what grows step by step leaves its pieces behind.
+        let greatest = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0);
+        let in_parts =
+            parameters.iter().filter(|p| p.start >= self.offset || p.stride != p.columns);
+        let mut part = Vec::with_capacity(greatest(&mut in_parts.map(|p| p.shard.elements())));
+        let ranges = ranges(&self.layout);
+        let mut whole: Vec<f32> = Vec::with_capacity(greatest(&mut ranges.iter().map(Range::len)));
         let (matrices, vectors): (Vec<_>, Vec<_>) =
             parameters.iter().partition(|p| p.start < self.offset);
         for p in vectors {
@@ -82,10 +88,15 @@ impl<B: Backend> Weights<B> {
             let here = Parameter { start: p.start - self.offset, ..p.clone() };
             scatter(b, &here, &part, &mut self.vectors);
         }
-        for (range, matrix) in ranges(&self.layout).iter().zip(self.matrices.values_mut()) {
+        for (range, matrix) in ranges.iter().zip(self.matrices.values_mut()) {
             whole.clear();
             whole.resize(range.len(), 0.0);
             for p in matrices.iter().filter(|p| range.contains(&p.start)) {
+                if p.stride == p.columns {
+                    let at = p.start - range.start;
+                    source(&p.shard, &mut whole[at..at + p.shard.elements()])?;
+                    continue;
+                }
                 part.resize(p.shard.elements(), 0.0);
                 source(&p.shard, &mut part)?;
                 for (r, row) in part.chunks_exact(p.columns.max(1)).enumerate() {

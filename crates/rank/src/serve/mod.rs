@@ -25,8 +25,9 @@ use crate::host::Host;
 use crate::serve::leader::Shared;
 use crate::world::{self, World};
 
-/// Tokens of prompts computed in one step: what bounds the wait of those that decode meanwhile.
-const PREFILL_TOKENS: usize = 256;
+/// Tokens of prompts computed in one step while nothing decodes: enough that reading the weights takes
+/// a small part of it, few enough that the buffers of a step stay small beside the weights.
+const PREFILL_TOKENS: usize = 128;
 /// The same in a step that also decodes: enough rows that weights are not what a step waits for, few
 /// enough that a token takes no more than a few times what it takes alone.
 const PREFILL_BESIDE_DECODE: usize = 64;
@@ -78,7 +79,7 @@ pub fn run(
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     println!("serves {} from {}", service.served_name, source.path.display());
     println!(
-        "memory: weights as {} {:.1} MiB, KV blocks {:.1} MiB, buffers of a step {:.1} MiB",
+        "memory: weights as {} {:.1} MiB, KV blocks {:.1} MiB, buffers {:.1} MiB",
         service.weights.as_str(),
         mib(memory.weights),
         mib(memory.cache),

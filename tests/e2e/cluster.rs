@@ -1,6 +1,7 @@
 //! A `drumline up` for one test, its commands, and the search for what it leaves behind.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -231,6 +232,18 @@ spec:
   restarts: {{limit: 5, backoff: 50ms}}
 "
     )
+}
+
+/// Returns the page of metrics beside `address`, as Prometheus would scrape it.
+pub(crate) fn metrics(address: &str) -> String {
+    let host = address.trim_start_matches("http://").split('/').next().expect("a host");
+    let mut stream = TcpStream::connect(host).expect("it listens");
+    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a deadline");
+    write!(stream, "GET /metrics HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+        .expect("it reads");
+    let mut page = String::new();
+    stream.read_to_string(&mut page).expect("text");
+    page
 }
 
 /// Returns the loss of every step from a job's record, as bits; panics when a step has two.

@@ -67,26 +67,43 @@ fn a_run_goes_on_under_another_split_and_is_exported_and_served() {
         assert!(folder.join(file).is_file(), "{file}");
     }
     // The exported folder is served like a checkpoint, and says the same.
+    let ask = |name: &str, prompt: &str| {
+        let what =
+            ["complete", prompt, "--model", name, "--max-tokens", "12", "--temperature", "0"];
+        let asked = cluster.run(&what);
+        assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+        String::from_utf8_lossy(&asked.stdout).into_owned()
+    };
     let mut said = Vec::new();
     for (name, model, tensor) in
         [("own", checkpoint.as_str(), "2"), ("exported", folder.to_str().unwrap(), "1")]
     {
         let served = cluster.run(&["serve", model, "--name", name, "--tensor", tensor]);
         assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
-        let asked = cluster.run(&[
-            "complete",
-            "The control plane",
-            "--model",
-            name,
-            "--max-tokens",
-            "12",
-            "--temperature",
-            "0",
-        ]);
-        assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
-        said.push(String::from_utf8_lossy(&asked.stdout).into_owned());
+        said.push(ask(name, "The control plane"));
     }
     assert_eq!(said[0], said[1]);
     assert!(said[0].len() > 5, "{said:?}");
+
+    // A prompt that comes again is found in the cache, says the same, and is counted.
+    let long = "The control plane decides what runs where, and agents start it.";
+    assert_eq!(ask("own", long), ask("own", long));
+    let page = crate::cluster::metrics(cluster.ready["gateway"].as_str().unwrap());
+    let value = |series: &str| {
+        let line = page.lines().find(|line| line.starts_with(series));
+        let number = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        number.unwrap_or_else(|| panic!("{series} in\n{page}"))
+    };
+    let of = |name: &str| value(&format!("drumline_gateway_{name}{{model=\"own\"}}"));
+    let (queries, hits) = (of("prefix_cache_queries_total"), of("prefix_cache_hits_total"));
+    assert!(hits >= 16.0 && hits < queries, "{hits} of {queries} tokens were in the cache");
+    assert_eq!(of("time_to_first_token_seconds_count"), of("prefill_seconds_count"));
+    assert!(of("inter_token_latency_seconds_count") >= 1.0);
+    assert!(of("queue_seconds_sum") + of("prefill_seconds_sum") <= of("request_seconds_sum"));
+    let success = page.lines().filter(|line| {
+        line.starts_with("drumline_gateway_request_success_total") && line.contains("\"own\"")
+    });
+    let ended: f64 = success.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+    assert_eq!(ended, 3.0);
     cluster.stop();
 }

@@ -88,6 +88,7 @@ impl Head {
 pub struct Usage {
     prompt: u32,
     completion: u32,
+    cached: u32,
 }
 
 impl Usage {
@@ -95,6 +96,7 @@ impl Usage {
     pub fn add(&mut self, event: &v1::GenerateEvent) {
         self.prompt += event.prompt_tokens;
         self.completion += event.completion_tokens;
+        self.cached += event.cached_tokens;
     }
 
     /// Returns the `usage` object.
@@ -103,6 +105,7 @@ impl Usage {
         json!({
             "prompt_tokens": self.prompt, "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": { "cached_tokens": self.cached },
         })
     }
 }

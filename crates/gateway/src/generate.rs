@@ -104,6 +104,7 @@ impl Generation {
             whole.finish_reason = event.finish_reason;
             whole.prompt_tokens = event.prompt_tokens;
             whole.completion_tokens = event.completion_tokens;
+            whole.cached_tokens = event.cached_tokens;
         }
         Ok(whole)
     }

@@ -19,6 +19,12 @@ pub struct Meter {
     ttft: HistogramVec,
     tpot: HistogramVec,
     queue: HistogramVec,
+    inter_token: HistogramVec,
+    prefill: HistogramVec,
+    decode: HistogramVec,
+    success: IntCounterVec,
+    prefix_queries: IntCounterVec,
+    prefix_hits: IntCounterVec,
     duration: HistogramVec,
     recent: Arc<Mutex<BTreeMap<String, Recent>>>,
 }
@@ -69,6 +75,12 @@ impl Meter {
             ttft: table::GATEWAY_TTFT.histogram(registry)?,
             tpot: table::GATEWAY_TPOT.histogram(registry)?,
             queue: table::GATEWAY_QUEUE.histogram(registry)?,
+            inter_token: table::GATEWAY_INTER_TOKEN.histogram(registry)?,
+            prefill: table::GATEWAY_PREFILL.histogram(registry)?,
+            decode: table::GATEWAY_DECODE.histogram(registry)?,
+            success: table::GATEWAY_SUCCESS.int_counter(registry)?,
+            prefix_queries: table::GATEWAY_PREFIX_QUERIES.int_counter(registry)?,
+            prefix_hits: table::GATEWAY_PREFIX_HITS.int_counter(registry)?,
             duration: table::GATEWAY_DURATION.histogram(registry)?,
             recent: Arc::default(),
         })
@@ -88,6 +100,7 @@ impl Meter {
             model: model.to_owned(),
             start: std::time::Instant::now(),
             first: None,
+            last: None,
             completion_tokens: 0,
             ended: false,
         }
@@ -136,6 +149,8 @@ pub struct Measure {
     model: String,
     start: std::time::Instant,
     first: Option<std::time::Instant>,
+    /// When the last token came.
+    last: Option<std::time::Instant>,
     completion_tokens: u64,
     ended: bool,
 }
@@ -144,16 +159,35 @@ impl Measure {
     /// Takes one event of the leader rank.
     pub fn event(&mut self, event: &v1::GenerateEvent) {
         let model = [self.model.as_str()];
-        if !event.tokens.is_empty() && self.first.is_none() {
-            let now = std::time::Instant::now();
+        let (now, tokens) = (std::time::Instant::now(), event.tokens.len());
+        if tokens > 0 && self.first.is_none() {
             self.first = Some(now);
             let ttft = (now - self.start).as_secs_f64();
-            self.meter.ttft.with_label_values(&model).observe(ttft);
-            self.meter.queue.with_label_values(&model).observe(event.queue_ms / 1000.0);
+            let meter = &self.meter;
+            meter.ttft.with_label_values(&model).observe(ttft);
+            meter.queue.with_label_values(&model).observe(event.queue_ms / 1000.0);
+            meter.prefill.with_label_values(&model).observe(event.prefill_ms / 1000.0);
+            let (asked, found) = (u64::from(event.prompt_tokens), u64::from(event.cached_tokens));
+            meter.prefix_queries.with_label_values(&model).inc_by(asked);
+            meter.prefix_hits.with_label_values(&model).inc_by(found);
             self.remember(|recent| &mut recent.ttft, ttft);
+        } else if let Some(last) = self.last.filter(|_| tokens > 0) {
+            let each = (now - last).as_secs_f64() / tokens as f64;
+            let histogram = self.meter.inter_token.with_label_values(&model);
+            (0..tokens).for_each(|_| histogram.observe(each));
+        }
+        if tokens > 0 {
+            self.last = Some(now);
         }
         self.completion_tokens += event.tokens.len() as u64;
         if !event.finish_reason.is_empty() {
+            if let (Some(first), Some(last)) = (self.first, self.last) {
+                let spent = (last - first).as_secs_f64();
+                self.meter.decode.with_label_values(&model).observe(spent);
+            }
+            // One of two words: nothing that a client sends becomes a label.
+            let reason = if event.finish_reason == "stop" { "stop" } else { "length" };
+            self.meter.success.with_label_values(&[&self.model, reason]).inc();
             let count = |kind, tokens: u32| {
                 let labels = [self.model.as_str(), kind];
                 self.meter.tokens.with_label_values(&labels).inc_by(u64::from(tokens));

@@ -22,6 +22,7 @@ async fn streaming_says_the_same_as_not_streaming() {
     assert_eq!(whole.json["usage"]["prompt_tokens"], 4);
     assert_eq!(whole.json["usage"]["completion_tokens"], 4);
     assert_eq!(whole.json["usage"]["total_tokens"], 8);
+    assert_eq!(whole.json["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
 
     let mut request = ask("abcd");
     request["stream"] = json!(true);
@@ -194,6 +195,14 @@ async fn what_users_feel_is_counted() {
         r#"drumline_gateway_tokens_total{kind="completion",model="demo"} 4"#,
         r#"drumline_gateway_time_to_first_token_seconds_count{model="demo"} 1"#,
         r#"drumline_gateway_requests_in_flight{model="demo"} 0"#,
+        r#"drumline_gateway_queue_seconds_sum{model="demo"} 0.001"#,
+        r#"drumline_gateway_prefill_seconds_sum{model="demo"} 0.015"#,
+        r#"drumline_gateway_decode_seconds_count{model="demo"} 1"#,
+        r#"drumline_gateway_inter_token_latency_seconds_count{model="demo"} 3"#,
+        r#"drumline_gateway_request_success_total{finished_reason="length",model="demo"} 1"#,
+        r#"drumline_gateway_prefix_cache_queries_total{model="demo"} 4"#,
+        r#"drumline_gateway_prefix_cache_hits_total{model="demo"} 2"#,
+        r#"drumline_gateway_time_to_first_token_seconds_bucket{model="demo",le="2560"} 1"#,
     ] {
         assert!(page.contains(line), "{line} in\n{page}");
     }

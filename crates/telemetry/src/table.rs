@@ -154,6 +154,18 @@ metrics! {
             "Requests being answered.";
         GATEWAY_TTFT = "drumline_gateway_time_to_first_token_seconds", Kind::Histogram(TTFT_BUCKETS), "seconds", ["model"],
             "From the request's arrival to its first token.";
+        GATEWAY_INTER_TOKEN = "drumline_gateway_inter_token_latency_seconds", Kind::Histogram(TPOT_BUCKETS), "seconds", ["model"],
+            "Between two tokens of a request, for each token after the first.";
+        GATEWAY_PREFILL = "drumline_gateway_prefill_seconds", Kind::Histogram(TTFT_BUCKETS), "seconds", ["model"],
+            "From a request's place in the batch to its first token.";
+        GATEWAY_DECODE = "drumline_gateway_decode_seconds", Kind::Histogram(TTFT_BUCKETS), "seconds", ["model"],
+            "From a request's first token to its last.";
+        GATEWAY_SUCCESS = "drumline_gateway_request_success_total", Kind::Counter, "", ["model", "finished_reason"],
+            "Requests that were answered in full, by why they ended: stop, length.";
+        GATEWAY_PREFIX_QUERIES = "drumline_gateway_prefix_cache_queries_total", Kind::Counter, "tokens", ["model"],
+            "Tokens of prompts that were looked up in the cache of prefixes.";
+        GATEWAY_PREFIX_HITS = "drumline_gateway_prefix_cache_hits_total", Kind::Counter, "tokens", ["model"],
+            "Tokens of prompts that were in the cache already and were not computed again.";
         GATEWAY_TPOT = "drumline_gateway_time_per_output_token_seconds", Kind::Histogram(TPOT_BUCKETS), "seconds", ["model"],
             "Mean time between tokens after the first, per request.";
         GATEWAY_QUEUE = "drumline_gateway_queue_seconds", Kind::Histogram(TTFT_BUCKETS), "seconds", ["model"],

@@ -90,6 +90,8 @@ impl Inference for Leader {
                     prompt_tokens: prompt.chars().count() as u32,
                     completion_tokens: index as u32 + 1,
                     queue_ms: 1.0,
+                    cached_tokens: prompt.chars().count() as u32 / 2,
+                    prefill_ms: 15.0,
                 };
                 if events.send(Ok(event)).await.is_err() {
                     return;

@@ -43,13 +43,15 @@ pub enum Command {
     Cancel(RequestId),
 }
 
-/// An event, and how long its request waited for a place in the batch.
+/// An event, how long its request waited for a place in the batch, and how long its prompt took.
 #[derive(Debug, Clone)]
 pub struct Timed {
     /// The event.
     pub event: Event,
     /// Milliseconds in the queue.
     pub queue_ms: f64,
+    /// Milliseconds from the place in the batch to the first event.
+    pub prefill_ms: f64,
 }
 
 /// What the loop shows of itself.
@@ -167,7 +169,10 @@ struct Desk {
 struct Client {
     events: mpsc::Sender<Timed>,
     arrived: Instant,
-    queue_ms: f64,
+    /// When it got its place.
+    admitted: Option<Instant>,
+    /// Set with the first event.
+    prefill_ms: Option<f64>,
 }
 
 impl Desk {
@@ -196,8 +201,13 @@ impl Desk {
                 let outcome = self.leader.submit(request);
                 if let Ok(id) = outcome {
                     self.prompt_tokens += prompt;
-                    let arrived = Instant::now();
-                    self.clients.insert(id, Client { events, arrived, queue_ms: 0.0 });
+                    let client = Client {
+                        events,
+                        arrived: Instant::now(),
+                        admitted: None,
+                        prefill_ms: None,
+                    };
+                    self.clients.insert(id, client);
                     self.queue.push_back(id);
                 }
                 if let (Err(Ok(id)), Ok(_)) = (reply.send(outcome.clone()), &outcome) {
@@ -222,8 +232,7 @@ impl Desk {
         while self.queue.len() > self.leader.load().waiting {
             let Some(id) = self.queue.pop_front() else { break };
             if let Some(client) = self.clients.get_mut(&id) {
-                let waited = begin.saturating_duration_since(client.arrived);
-                client.queue_ms = waited.as_secs_f64() * 1000.0;
+                client.admitted = Some(begin);
             }
         }
         self.hand_out(output.events);
@@ -235,8 +244,12 @@ impl Desk {
             let id = event.request;
             let finished = event.finish.is_some();
             self.completion_tokens += u64::from(event.token.is_some());
-            let Some(client) = self.clients.get(&id) else { continue };
-            let timed = Timed { event, queue_ms: client.queue_ms };
+            let Some(client) = self.clients.get_mut(&id) else { continue };
+            let ms =
+                |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+            let admitted = client.admitted.unwrap_or(client.arrived);
+            let prefill_ms = *client.prefill_ms.get_or_insert_with(|| ms(admitted, Instant::now()));
+            let timed = Timed { event, queue_ms: ms(client.arrived, admitted), prefill_ms };
             let gone = match client.events.try_send(timed) {
                 Ok(()) => false,
                 // Its channel holds as many events as it can have: full means that nobody reads.

@@ -217,7 +217,7 @@ impl Writing {
                 next = inbox.recv() => next,
                 () = self.out.closed() => return false,
             };
-            let Some(Timed { event, queue_ms }) = next else {
+            let Some(Timed { event, queue_ms, prefill_ms }) = next else {
                 let lost = Status::unavailable("a rank of the model was lost");
                 let _ = self.out.send(Err(lost)).await;
                 return true;
@@ -244,6 +244,8 @@ impl Writing {
                 prompt_tokens: self.prompt_tokens,
                 completion_tokens: made,
                 queue_ms,
+                cached_tokens: u32::try_from(event.reused).unwrap_or(u32::MAX),
+                prefill_ms,
             };
             if self.out.send(Ok(message)).await.is_err() {
                 return false;

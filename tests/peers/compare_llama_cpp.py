@@ -30,6 +30,9 @@ except ImportError:
 
 LAYERS, WIDTH, FEED, HEADS, VOCAB, CONTEXT = 12, 768, 2048, 12, 32000, 1024
 PROMPT, BEFORE, MADE = 512, 128, 64
+# Tokens of the small cache that memory is shown with, and of prompts in a step, as a serving rank has them.
+SMALL, RANK_PREFILL = 256, 128
+WEIGHTS = ("bf16", "f16", "int8", "f32")
 
 
 def write_model(path: str) -> None:
@@ -106,10 +109,9 @@ class Peer:
 class Ours:
     """One process of ours that is asked line by line."""
 
-    def __init__(self, program: str, weights: str, threads: int, max_batch: int) -> None:
-        context = PROMPT + 16
+    def __init__(self, program: str, weights: str, threads: int, max_batch: int, context: int, prefill: int) -> None:
         cached = max(context, max_batch * 64)
-        command = [program, "llama-110m", weights, *map(str, (threads, max_batch, context, cached))]
+        command = [program, "llama-110m", weights, *map(str, (threads, max_batch, context, cached, prefill))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = json.loads(self.process.stdout.readline())
 
@@ -142,10 +144,12 @@ def compare(program: str, path: str | None, threads: int, rounds: int, batches: 
     peer = Peer(path, threads) if path else None
     if peer:
         peer.round()
-    kinds = {weights: Ours(program, weights, threads, max(batches)) for weights in ("bf16", "f16", "int8", "f32")}
-    for weights, ours in kinds.items():
-        memory = {key: ours.about[key] for key in ours.about if key.endswith("_bytes") or key == "over_weights_and_cache"}
-        print(json.dumps({"row": "memory", "threads": threads, "weights": weights, **memory}), flush=True)
+    for weights in WEIGHTS:
+        # A small cache and the step of a serving rank.
+        ours = Ours(program, weights, threads, 1, SMALL, RANK_PREFILL)
+        print(json.dumps({"row": "memory", **ours.about}), flush=True)
+        ours.close()
+    kinds = {weights: Ours(program, weights, threads, max(batches), PROMPT + 16, PROMPT) for weights in WEIGHTS}
     theirs, found = [], {weights: [] for weights in kinds}
     for _ in range(rounds):
         if peer:

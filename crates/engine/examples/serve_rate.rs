@@ -1,5 +1,6 @@
-//! Measures one rank's serving step: `serve_rate PRESET WEIGHTS THREADS [MAX_BATCH MAX_CONTEXT CACHED]`, with
-//! WEIGHTS one of f32, f16, bf16 and int8; CACHED: the tokens that the cache holds.
+//! Measures one rank's serving step: `serve_rate PRESET WEIGHTS THREADS [MAX_BATCH MAX_CONTEXT CACHED PREFILL]`, with
+//! WEIGHTS one of f32, f16, bf16 and int8; CACHED: the tokens that the cache holds (0: all that could be asked
+//! for); PREFILL: the tokens of prompts in a step.
 //!
 //! Prints one JSON object with the memory that was planned beside what is resident; then, for each line
 //! `BATCH PROMPT MADE` on its input, one with the rates, by the time of day, and the memory bandwidth of the
@@ -39,11 +40,12 @@ fn main() {
         other => panic!("{other} is none of f32, f16, bf16 and int8"),
     };
     let (threads, max_batch, max_context) = (number(2, 2), number(3, 1), number(4, 576));
-    let cached_tokens = number(5, 0);
+    let (cached_tokens, prefill_tokens) = (number(5, 0), number(6, 512));
     let start = Instant::now();
     let seconds = || start.elapsed().as_secs_f64();
     let before = resident();
-    let setting = Setting { weights, threads, max_batch, max_context, cached_tokens };
+    let setting =
+        Setting { weights, threads, max_batch, max_context, cached_tokens, prefill_tokens };
     let mut server = Server::new(&model, setting).expect("it fits");
     let warm = ServingLoad { batch: 1, prompt: max_context - 2, made: 2 };
     server.run(warm, &seconds).expect("it serves");
@@ -52,6 +54,7 @@ fn main() {
     let told = json!({
         "preset": name, "weights": format!("{weights:?}"), "threads": threads,
         "instructions": Cpu::instructions(), "max_batch": max_batch, "max_context": max_context,
+        "prefill": prefill_tokens,
         "weights_bytes": memory.weights, "cache_bytes": memory.cache, "buffers_bytes": memory.buffers,
         "scratch_bytes": memory.scratch,
         "resident_bytes": after, "resident_before_bytes": before,

@@ -22,6 +22,8 @@ pub struct Setting {
     pub max_context: usize,
     /// Tokens that the cache holds in all; 0: as many as could be asked for.
     pub cached_tokens: usize,
+    /// Tokens of prompts computed in one step.
+    pub prefill_tokens: usize,
 }
 
 /// One measurement.
@@ -86,8 +88,8 @@ impl Server {
             max_batch: setting.max_batch,
             max_context: setting.max_context,
             max_queue: setting.max_batch,
-            prefill_tokens: 512,
-            prefill_beside_decode: 512,
+            prefill_tokens: setting.prefill_tokens,
+            prefill_beside_decode: setting.prefill_tokens,
             blocks: setting.cached_tokens.div_ceil(KV_BLOCK),
             weights: setting.weights,
         };

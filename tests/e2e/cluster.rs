@@ -22,13 +22,25 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Starts a cluster and waits until it is ready.
     pub(crate) fn start(nodes: u32, devices: u32) -> Self {
+        Self::start_with(nodes, devices, |_| {})
+    }
+
+    /// As [`Self::start`], with changes to how it is started.
+    pub(crate) fn start_with(nodes: u32, devices: u32, change: impl Fn(&mut Command)) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let (up, ready) = Self::up(folder.path(), nodes, devices);
+        let (up, ready) = Self::up(folder.path(), nodes, devices, change);
         Self { up, folder, ready }
     }
 
-    fn up(folder: &Path, nodes: u32, devices: u32) -> (Child, Value) {
-        let mut up = Command::new(DRUMLINE)
+    fn up(
+        folder: &Path,
+        nodes: u32,
+        devices: u32,
+        change: impl Fn(&mut Command),
+    ) -> (Child, Value) {
+        let mut command = Command::new(DRUMLINE);
+        change(&mut command);
+        let mut up = command
             .args(["up", "--output", "json", "--nodes", &nodes.to_string()])
             .args(["--devices", &devices.to_string(), "--state-dir"])
             .arg(folder)

@@ -3,5 +3,6 @@
 mod browser;
 mod cluster;
 mod commands;
+mod gpus;
 mod recovery;
 mod story;

@@ -1,7 +1,8 @@
-//! What this node offers: CPU devices today, each a share of the node's cores.
+//! What this node offers: its GPUs, and CPU devices, each a share of the node's cores.
 
 use drumline_wire::v1;
 
+use crate::gpus::Gpus;
 use crate::service::Options;
 
 /// The node's devices and what they share.
@@ -19,24 +20,24 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Looks at the machine.
+    /// Looks at the machine. CPU devices come first, so that their numbers do not depend on GPUs.
     #[must_use]
-    pub fn discover(options: &Options) -> Self {
+    pub fn discover(options: &Options, gpus: &Gpus) -> Self {
         let machine = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let cores = if options.cores == 0 { machine } else { options.cores };
         let memory = drumline_telemetry::proc::node_memory_total().unwrap_or(0);
         let count = options.cpu_devices.max(1);
-        let list = (0..options.cpu_devices)
-            .map(|index| v1::AgentDevice {
-                index,
-                kind: "cpu".to_owned(),
-                model: "cpu".to_owned(),
-                memory_bytes: memory / u64::from(count),
-                healthy: true,
-                message: String::new(),
-                matmul_flops: options.core_flops * f64::from(cores) / f64::from(count),
-            })
-            .collect();
+        let cpus = (0..options.cpu_devices).map(|index| v1::AgentDevice {
+            index,
+            kind: "cpu".to_owned(),
+            model: "cpu".to_owned(),
+            memory_bytes: memory / u64::from(count),
+            healthy: true,
+            message: String::new(),
+            matmul_flops: options.core_flops * f64::from(cores) / f64::from(count),
+            uuid: String::new(),
+        });
+        let list: Vec<_> = cpus.chain(gpus.devices()).collect();
         let own = allowed(machine as usize).get(options.first_core as usize..).map(<[_]>::to_vec);
         Self { list, cores, memory_bytes: memory, own: own.unwrap_or_default() }
     }

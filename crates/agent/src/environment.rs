@@ -7,6 +7,7 @@ use drumline_spec::{JobSpec, Work};
 use drumline_wire::{contract, v1};
 
 use crate::devices::Devices;
+use crate::gpus::Gpus;
 
 /// What is the same for every rank of one launch.
 #[derive(Debug, Clone)]
@@ -29,6 +30,8 @@ pub struct LaunchContext<'a> {
     pub listen_ip: &'a str,
     /// What the ranks' devices share.
     pub devices: &'a Devices,
+    /// The node's GPUs.
+    pub gpus: &'a Gpus,
 }
 
 /// Returns the variables of one rank, user's first, so that ours cannot be overridden.
@@ -65,7 +68,42 @@ pub fn variables(context: &LaunchContext<'_>, rank: &v1::LaunchRank) -> BTreeMap
         set(contract::CORES, cores);
     }
     set(contract::DEVICE, rank.device.to_string());
+    if let Some(seen) = visible(context, rank) {
+        set("CUDA_VISIBLE_DEVICES", seen.names.join(","));
+        if let Some(ordinal) = seen.ordinal {
+            set(contract::GPU_ORDINAL, ordinal.to_string());
+        }
+    }
     set(contract::HOST, context.host.to_owned());
     set(contract::LISTEN_IP, context.listen_ip.to_owned());
     all
+}
+
+/// The GPUs that a rank may see.
+#[derive(Debug, PartialEq, Eq)]
+struct Visible<'a> {
+    names: Vec<&'a str>,
+    /// Which of them is the rank's own.
+    ordinal: Option<usize>,
+}
+
+/// Returns the GPUs that a rank may see; `None` on a node without any, whose environment is left
+/// alone.
+///
+/// A rank sees the gang's GPUs on its node in the order of local ranks, so that `LOCAL_RANK` is the
+/// number that programs expect. Where ranks share a GPU each sees its own alone: CUDA refuses a list
+/// that names one twice. A rank on a CPU device sees none.
+fn visible<'a>(context: &LaunchContext<'a>, rank: &v1::LaunchRank) -> Option<Visible<'a>> {
+    if context.gpus.list().is_empty() {
+        return None;
+    }
+    let Some(own) = context.gpus.uuid(rank.device) else {
+        return Some(Visible { names: Vec::new(), ordinal: None });
+    };
+    let ranks = &context.launch.ranks;
+    let all: Vec<&str> = ranks.iter().filter_map(|peer| context.gpus.uuid(peer.device)).collect();
+    let distinct: std::collections::BTreeSet<&str> = all.iter().copied().collect();
+    let names = if distinct.len() == ranks.len() { all } else { vec![own] };
+    let ordinal = names.iter().position(|name| *name == own);
+    Some(Visible { names, ordinal })
 }

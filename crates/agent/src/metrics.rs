@@ -1,11 +1,15 @@
 //! The agent's metrics: what its machine, devices and ranks use.
 
+use std::time::Instant;
+
 use drumline_telemetry::table;
 use drumline_types::RankPhase;
 use drumline_wire::v1;
 use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Registry};
 
 use crate::devices::Devices;
+use crate::gpu_metrics::GpuMetrics;
+use crate::gpus::Gpus;
 use crate::ranks::Gangs;
 
 /// Metrics of one node. Cloning shares them.
@@ -25,6 +29,8 @@ pub struct Metrics {
     started: IntCounterVec,
     failed: IntCounterVec,
     collect_success: IntGaugeVec,
+    /// Those of the GPUs.
+    pub gpus: GpuMetrics,
 }
 
 impl Metrics {
@@ -32,7 +38,7 @@ impl Metrics {
     ///
     /// # Errors
     /// When a name is registered twice.
-    pub fn new(node: &str, devices: &Devices) -> Result<Self, prometheus::Error> {
+    pub fn new(node: &str, devices: &Devices, gpus: &Gpus) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         table::NODE_INFO
             .int_gauge(&registry)?
@@ -48,6 +54,7 @@ impl Metrics {
             .with_label_values(&[node])
             .set(devices.memory_bytes as f64);
         Ok(Self {
+            gpus: GpuMetrics::new(&registry, node, gpus)?,
             node: node.to_owned(),
             cores_used: table::NODE_CPU_USED.gauge(&registry)?,
             memory_used: table::NODE_MEMORY_USED.gauge(&registry)?,
@@ -75,12 +82,17 @@ impl Metrics {
     }
 
     /// Shows a heartbeat's samples.
-    pub fn update(&self, heartbeat: &v1::Heartbeat, gangs: &Gangs) {
+    pub fn update(&self, heartbeat: &v1::Heartbeat, gangs: &Gangs, gpus: &Gpus) {
         let node = [self.node.as_str()];
         self.cores_used.with_label_values(&node).set(heartbeat.cpu_cores_used);
         self.memory_used.with_label_values(&node).set(heartbeat.memory_used_bytes as f64);
         let seen = i64::from(heartbeat.memory_used_bytes > 0);
         self.collect_success.with_label_values(&[&self.node, "proc"]).set(seen);
+        let now = Instant::now();
+        if let Some(works) = gpus.works(now) {
+            self.collect_success.with_label_values(&[&self.node, "nvml"]).set(works.into());
+        }
+        self.gpus.update(gpus, gangs, now);
         for device in &heartbeat.devices {
             let index = device.index.to_string();
             let label = [self.node.as_str(), &index];

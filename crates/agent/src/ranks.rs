@@ -159,6 +159,11 @@ impl Gangs {
         self.gangs.iter()
     }
 
+    /// Iterates over all gangs, to change them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&(String, u32), &mut LocalGang)> {
+        self.gangs.iter_mut()
+    }
+
     /// Iterates over the gangs of `job` whose attempt is at most `attempt`.
     pub fn up_to_mut<'a>(
         &'a mut self,

@@ -7,6 +7,7 @@ use drumline_telemetry::proc::{self, Rates};
 use drumline_wire::v1;
 
 use crate::devices::Devices;
+use crate::gpus::Gpus;
 use crate::logs;
 use crate::ranks::Gangs;
 
@@ -20,7 +21,13 @@ pub struct Sampler {
 impl Sampler {
     /// Reads the machine and every live rank: its whole process group, so that what a program
     /// starts by itself counts for it.
-    pub fn sample(&mut self, devices: &Devices, gangs: &Gangs, state_dir: &Path) -> v1::Heartbeat {
+    pub fn sample(
+        &mut self,
+        devices: &Devices,
+        gpus: &Gpus,
+        gangs: &Gangs,
+        state_dir: &Path,
+    ) -> v1::Heartbeat {
         let now = Instant::now();
         let groups = proc::process_groups();
         let mut ranks = Vec::new();
@@ -52,13 +59,19 @@ impl Sampler {
                 memory_used_bytes: own().map(|(.., memory)| memory).sum(),
                 healthy: device.healthy,
                 message: device.message.clone(),
+                action: String::new(),
+                ends_work: false,
             }
         };
         let cpu_seconds = proc::node_cpu_seconds().unwrap_or(0.0);
         v1::Heartbeat {
             cpu_cores_used: self.node.cores((), cpu_seconds, now),
             memory_used_bytes: proc::node_memory_used().unwrap_or(0),
-            devices: devices.list.iter().map(sample).collect(),
+            devices: devices
+                .list
+                .iter()
+                .map(|device| gpus.device_sample(device.index).unwrap_or_else(|| sample(device)))
+                .collect(),
             ranks,
         }
     }

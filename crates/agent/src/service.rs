@@ -1,6 +1,9 @@
 //! The dispatcher: owns the agent's state and handles one input at a time.
 
+mod gpus;
+
 use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
@@ -8,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use drumline_spec::{JobSpec, Work};
+use drumline_telemetry::gpu::NvmlProblem;
 use drumline_telemetry::http as telemetry;
 use drumline_types::{JobId, NodeName, RankPhase};
 use drumline_web::Keys;
@@ -23,6 +27,7 @@ use tonic::Status;
 
 use crate::devices::Devices;
 use crate::environment::{LaunchContext, variables};
+use crate::gpus::{Gpus, Policy};
 use crate::host;
 use crate::link::{self, LinkEvent};
 use crate::logs;
@@ -91,6 +96,10 @@ pub struct Options {
     pub binary: PathBuf,
     /// Where metrics are served; port 0: any free one.
     pub metrics_port: u16,
+    /// Whether its GPUs are offered.
+    pub gpus: Policy,
+    /// NVML's file; `None`: the system's.
+    pub nvml: Option<OsString>,
 }
 
 impl Options {
@@ -116,6 +125,8 @@ impl Options {
             listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             binary,
             metrics_port: 0,
+            gpus: Policy::Auto,
+            nvml: None,
         }
     }
 }
@@ -138,6 +149,12 @@ pub enum AgentError {
         ip: IpAddr,
         /// The system's words.
         source: std::io::Error,
+    },
+    /// GPUs are required, and cannot be used.
+    #[error("no GPU can be offered: {problem}. {} `drumline doctor` shows the rest", problem.remedy())]
+    Gpus {
+        /// Why.
+        problem: NvmlProblem,
     },
     /// A metric is registered twice.
     #[error(transparent)]
@@ -168,8 +185,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let _servers_end = servers.clone().drop_guard();
     let rank_host =
         host::serve(listen(0).await.map_err(failed)?, calls_in, servers.clone()).map_err(failed)?;
-    let devices = Devices::discover(&options);
-    let metrics = Metrics::new(options.node.as_str(), &devices)?;
+    let gpus = gpus::find(&options).await?;
+    let devices = Devices::discover(&options, &gpus);
+    let metrics = Metrics::new(options.node.as_str(), &devices, &gpus)?;
     let listener = listen(options.metrics_port).await.map_err(failed)?;
     let metrics_url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
     let keys =
@@ -191,6 +209,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
         host: host_name(),
         metrics_url,
         devices,
+        gpus,
         sampler: Sampler::default(),
         metrics,
         gangs: Gangs::default(),
@@ -232,6 +251,7 @@ struct Agent {
     host: String,
     metrics_url: String,
     devices: Devices,
+    gpus: Gpus,
     sampler: Sampler,
     metrics: Metrics,
     gangs: Gangs,
@@ -389,6 +409,7 @@ impl Agent {
             Some(Down::Stop(stop)) => self.stop_gang(stop),
             Some(Down::World(world)) => self.world(&world),
             Some(Down::ReadLog(read)) => self.read_log(read),
+            Some(Down::ClearDevice(clear)) => self.clear_device(clear.index),
             Some(Down::StopReadLog(stop)) => {
                 if let Some(read) = self.log_reads.get(&stop.request) {
                     read.cancel();
@@ -423,6 +444,7 @@ impl Agent {
             cores: self.devices.cores,
             memory_bytes: self.devices.memory_bytes,
             devices: self.devices.list.clone(),
+            topology: self.topology(),
             ranks: self.gangs.statuses(),
             metrics_url: self.metrics_url.clone(),
             address: self.options.listen_ip.to_string(),
@@ -498,6 +520,7 @@ impl Agent {
             host: &self.host,
             listen_ip: &self.options.listen_ip.to_string(),
             devices: &self.devices,
+            gpus: &self.gpus,
         };
         for rank in &launch.ranks {
             let mut state = Rank::launching(rank.device, now_ms());
@@ -725,8 +748,10 @@ impl Agent {
     }
 
     fn beat(&mut self) {
-        let heartbeat = self.sampler.sample(&self.devices, &self.gangs, &self.options.state_dir);
-        self.metrics.update(&heartbeat, &self.gangs);
+        self.look_at_gpus();
+        let state_dir = &self.options.state_dir;
+        let heartbeat = self.sampler.sample(&self.devices, &self.gpus, &self.gangs, state_dir);
+        self.metrics.update(&heartbeat, &self.gangs, &self.gpus);
         // Health is of use only while it is fresh.
         if self.up.is_some() {
             self.send(Up::Heartbeat(heartbeat));

@@ -8,6 +8,7 @@ use clap_complete::Shell;
 
 use crate::bench::BenchArgs;
 use crate::client::Access;
+use crate::commands::clear::ClearArgs;
 use crate::commands::complete::CompleteArgs;
 use crate::commands::data::DataArgs;
 use crate::commands::describe::DescribeArgs;
@@ -24,6 +25,7 @@ use crate::commands::submit::SubmitArgs;
 use crate::commands::version::VersionArgs;
 use crate::commands::wait::WaitArgs;
 use crate::demo::DemoArgs;
+use crate::doctor::DoctorArgs;
 use crate::failure::Failure;
 use crate::output::Format;
 use crate::roles::Role;
@@ -157,6 +159,8 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// List nodes, their devices and who holds them.
     Nodes(NodesArgs),
+    /// Say that somebody has dealt with unhealthy GPUs, so that they are offered again.
+    Clear(ClearArgs),
     /// Watch the fleet and its jobs.
     Top(TopArgs),
     /// Serve a checkpoint behind the gateway, and wait until it is ready.
@@ -171,6 +175,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Simulate placement over recorded workloads.
     Sim(SimArgs),
+    /// Look for GPUs and their libraries, and test every device.
+    Doctor(DoctorArgs),
     /// Measure this machine.
     Bench(BenchArgs),
     /// Explain a kind of manifest, or one of its fields.

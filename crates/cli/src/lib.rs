@@ -9,6 +9,7 @@ pub mod client;
 pub mod cluster;
 pub mod commands;
 pub mod demo;
+pub mod doctor;
 pub mod failure;
 pub mod gateway;
 pub mod output;
@@ -63,6 +64,7 @@ async fn run(command: Command, global: &Global) -> Result<(), Failure> {
     match command {
         // These need no cluster, and no home folder either.
         Command::Explain(args) => commands::manifests::explain(&args, format),
+        Command::Doctor(args) => doctor::run(&args, format).await,
         Command::Validate(args) => commands::manifests::validate(&args, format),
         Command::Completions { shell } => completions(shell),
         Command::Plan(args) => commands::plan::run(&args, format),
@@ -83,6 +85,7 @@ async fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Command::Queues(args) => commands::queues::run(&args, &global.access()?, format).await,
         Command::Snapshot(args) => commands::queues::snapshot(&args, &global.access()?).await,
         Command::Nodes(args) => commands::nodes::run(&args, &global.access()?, format).await,
+        Command::Clear(args) => commands::clear::run(&args, &global.access()?, format).await,
         Command::Data(args) => commands::data::run(args, &global.access()?, format).await,
         Command::Bench(args) => bench::run(&args, format).await,
         Command::Export(args) => commands::export::run(args, &global.access()?, format).await,

@@ -82,9 +82,44 @@ pub struct AgentArgs {
     /// The first of them: agents that share a machine each have their own.
     #[arg(long, default_value_t = 0)]
     pub first_core: u32,
+    /// Whether the node's GPUs are offered.
+    #[arg(long, value_enum, default_value_t = Gpus::Auto)]
+    pub gpus: Gpus,
     /// How it ends.
     #[command(flatten)]
     pub attached: Attached,
+}
+
+/// Whether a node offers its GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Gpus {
+    /// Those that are there, if any.
+    #[default]
+    Auto,
+    /// None.
+    Off,
+    /// At least one, or the agent does not start.
+    Required,
+}
+
+impl Gpus {
+    /// Returns the word on the command line.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+            Self::Required => "required",
+        }
+    }
+
+    fn policy(self) -> drumline_agent::gpus::Policy {
+        match self {
+            Self::Auto => drumline_agent::gpus::Policy::Auto,
+            Self::Off => drumline_agent::gpus::Policy::Off,
+            Self::Required => drumline_agent::gpus::Policy::Required,
+        }
+    }
 }
 
 /// Arguments of `control`.
@@ -197,6 +232,7 @@ impl Role {
                     cores: args.cores,
                     first_core: args.first_core,
                     core_flops: measured.unwrap_or_default(),
+                    gpus: args.gpus.policy(),
                     listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
                     shared_dir: state.shared_dir(),
                     ..drumline_agent::Options::loopback(

@@ -10,6 +10,7 @@ use crate::client::Access;
 use crate::cluster::{Addresses, ClusterError, ClusterOptions, EmbeddedCluster};
 use crate::failure::Failure;
 use crate::output::{self, Format, note};
+use crate::roles::Gpus;
 
 /// Run a cluster on this machine, in the foreground.
 #[derive(Debug, Args)]
@@ -20,6 +21,9 @@ pub struct UpArgs {
     /// CPU devices of each node.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub devices: u32,
+    /// Whether the first node offers this machine's GPUs.
+    #[arg(long, value_enum, default_value_t = Gpus::Auto)]
+    pub gpus: Gpus,
     /// Keep state in etcd, as etcd://HOST:PORT, instead of the state folder.
     #[arg(long, default_value = "", hide_default_value = true)]
     pub store: String,
@@ -53,6 +57,7 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     let mut options = ClusterOptions::new(access.state.clone())?;
     options.nodes = args.nodes;
     options.devices = args.devices;
+    options.gpus = args.gpus.word();
     options.store.clone_from(&args.store);
     options.port = args.port;
     options.dashboard_port = args.dashboard_port;

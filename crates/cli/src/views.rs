@@ -182,6 +182,8 @@ fn device(view: &v1::DeviceView) -> Value {
         "utilization": view.utilization,
         "memory_used_bytes": view.memory_used_bytes,
         "idle": view.idle,
+        "action": view.action,
+        "uuid": view.uuid,
     })
 }
 

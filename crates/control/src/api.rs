@@ -311,6 +311,29 @@ impl Handle {
         self.get_job(&request.id)
     }
 
+    /// Says that somebody has dealt with an unhealthy device.
+    ///
+    /// # Errors
+    /// [`ApiError::NotFound`] for a device that no agent has told of, [`ApiError::Invalid`] for one
+    /// that is no GPU, [`ApiError::Unavailable`] while its agent is away.
+    pub async fn clear_device(
+        &self,
+        request: v1::ClearDeviceRequest,
+        peer: &str,
+    ) -> Result<v1::ClearDeviceResponse, ApiError> {
+        check_user(&request.user)?;
+        let node: NodeName =
+            request.node.parse().map_err(|error| ApiError::Invalid(format!("{error}")))?;
+        let index = request.index;
+        let outcome = self.ask(|reply| Input::ClearDevice { node, index, reply }).await;
+        let word = outcome.as_ref().map_or_else(ToString::to_string, |()| "ok".to_owned());
+        let device = format!("{}/{index}", request.node);
+        let devices = std::slice::from_ref(&device);
+        self.0.audit.record(&request.user, peer, "clear", devices, &word).await;
+        outcome?;
+        Ok(v1::ClearDeviceResponse {})
+    }
+
     /// Returns every queue with what it uses, parents before their children.
     ///
     /// # Errors

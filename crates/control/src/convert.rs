@@ -1,6 +1,6 @@
 //! What agents say, as events. Texts are cut to a length that can be stored.
 
-use drumline_cluster::{Device, Health, Node};
+use drumline_cluster::{Device, Domain, Health, Node};
 use drumline_lifecycle::{Checkpoint, Join, Report, Told};
 use drumline_spec::DeviceKind;
 use drumline_types::{Bytes, NodeName, RankExit, RankPhase, Timestamp};
@@ -90,6 +90,11 @@ pub(crate) fn node(
     node.ready = ready;
     node.cpu_milli = u64::from(hello.cores) * 1000;
     node.memory = Bytes(hello.memory_bytes);
+    node.topology = hello
+        .topology
+        .iter()
+        .map(|step| Domain { level: cut(&step.level, SHORT_MAX), name: cut(&step.name, SHORT_MAX) })
+        .collect();
     node
 }
 
@@ -104,6 +109,9 @@ pub(crate) fn check_hello(hello: &v1::Hello) -> Result<NodeName, String> {
     }
     if hello.instance.is_empty() || hello.instance.len() > 128 {
         return Err("an agent's instance is 1 to 128 bytes".to_owned());
+    }
+    if hello.topology.len() > 16 {
+        return Err(format!("{} levels of topology; at most 16 are taken", hello.topology.len()));
     }
     let in_order = hello.devices.iter().zip(0u32..).all(|(device, index)| device.index == index);
     if !in_order {

@@ -17,6 +17,7 @@ use crate::api::ApiError;
 use crate::board::Board;
 use crate::convert;
 use crate::desk::Desk;
+use crate::devices;
 use crate::fleet::{Fleet, Holders};
 use crate::identity;
 use crate::job::Job;
@@ -454,7 +455,12 @@ impl Core {
                 self.stale.insert(id);
             }
         }
+        let before = self.fleet.nodes.get(node).and_then(|record| record.heartbeat.as_ref());
+        self.events.extend(devices::health_news(node, before, &beat.devices, now));
+        let failed: Vec<_> = beat.devices.iter().filter(|s| s.ends_work).cloned().collect();
+        // The scheduler learns first that the device is no place for the next attempt.
         self.fleet.beat(node, beat, &mut self.desk, now);
+        self.judge_devices(node, &failed, now);
     }
 
     /// Moves on everything whose time has come.

@@ -118,6 +118,12 @@ impl Dispatcher {
                     Ok(()) => answers.push(Answer::Done(reply)),
                     Err(error) => drop(reply.send(Err(error))),
                 },
+                Input::ClearDevice { node, index, reply } => {
+                    match self.core.clear_device(&node, index, now) {
+                        Ok(()) => answers.push(Answer::Done(reply)),
+                        Err(error) => drop(reply.send(Err(error))),
+                    }
+                }
                 Input::Snapshot { reply } => {
                     let _ = reply.send(Ok(Box::new(self.core.desk.save())));
                 }

@@ -317,6 +317,8 @@ impl NodeRecord {
                     rank: ranks.get(&(name.clone(), device.index)).copied().unwrap_or_default(),
                     utilization: sample.filter(|_| ready).map_or(0.0, |sample| sample.utilization),
                     memory_used_bytes: sample.map_or(0, |sample| sample.memory_used_bytes),
+                    action: sample.map_or_else(String::new, |sample| sample.action.clone()),
+                    uuid: device.uuid.clone(),
                     idle: holder.is_some() && ready && now.since_ms(busy) >= IDLE_MS,
                 }
             })

@@ -116,6 +116,14 @@ impl Control for Api {
         Ok(Response::new(self.handle.hold(request.into_inner(), &peer).await?))
     }
 
+    async fn clear_device(
+        &self,
+        request: Request<v1::ClearDeviceRequest>,
+    ) -> Result<Response<v1::ClearDeviceResponse>, Status> {
+        let peer = peer(&request);
+        Ok(Response::new(self.handle.clear_device(request.into_inner(), &peer).await?))
+    }
+
     async fn list_queues(
         &self,
         _: Request<v1::ListQueuesRequest>,

@@ -16,6 +16,7 @@ pub mod clock;
 mod convert;
 mod core;
 mod desk;
+mod devices;
 mod dispatch;
 mod fleet;
 mod grpc;

@@ -46,10 +46,17 @@ pub fn look(library: Library) -> Looked {
                 std::mem::forget(open);
                 return Looked::Found { file, version };
             }
-            Err(error) => tried.push(error.to_string()),
+            Err(error) => tried.push(words(name, &error)),
         }
     }
     Looked::Missing { tried: tried.join("; ") }
+}
+
+/// Returns what the loader said of `name`: its own words are the error's source.
+pub(crate) fn words(name: &str, error: &libloading::Error) -> String {
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    let words = source.unwrap_or_else(|| error.to_string());
+    if words.contains(name) { words } else { format!("{name}: {words}") }
 }
 
 /// Asks a library for its version, where it has a function for that.

@@ -1,7 +1,9 @@
 //! What can happen to a gang, and what shall be done about it.
 
 use drumline_audit::CheckedJob;
-use drumline_types::{Attempt, Explanation, NodeName, RankExit, RankIndex, RankPhase, Timestamp};
+use drumline_types::{
+    Attempt, DeviceId, Explanation, NodeName, RankExit, RankIndex, RankPhase, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::state::{Checkpoint, Join, Rendezvous};
@@ -76,6 +78,13 @@ pub enum Event {
         /// The node.
         node: NodeName,
         /// What was seen of it.
+        message: String,
+    },
+    /// Nothing can run on a device any more. May be told again and again.
+    DeviceFailed {
+        /// The device.
+        device: DeviceId,
+        /// What was seen of it, and what would help.
         message: String,
     },
     /// A rank that ran is not there any more, although its node is.

@@ -2,8 +2,8 @@
 
 use drumline_spec::{JobKind, JobSpec};
 use drumline_types::{
-    Attempt, Explanation, JobPhase, NodeName, Outcome, RankExit, RankIndex, RankPhase, Reason,
-    Timestamp,
+    Attempt, DeviceId, Explanation, JobPhase, NodeName, Outcome, RankExit, RankIndex, RankPhase,
+    Reason, Timestamp,
 };
 
 use drumline_audit::CheckedJob;
@@ -26,6 +26,7 @@ pub fn step(state: State, spec: &JobSpec, event: Event, now: Timestamp) -> (Stat
         Event::Joined { attempt, rank, join } => step.joined(attempt, rank, join),
         Event::Reported { attempt, rank, report } => step.reported(attempt, rank, report),
         Event::NodeLost { node, message } => step.node_lost(&node, &message),
+        Event::DeviceFailed { device, message } => step.device_failed(&device, &message),
         Event::RankLost { attempt, rank, message } => step.rank_lost(attempt, rank, &message),
         Event::Held(held) => step.held(held),
         Event::Evicted { attempt, why } => step.evicted(attempt, why),
@@ -269,6 +270,17 @@ impl Step<'_> {
         for rank in lost {
             self.lose(rank, message);
         }
+    }
+
+    /// Ends the attempt when one of its ranks still runs on the device.
+    fn device_failed(&mut self, device: &DeviceId, message: &str) {
+        if self.state.ending.is_some() || !self.state.phase.holds_devices() {
+            return;
+        }
+        let held = |rank: &&RankState| rank.device == *device && !rank.phase.is_terminal();
+        let Some(rank) = self.state.ranks.iter().find(held) else { return };
+        let message = format!("rank {} on {device}: {message}", rank.rank);
+        self.take_down(Explanation::new(Reason::DeviceFailed, message));
     }
 
     fn rank_lost(&mut self, attempt: Attempt, rank: RankIndex, message: &str) {

@@ -164,7 +164,8 @@ impl Step<'_> {
         // What was seen first need not be what happened first.
         let first = cause::first(&self.state).cloned();
         let why = match (&first, ending.why.reason) {
-            (_, Reason::Stalled | Reason::RendezvousTimedOut) | (None, _) => ending.why,
+            (_, Reason::Stalled | Reason::RendezvousTimedOut | Reason::DeviceFailed)
+            | (None, _) => ending.why,
             (Some(rank), _) => cause::explain(rank),
         };
         if let Some(rank) = &first
@@ -183,7 +184,16 @@ impl Step<'_> {
         if first.is_some() {
             self.state.first_failure.clone_from(&first);
         }
-        match policy::next(&self.state, self.spec, self.now) {
+        let next = match policy::next(&self.state, self.spec, self.now) {
+            // No fault of the job, and the next attempt is elsewhere: nothing is held against it.
+            Next::GiveUp | Next::Restart { .. }
+                if why.reason == Reason::DeviceFailed && self.spec.settings.restarts.limit > 0 =>
+            {
+                Next::Restart { fruitless: self.state.fruitless, wait_ms: 0 }
+            }
+            next => next,
+        };
+        match next {
             Next::GiveUp => {
                 let limit = self.spec.settings.restarts.limit;
                 let message = match limit {

@@ -457,3 +457,50 @@ fn a_state_is_stored_and_read_back_as_it_was() {
     assert_eq!(read.job, id());
     assert!(!format!("{read:?}").contains("secret-of-attempt"), "secrets are not shown");
 }
+
+#[test]
+fn a_device_that_fails_ends_the_attempt_and_is_held_against_nobody() {
+    let mut job = Driver::new(command(1));
+    for round in 1..=3u32 {
+        job.run();
+        let device = job.state.ranks[2].device.clone();
+        let message = "Xid 79: the GPU has fallen off the bus; reboot the node".to_owned();
+        let failed = Event::DeviceFailed { device, message };
+        job.feed(failed.clone());
+        assert_eq!(job.state.phase, JobPhase::Restarting);
+        assert_eq!(job.state.why.reason, Reason::DeviceFailed);
+        assert!(
+            job.state.why.message.contains("rank 2 on") && job.state.why.message.contains("79")
+        );
+        assert!(job.has(|a| matches!(a, Action::Stop { nodes, .. } if nodes.len() == 2)));
+        // Told again at every heartbeat.
+        job.feed(failed);
+        assert!(job.actions.is_empty(), "{:?}", job.actions);
+        job.stop_the_rest();
+        // One restart is allowed: without this rule the second failure would be the end.
+        assert_eq!((job.state.phase, job.state.restarts), (JobPhase::Pending, round));
+        assert_eq!(job.state.fruitless, 0);
+        assert_eq!(job.state.not_before.0, job.now, "other devices need no delay");
+        assert!(job.state.why.message.contains("Xid 79"), "{}", job.state.why.message);
+    }
+}
+
+#[test]
+fn a_device_of_somebody_else_or_of_a_rank_that_ended_changes_nothing() {
+    let mut job = Driver::new(command(1));
+    job.run();
+    let message = "lost".to_owned();
+    let device = drumline_types::DeviceId { node: node(9), index: 0 };
+    job.feed(Event::DeviceFailed { device, message: message.clone() });
+    assert_eq!(job.state.phase, JobPhase::Running);
+    let device = job.state.ranks[3].device.clone();
+    job.feed(status(1, 3, RankPhase::Succeeded));
+    job.feed(Event::DeviceFailed { device, message: message.clone() });
+    assert_eq!(job.state.phase, JobPhase::Running, "its work was done");
+    // Restarts that are not allowed stay so.
+    let mut job = Driver::new(command(0));
+    job.run();
+    let device = job.state.ranks[0].device.clone();
+    job.feed(Event::DeviceFailed { device, message }).stop_the_rest();
+    assert_eq!((job.state.phase, job.state.why.reason), (JobPhase::Failed, Reason::DeviceFailed));
+}

@@ -15,7 +15,7 @@ pub mod world;
 
 use std::process::ExitCode;
 
-use drumline_spec::Work;
+use drumline_spec::{DeviceKind, Work};
 use drumline_wire::line::Credential;
 
 use crate::context::Context;
@@ -119,6 +119,14 @@ fn work(runtime: &tokio::runtime::Runtime) -> Result<(), RankError> {
         Host::open(&context)?
     };
     let outcome = match &context.spec.work {
+        // Never on the processor in its place: a GPU was asked for and is held.
+        Work::TrainingJob(_) | Work::ModelService(_)
+            if context.spec.gang().device == DeviceKind::Gpu =>
+        {
+            let why = "native ranks cannot use a GPU yet; `drumline doctor` shows what this \
+                       machine has, and a CommandJob may use it";
+            Err(RankError::Refused(why.to_owned()))
+        }
         Work::TrainingJob(job) => train::run(&context, job, &host, runtime.handle()),
         Work::ModelService(service) => serve::run(&context, service, &host, runtime.handle()),
         Work::CommandJob(_) => {

@@ -85,6 +85,13 @@ pub fn process(pid: u32) -> Option<Usage> {
     Some(stat.usage())
 }
 
+/// Returns the process group that a process is in.
+#[must_use]
+pub fn group_of(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parse_process(&stat).map(|stat| stat.group)
+}
+
 /// Reads what every process group uses, by the group's id. One walk over `/proc`.
 #[must_use]
 pub fn process_groups() -> BTreeMap<u32, Usage> {

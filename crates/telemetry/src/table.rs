@@ -132,6 +132,56 @@ metrics! {
             "Memory of the device in use.";
         DEVICE_HEALTHY = "drumline_device_healthy", Kind::Gauge, "", ["node", "device"],
             "1 when the device can be used.";
+        GPU_INFO = "drumline_gpu_info", Kind::Gauge, "", ["node", "device", "gpu_uuid", "model", "pci_bus_id", "numa_node", "mig", "driver"],
+            "Always 1; joins a GPU's UUID to its node and device, and says what it is.";
+        GPU_UTILIZATION = "drumline_gpu_utilization_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Share of the time in which any kernel ran; reads high during a hang, so judge idleness by SM or tensor activity.";
+        GPU_MEMORY_BUSY = "drumline_gpu_memory_busy_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Share of the time in which the memory was read or written.";
+        GPU_MEMORY_USED = "drumline_gpu_memory_used_bytes", Kind::Gauge, "bytes", ["gpu_uuid"],
+            "Memory in use, by anyone.";
+        GPU_MEMORY_TOTAL = "drumline_gpu_memory_total_bytes", Kind::Gauge, "bytes", ["gpu_uuid"],
+            "Memory of the GPU.";
+        GPU_JOB_MEMORY = "drumline_gpu_job_memory_bytes", Kind::Gauge, "bytes", ["gpu_uuid", "job"],
+            "Memory that a job's processes hold on the GPU.";
+        GPU_POWER = "drumline_gpu_power_watts", Kind::Gauge, "watts", ["gpu_uuid"],
+            "Power that the board draws.";
+        GPU_POWER_LIMIT = "drumline_gpu_power_limit_watts", Kind::Gauge, "watts", ["gpu_uuid"],
+            "The power limit in force.";
+        GPU_ENERGY = "drumline_gpu_energy_joules_total", Kind::Counter, "joules", ["gpu_uuid"],
+            "Energy since the driver was loaded.";
+        GPU_TEMPERATURE = "drumline_gpu_temperature_celsius", Kind::Gauge, "celsius", ["gpu_uuid", "sensor"],
+            "Temperature by sensor: gpu, memory.";
+        GPU_CLOCK = "drumline_gpu_clock_hertz", Kind::Gauge, "hertz", ["gpu_uuid", "clock"],
+            "Clocks now: sm, memory.";
+        GPU_THROTTLED = "drumline_gpu_throttled", Kind::Gauge, "", ["gpu_uuid", "reason"],
+            "1 while this slows the clocks down: power_cap, hw_slowdown, sync_boost, sw_thermal, hw_thermal, hw_power_brake, application_setting.";
+        GPU_SM_ACTIVE = "drumline_gpu_sm_active_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Share of the time in which a multiprocessor had work; Hopper and newer.";
+        GPU_SM_OCCUPANCY = "drumline_gpu_sm_occupancy_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Warps on the multiprocessors over those that fit; Hopper and newer.";
+        GPU_TENSOR_ACTIVE = "drumline_gpu_tensor_active_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Share of the time in which the tensor cores worked; Hopper and newer.";
+        GPU_DRAM_ACTIVE = "drumline_gpu_dram_active_ratio", Kind::Gauge, "ratio", ["gpu_uuid"],
+            "Share of the memory's bandwidth in use; Hopper and newer.";
+        GPU_PCIE_RATE = "drumline_gpu_pcie_bytes_per_second", Kind::Gauge, "bytes/s", ["gpu_uuid", "direction"],
+            "Traffic over PCIe: sent, received.";
+        GPU_NVLINK_RATE = "drumline_gpu_nvlink_bytes_per_second", Kind::Gauge, "bytes/s", ["gpu_uuid", "direction"],
+            "Traffic over all NVLinks: sent, received; Hopper and newer.";
+        GPU_NVLINKS = "drumline_gpu_nvlinks", Kind::Gauge, "", ["gpu_uuid"],
+            "NVLinks that were active when the agent started.";
+        GPU_ECC_ERRORS = "drumline_gpu_ecc_errors_total", Kind::Counter, "", ["gpu_uuid", "kind"],
+            "Memory errors since the driver was loaded: corrected, uncorrected.";
+        GPU_RETIRED_PAGES = "drumline_gpu_retired_pages", Kind::Gauge, "", ["gpu_uuid", "cause"],
+            "Memory pages retired after corrected or uncorrected errors; before Ampere.";
+        GPU_REMAPPED_ROWS = "drumline_gpu_remapped_rows", Kind::Gauge, "", ["gpu_uuid", "cause"],
+            "Memory rows remapped after corrected or uncorrected errors; Ampere and newer.";
+        GPU_ROW_REMAPPING = "drumline_gpu_row_remapping", Kind::Gauge, "", ["gpu_uuid", "state"],
+            "1 while a row waits for a reset to be remapped (pending), or could not be (failed).";
+        GPU_XID_EVENTS = "drumline_gpu_xid_events_total", Kind::Counter, "", ["gpu_uuid", "xid"],
+            "Errors that the driver reported since the agent started, by NVIDIA's number.";
+        GPU_HEALTH = "drumline_gpu_health", Kind::Gauge, "", ["gpu_uuid", "action"],
+            "1 for what must be done about the GPU now: none, record, restart_application, drain, reset, reboot, hardware.";
         RANKS = "drumline_ranks", Kind::Gauge, "", ["node", "phase"],
             "Ranks on this node by phase.";
         RANK_MEMORY = "drumline_rank_memory_bytes", Kind::Gauge, "bytes", ["node", "device", "job"],
@@ -224,8 +274,12 @@ mod tests {
             assert!(name.starts_with("drumline_"), "{name}");
             assert!(metric.help.ends_with('.'), "{name}");
             assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
-            if metric.unit == "seconds" || metric.unit == "bytes" || metric.unit == "ratio" {
-                assert!(name.ends_with(&format!("_{}", metric.unit)), "{name}");
+            let bare =
+                name.strip_suffix("_total").filter(|_| !metric.unit.is_empty()).unwrap_or(name);
+            const UNITS: [&str; 7] =
+                ["seconds", "bytes", "ratio", "watts", "joules", "celsius", "hertz"];
+            if UNITS.contains(&metric.unit) {
+                assert!(bare.ends_with(&format!("_{}", metric.unit)), "{name}");
             }
             let fast = metric.labels.contains(&"rank");
             assert!(!fast, "{name}: a series per job and rank is too many");

@@ -48,7 +48,7 @@ reasons! {
     /// The queue it names does not exist.
     QueueMissing = "QueueMissing", "Create the queue, or name one that exists.";
     /// No node has devices of the wanted kind.
-    NoMatchingDevice = "NoMatchingDevice", "Ask for a device kind that the fleet has, or add nodes that have it.";
+    NoMatchingDevice = "NoMatchingDevice", "Ask for a device kind that the fleet has, or add nodes that have it; `drumline doctor` says why a machine offers no GPU.";
     /// The whole fleet, idle, could not hold it.
     ExceedsCluster = "ExceedsCluster", "Ask for fewer ranks, or add nodes.";
     /// More than its queue may ever use.
@@ -79,6 +79,8 @@ reasons! {
     RankFailed = "RankFailed", "Read the log of the first failing rank: `drumline logs JOB --rank N`.";
     /// A rank was ended by a signal.
     RankKilled = "RankKilled", "Signal 9 is often the kernel's out-of-memory killer: see the node's memory.";
+    /// A device turned bad under a rank.
+    DeviceFailed = "DeviceFailed", "The gang restarts on other devices; `drumline nodes --devices` says what must be done about the bad one.";
     /// A node went silent with ranks on it.
     NodeLost = "NodeLost", "See the node's agent; the gang restarts elsewhere when it can.";
     /// No step was finished within the watchdog's time.

@@ -25,6 +25,8 @@ pub const THREADS: &str = "DRUMLINE_THREADS";
 pub const CORES: &str = "DRUMLINE_CORES";
 /// Index of the rank's device on its node.
 pub const DEVICE: &str = "DRUMLINE_DEVICE";
+/// Which of the GPUs in `CUDA_VISIBLE_DEVICES` is the rank's own, from 0; absent for CPU devices.
+pub const GPU_ORDINAL: &str = "DRUMLINE_GPU_ORDINAL";
 /// Names the host, so that ranks on one host find each other's shared memory.
 pub const HOST: &str = "DRUMLINE_HOST";
 /// IP address on which the rank listens for its peers.

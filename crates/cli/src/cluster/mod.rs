@@ -32,6 +32,8 @@ pub struct ClusterOptions {
     pub nodes: u32,
     /// CPU devices of each node.
     pub devices: u32,
+    /// Whether the first node offers the machine's GPUs: `auto`, `off` or `required`.
+    pub gpus: &'static str,
     /// Where state is kept: empty for the embedded store, or `etcd://HOST:PORT`.
     pub store: String,
     /// The `drumline` program, for the children.
@@ -56,6 +58,7 @@ impl ClusterOptions {
             state,
             nodes: 2,
             devices: 2,
+            gpus: "auto",
             store: String::new(),
             binary: std::env::current_exe()?,
             port: 0,
@@ -299,12 +302,15 @@ fn agent(options: &ClusterOptions, index: u32) -> ChildSpec {
     let cores = u32::try_from(machine).unwrap_or(1) / options.nodes.max(1);
     // More nodes than cores: past the last one, so that none claims a core as its own.
     let first_core = if cores == 0 { machine } else { (index * cores) as usize };
+    // The GPUs are the machine's, and can be offered once.
+    let gpus = if index == 0 { options.gpus } else { "off" };
     let mut spec = base(options, &node, &["agent", "--attached"]);
     for (name, value) in [
         ("--node", node.clone()),
         ("--devices", options.devices.to_string()),
         ("--cores", cores.max(1).to_string()),
         ("--first-core", first_core.to_string()),
+        ("--gpus", gpus.to_owned()),
     ] {
         spec.arguments.extend([name.to_owned(), value]);
     }

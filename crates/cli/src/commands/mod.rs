@@ -4,6 +4,7 @@
 //! [`Access`]: crate::client::Access
 //! [`Failure`]: crate::failure::Failure
 
+pub mod clear;
 pub mod complete;
 pub mod data;
 pub mod describe;

@@ -63,7 +63,7 @@ pub async fn run(args: &QueuesArgs, access: &Access, format: Format) -> Result<(
     output::value(format, &value, || table(&answer.queues))
 }
 
-fn user() -> String {
+pub(crate) fn user() -> String {
     std::env::var("USER").unwrap_or_default()
 }
 

@@ -152,6 +152,16 @@ impl Control for Service {
         self.job(&request.into_inner().id).map(Response::new)
     }
 
+    async fn clear_device(
+        &self,
+        request: Request<v1::ClearDeviceRequest>,
+    ) -> Result<Response<v1::ClearDeviceResponse>, Status> {
+        match request.into_inner().node.as_str() {
+            "node-0" => Ok(Response::new(v1::ClearDeviceResponse::default())),
+            node => Err(Status::not_found(format!("there is no node {node:?}"))),
+        }
+    }
+
     async fn list_queues(
         &self,
         _: Request<v1::ListQueuesRequest>,

@@ -257,11 +257,13 @@ impl Runner {
                         healthy: true,
                         message: String::new(),
                         matmul_flops: 1e9,
+                        uuid: String::new(),
                     })
                     .collect(),
                 ranks,
                 metrics_url: String::new(),
                 address: "127.0.0.1".to_owned(),
+                topology: Vec::new(),
             };
             up.try_send(v1::AgentUp { kind: Some(Up::Hello(hello)) }).unwrap();
             for (key, join) in &state.joins {

@@ -223,7 +223,7 @@ impl Nccl {
             // SAFETY: NCCL's initialisers have no conditions.
             match unsafe { libloading::Library::new(&candidate) } {
                 Ok(library) => return Self::take(library, name).map(Arc::new),
-                Err(error) => tried.push(format!("{name}: {error}")),
+                Err(error) => tried.push(crate::found::words(&name, &error)),
             }
         }
         Err(NcclProblem::Missing { tried: tried.join("; ") })

@@ -256,6 +256,8 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             };
             self.layout.counted.iter().map(square).sum::<f64>()
         });
+        // What was read so far is what the device made, or the step ends here.
+        b.status()?;
         // One exchange for both numbers: every copy has the same gradients, so copy 0 speaks.
         let share = if self.split.copy == 0 { counted } else { 0.0 };
         let mut sums = [self.own_loss(loss) as f32, share as f32];
@@ -486,6 +488,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                 }
             }
         }
+        b.status()?;
         let speaks = split.is_last() && split.tensor_rank == 0;
         let tokens = if speaks { batches.len() * self.dims.rows } else { 0 };
         let mut sums = [self.own_loss(loss) as f32, tokens as f32];

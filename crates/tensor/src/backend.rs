@@ -29,6 +29,14 @@ pub enum TensorError {
         /// The system's words.
         message: String,
     },
+    /// A device failed; what it holds is lost.
+    #[error("{operation}: {message}")]
+    Device {
+        /// What was asked of it, with its shape.
+        operation: String,
+        /// What it or its driver says.
+        message: String,
+    },
 }
 
 /// One step of AdamW over a flat range of parameters (Loshchilov and Hutter 2019).
@@ -98,6 +106,15 @@ pub trait Backend: Send + Sync + 'static {
     /// operation is also legal outside.
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         f()
+    }
+
+    /// Tells the first failure since the backend was made. Operations return nothing: after a
+    /// failure they do nothing, and what was read since is worthless, so whoever has read asks.
+    ///
+    /// # Errors
+    /// [`TensorError::Device`].
+    fn status(&self) -> Result<(), TensorError> {
+        Ok(())
     }
 
     /// Copies a view to the host.

@@ -8,6 +8,7 @@
 //! test that compares the two.
 
 pub mod backend;
+pub mod conformance;
 pub mod cpu;
 pub mod dtype;
 pub mod peak;

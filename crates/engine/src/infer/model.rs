@@ -234,6 +234,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
         self.check(segments)?;
         let backend = Arc::clone(&self.backend);
         backend.scope(|| self.forward(segments))?;
+        backend.status()?;
         Ok(&self.logits)
     }
 

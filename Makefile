@@ -15,6 +15,7 @@ demo: setup-build
 # Passes the tests; what they need from the system is installed, or named, first.
 test: setup
 	@tests/kube/build || echo "tests/kube/build failed: the Kubernetes tests are skipped"
+	@tests/gpu/nvrtc || echo "tests/gpu/nvrtc failed: kernels are not compiled for GPUs"
 	if command -v etcd >/dev/null; then export DRUMLINE_REQUIRE_ETCD=1; fi; \
 	$(CARGO) test --workspace $(CARGO_JOBS)
 

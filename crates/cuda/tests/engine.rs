@@ -1,0 +1,204 @@
+//! The engine on [`Cuda`] against the engine on the CPU: training and serving of tiny models, whole and
+//! split over ranks that share the device.
+
+mod support;
+
+use drumline_cuda::{Cuda, CudaOptions};
+use drumline_engine::bench::{batches, in_process, job, local_groups, presets};
+use drumline_engine::infer::{Model, ModelOptions, Segment};
+use drumline_engine::{Snapshot, StepReport, Trainer};
+use drumline_mesh::Mesh;
+use drumline_spec::{Family, ModelConfig, Parallelism, TrainingJob};
+use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
+
+/// f32 on both: only the order of additions differs. Norm of the difference over
+/// the norm.
+const F32: f64 = 1e-4;
+
+/// A model small enough to train in a blink, with every number different from the others.
+fn tiny(family: Family) -> ModelConfig {
+    ModelConfig {
+        family,
+        layers: 2,
+        hidden: 32,
+        ffn: 48,
+        heads: 4,
+        kv_heads: if family == Family::Llama { 2 } else { 4 },
+        vocab: 61,
+        context: 40,
+        ..presets()[0].model.clone()
+    }
+}
+
+fn tiny_job(family: Family, parallelism: Parallelism, steps: u64) -> TrainingJob {
+    TrainingJob {
+        model: tiny(family),
+        sequence: 40,
+        global_batch: 4,
+        ..job(&presets()[0], parallelism, 1, steps)
+    }
+}
+
+/// One rank's micro-batches, so that any split sees the same global batch.
+fn micros(job: &TrainingJob, copy: u32, step: u64) -> Vec<drumline_engine::Batch> {
+    let single = TrainingJob { parallelism: Parallelism::SINGLE, ..job.clone() };
+    let own = job.micro_batches() as usize;
+    batches(&single, 0, step)[copy as usize * own..(copy as usize + 1) * own].to_vec()
+}
+
+/// Trains every rank of a job, and returns its reports, gradients of the last step and weights.
+fn train<B: Backend>(
+    job: &TrainingJob,
+    backend: impl Fn() -> B + Sync,
+) -> Vec<(Vec<StepReport>, Snapshot, Snapshot)> {
+    let mesh = Mesh::new(job.parallelism);
+    in_process(mesh, |rank, groups| {
+        let coords = mesh.coords(rank);
+        let mut trainer = Trainer::new(job, coords, groups, backend()).expect("a tiny model fits");
+        let reports = (0..job.steps)
+            .map(|step| trainer.step(step, &micros(job, coords.data, step)).expect("a step"))
+            .collect();
+        (reports, trainer.gradients(), trainer.snapshot(None))
+    })
+}
+
+/// The norm of the difference over the norm, of all shards together.
+fn distance(got: &Snapshot, want: &Snapshot) -> f64 {
+    // A further copy of the model owns no shard: its reports alone are compared.
+    if want.shards().next().is_none() {
+        return 0.0;
+    }
+    let (mut off, mut all) = (0.0f64, 0.0f64);
+    for ((a, got), (b, want)) in got.shards().zip(want.shards()) {
+        assert_eq!(a, b);
+        for (g, w) in got.iter().zip(want) {
+            off += (f64::from(*g) - f64::from(*w)).powi(2);
+            all += f64::from(*w).powi(2);
+        }
+    }
+    assert!(all > 0.0 && off.is_finite(), "something was learnt, and it is a number");
+    (off / all).sqrt()
+}
+
+fn cuda(matmul: MatmulPrecision) -> Cuda {
+    support::open(CudaOptions { matmul, ..CudaOptions::default() })
+}
+
+/// Compares runs of one family and split, rank by rank.
+fn compare(family: Family, parallelism: Parallelism, matmul: MatmulPrecision, bound: f64) {
+    let job = tiny_job(family, parallelism, 4);
+    let want = train(&job, || Cpu::new(1).expect("one thread"));
+    let got = train(&job, || cuda(matmul));
+    for (rank, (got, want)) in got.iter().zip(&want).enumerate() {
+        let what = format!("{family:?} {parallelism:?} {matmul:?} rank {rank}");
+        for (got, want) in got.0.iter().zip(&want.0) {
+            let off = f64::from((got.loss - want.loss).abs() / want.loss);
+            assert!(off < bound, "{what}: loss {} {}", got.loss, want.loss);
+        }
+        let gradients = distance(&got.1, &want.1);
+        assert!(gradients < bound, "{what}: gradients are off by {gradients:e}");
+        eprintln!("{what}: gradients of step 4 are off by {gradients:.1e}");
+    }
+}
+
+#[test]
+fn training_in_f32_follows_the_cpu() {
+    support::on_device("training_in_f32_follows_the_cpu", |_| {
+        for family in [Family::Gpt2, Family::Llama] {
+            compare(family, Parallelism::SINGLE, MatmulPrecision::F32, F32);
+        }
+    });
+}
+
+#[test]
+fn split_training_in_f32_follows_the_cpu() {
+    support::on_device("split_training_in_f32_follows_the_cpu", |_| {
+        for (tensor, pipeline, data) in [(2, 1, 1), (1, 2, 1), (1, 1, 2)] {
+            let parallelism = Parallelism { tensor, pipeline, data };
+            compare(Family::Llama, parallelism, MatmulPrecision::F32, F32);
+        }
+    });
+}
+
+#[test]
+fn training_in_bf16_stays_near_f32() {
+    support::on_device("training_in_bf16_stays_near_f32", |_| {
+        // Both factors of every product lose 16 bits: 8 bits of each are left.
+        for family in [Family::Gpt2, Family::Llama] {
+            compare(family, Parallelism::SINGLE, MatmulPrecision::Bf16, 1e-2);
+        }
+    });
+}
+
+#[test]
+fn the_same_run_gives_the_same_bits() {
+    support::on_device("the_same_run_gives_the_same_bits", |_| {
+        let job = tiny_job(Family::Gpt2, Parallelism::SINGLE, 3);
+        let run = || train(&job, || cuda(MatmulPrecision::Bf16)).remove(0);
+        let (first, second) = (run(), run());
+        assert_eq!(first.0, second.0);
+        assert_eq!(distance(&first.2, &second.2), 0.0);
+    });
+}
+
+/// Logits after a prompt in chunks of `chunk` tokens, then after decoding a few more.
+fn logits<B: Backend>(family: Family, backend: B, weights: DType, chunk: usize) -> Vec<f32> {
+    let mesh = Mesh::new(Parallelism::SINGLE);
+    let groups = local_groups(mesh).remove(0);
+    let options = ModelOptions { weights, ..ModelOptions::default() };
+    let config = tiny(family);
+    let shape = Parallelism::SINGLE;
+    let mut model = Model::new(&config, shape, mesh.coords(0), groups, backend, options)
+        .expect("a tiny model fits");
+    let mut seed = 1u64;
+    model
+        .load(|_, values| {
+            for x in values.iter_mut() {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                *x = ((seed >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.4;
+            }
+            Ok::<_, String>(())
+        })
+        .expect("the source has everything");
+    let tokens: Vec<u32> = (0..36).map(|i| i * 7 % 61).collect();
+    let (mut all, mut done) = (Vec::new(), 0);
+    while done < tokens.len() {
+        // The last six tokens one by one.
+        let end = if done < 30 { (done + chunk).min(30) } else { done + 1 };
+        let segment = Segment {
+            blocks: vec![5, 2, 9],
+            position: done as u32,
+            tokens: tokens[done..end].to_vec(),
+            sample: true,
+        };
+        all.extend_from_slice(model.run(&[segment]).expect("a step"));
+        done = end;
+    }
+    all
+}
+
+#[test]
+fn serving_gives_the_logits_of_the_cpu() {
+    support::on_device("serving_gives_the_logits_of_the_cpu", |_| {
+        for family in [Family::Gpt2, Family::Llama] {
+            for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I8] {
+                // 30 rows at once take cuBLASLt, 7 the kernel for few rows.
+                for chunk in [30, 7] {
+                    let want = logits(family, Cpu::new(1).expect("a thread"), dtype, chunk);
+                    let got = logits(family, cuda(MatmulPrecision::F32), dtype, chunk);
+                    assert_eq!(got.len(), want.len());
+                    let square = |x: f32| f64::from(x).powi(2);
+                    let off: f64 = got.iter().zip(&want).map(|(g, w)| square(g - w)).sum();
+                    let all: f64 = want.iter().map(|w| square(*w)).sum();
+                    // Where factors are rounded to bf16, a number next to a tie may go either way
+                    // after sums in another order: one step of 2^-8 of a few of them.
+                    let rounds = matches!(dtype, DType::Bf16 | DType::I8);
+                    let (off, bound) = ((off / all).sqrt(), if rounds { 3e-3 } else { F32 });
+                    let what = format!("{family:?} {dtype:?} in chunks of {chunk}");
+                    assert!(off < bound, "{what}: logits are off by {off:e}");
+                    eprintln!("{what}: logits are off by {off:.1e}");
+                }
+            }
+        }
+    });
+}

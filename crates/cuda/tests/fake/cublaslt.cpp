@@ -1,0 +1,162 @@
+// A fake cuBLASLt for the emulated device: plain products in f32 of f32 or bf16 factors, with the
+// attributes that crate `cuda` sets, checked as strictly as the documentation states them. Test
+// equipment.
+#include <stdint.h>
+#include <string.h>
+
+#include <vector>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+enum { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
+enum { R_32F = 0, R_16BF = 14 };
+enum { COMPUTE_32F = 68, COMPUTE_32F_FAST_TF32 = 77 };
+enum { EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4 };
+
+struct Layout {
+    uint32_t type;
+    uint64_t rows, columns;
+    int64_t ld;
+};
+struct Description {
+    uint32_t compute, scale;
+    int32_t transposed_a = 0, transposed_b = 0;
+    uint32_t epilogue = EPILOGUE_DEFAULT;
+    const float* bias = nullptr;
+};
+struct Preference {
+    uint64_t workspace = 0;
+    uint32_t alignment[4] = {256, 256, 256, 256};
+};
+struct Algorithm {
+    uint64_t data[8];
+};
+struct Heuristic {
+    Algorithm algorithm;
+    size_t workspace;
+    uint32_t state;
+    float waves;
+    int reserved[4];
+};
+constexpr uint64_t MARK = 0x656d756c61746564;
+
+EXPORT size_t cublasLtGetVersion() { return 130000; }
+EXPORT int cublasLtCreate(void** handle) {
+    *handle = new int(0);
+    return SUCCESS;
+}
+EXPORT int cublasLtDestroy(void* handle) {
+    delete (int*)handle;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatrixLayoutCreate(Layout** layout, uint32_t type, uint64_t rows, uint64_t columns, int64_t ld) {
+    if ((type != R_32F && type != R_16BF) || ld < (int64_t)rows) return INVALID_VALUE;
+    *layout = new Layout{type, rows, columns, ld};
+    return SUCCESS;
+}
+EXPORT int cublasLtMatrixLayoutDestroy(Layout* layout) {
+    delete layout;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulDescCreate(Description** description, uint32_t compute, uint32_t scale) {
+    if ((compute != COMPUTE_32F && compute != COMPUTE_32F_FAST_TF32) || scale != R_32F) return INVALID_VALUE;
+    *description = new Description{compute, scale};
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulDescDestroy(Description* description) {
+    delete description;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulDescSetAttribute(Description* d, uint32_t attribute, const void* value, size_t bytes) {
+    void* to = attribute == 3 ? (void*)&d->transposed_a
+               : attribute == 4 ? (void*)&d->transposed_b
+               : attribute == 7 ? (void*)&d->epilogue
+               : attribute == 8 ? (void*)&d->bias
+                                : nullptr;
+    if (!to || bytes != (attribute == 8 ? 8u : 4u)) return INVALID_VALUE;
+    memcpy(to, value, bytes);
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulPreferenceCreate(Preference** preference) {
+    *preference = new Preference;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulPreferenceDestroy(Preference* preference) {
+    delete preference;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulPreferenceSetAttribute(Preference* p, uint32_t attribute, const void* value, size_t bytes) {
+    if (attribute == 1 && bytes == 8) {
+        memcpy(&p->workspace, value, 8);
+    } else if (attribute >= 5 && attribute <= 8 && bytes == 4) {
+        memcpy(&p->alignment[attribute - 5], value, 4);
+    } else {
+        return INVALID_VALUE;
+    }
+    return SUCCESS;
+}
+
+// Whether op(A) . op(B) has D's shape.
+static bool fits(const Description* d, const Layout* a, const Layout* b, const Layout* c, const Layout* out) {
+    uint64_t m = d->transposed_a ? a->columns : a->rows, k = d->transposed_a ? a->rows : a->columns;
+    uint64_t k2 = d->transposed_b ? b->columns : b->rows, n = d->transposed_b ? b->rows : b->columns;
+    return k == k2 && a->type == b->type && out->type == R_32F && c->type == R_32F && m == out->rows &&
+           n == out->columns && c->rows == m && c->columns == n && m > 0 && n > 0 && k > 0;
+}
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, Description* d, Layout* a, Layout* b, Layout* c, Layout* out,
+                                          Preference* p, int wanted, Heuristic* results, int* found) {
+    *found = 0;
+    if (!fits(d, a, b, c, out) || wanted < 1) return INVALID_VALUE;
+    memset(results, 0, sizeof *results);
+    results->algorithm.data[0] = MARK;
+    for (int i = 0; i < 4; i++) results->algorithm.data[1 + i] = p->alignment[i];
+    results->workspace = p->workspace / 2;
+    *found = 1;
+    return SUCCESS;
+}
+
+static std::vector<float> widened(const void* from, const Layout* l, bool transposed) {
+    // [inner, outer]: column-major without gaps, transposed where asked.
+    std::vector<float> to(l->rows * l->columns);
+    for (uint64_t j = 0; j < l->columns; j++)
+        for (uint64_t i = 0; i < l->rows; i++) {
+            uint64_t at = j * l->ld + i;
+            float x;
+            if (l->type == R_32F) {
+                x = ((const float*)from)[at];
+            } else {
+                uint32_t bits = (uint32_t)((const uint16_t*)from)[at] << 16;
+                memcpy(&x, &bits, 4);
+            }
+            to[transposed ? i * l->columns + j : j * l->rows + i] = x;
+        }
+    return to;
+}
+EXPORT int cublasLtMatmul(void*, Description* d, const float* alpha, const void* a, Layout* la, const void* b,
+                          Layout* lb, const float* beta, const float* c, Layout* lc, float* out, Layout* lo,
+                          const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void*) {
+    if (!fits(d, la, lb, lc, lo) || !algorithm || algorithm->data[0] != MARK) return INVALID_VALUE;
+    const void* pointers[4] = {a, b, c, out};
+    for (int i = 0; i < 4; i++)
+        if ((uintptr_t)pointers[i] % algorithm->data[1 + i]) return INVALID_VALUE;
+    if (workspace_bytes > 0 && (!workspace || (uintptr_t)workspace % 256)) return INVALID_VALUE;
+    uint64_t m = lo->rows, n = lo->columns, k = d->transposed_a ? la->rows : la->columns;
+    // A as [k, m] by columns of m: neighbouring outputs are neighbours.
+    std::vector<float> wa = widened(a, la, d->transposed_a), wb = widened(b, lb, d->transposed_b);
+    std::vector<float> sums(m);
+    for (uint64_t j = 0; j < n; j++) {
+        for (auto& s : sums) s = 0;
+        for (uint64_t x = 0; x < k; x++) {
+            float factor = wb[j * k + x];
+            const float* column = &wa[x * m];
+            for (uint64_t i = 0; i < m; i++) sums[i] += factor * column[i];
+        }
+        for (uint64_t i = 0; i < m; i++) {
+            float y = *alpha * sums[i];
+            if (*beta != 0) y += *beta * c[j * lc->ld + i];
+            if (d->epilogue == EPILOGUE_BIAS) y += d->bias[i];
+            out[j * lo->ld + i] = y;
+        }
+    }
+    return SUCCESS;
+}

@@ -1,0 +1,296 @@
+// A fake libcuda: the entry points that crate `cuda` uses, for one emulated device whose kernels are
+// shared objects made by the fake NVRTC. Test equipment: it shows that the calls are right, not that
+// anything ran on a GPU.
+//
+// Stricter than a driver: memory ends at a page that may not be touched, is full of NaN when it is
+// allocated, and copies must lie inside one allocation; launches are held to a GPU's limits.
+//
+// DRUMLINE_FAKE_CUDA asks for a fault: no-device, old-driver, memory=BYTES, launch-fails=N (the Nth
+// launch), each named where it is used.
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <elf.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NOT_FOUND = 500,
+    LAUNCH_FAILED = 719,
+};
+typedef uint64_t DevicePointer;
+
+namespace {
+
+constexpr size_t PAGE = 4096, SHARED_DEFAULT = 48 << 10, SHARED_MAX = 227 << 10;
+
+struct Allocation {
+    char* base;
+    size_t mapped, bytes;
+};
+struct Function {
+    int (*run)(const unsigned*, const unsigned*, unsigned, void**);
+    std::string name;
+    size_t shared_max = SHARED_DEFAULT;
+};
+struct Module {
+    void* handle;
+    std::map<std::string, Function*> functions;
+};
+
+std::mutex lock;
+std::map<DevicePointer, Allocation> allocations;
+size_t allocated;
+int sticky;
+long launches;
+thread_local void* current_context;
+int context_object, stream_object;
+
+std::string fault(const char* name) {
+    const char* value = getenv("DRUMLINE_FAKE_CUDA");
+    if (!value) return "";
+    std::string text = value, key = name;
+    if (text == key) return "yes";
+    if (text.compare(0, key.size() + 1, key + "=") == 0) return text.substr(key.size() + 1);
+    return "";
+}
+size_t total_memory() {
+    std::string limit = fault("memory");
+    return limit.empty() ? (size_t)2 << 30 : strtoull(limit.c_str(), nullptr, 10);
+}
+bool inside(DevicePointer p, size_t bytes) {
+    if (bytes == 0) return true;
+    auto after = allocations.upper_bound(p);
+    if (after == allocations.begin()) return false;
+    --after;
+    return p + bytes <= after->first + after->second.bytes;
+}
+
+}  // namespace
+
+EXPORT int cuInit(unsigned) { return fault("no-device").empty() ? SUCCESS : NO_DEVICE; }
+EXPORT int cuDriverGetVersion(int* v) {
+    *v = fault("old-driver").empty() ? 13000 : 12020;
+    return SUCCESS;
+}
+EXPORT int cuDeviceGetCount(int* n) {
+    *n = 1;
+    return SUCCESS;
+}
+EXPORT int cuDeviceGet(int* d, int ordinal) {
+    if (ordinal != 0) return INVALID_DEVICE;
+    *d = 0;
+    return SUCCESS;
+}
+EXPORT int cuDeviceGetName(char* name, int length, int) {
+    snprintf(name, length, "emulated device (no GPU)");
+    return SUCCESS;
+}
+EXPORT int cuDeviceGetUuid_v2(void* uuid, int) {
+    memset(uuid, 0xEE, 16);
+    return SUCCESS;
+}
+EXPORT int cuDeviceTotalMem_v2(size_t* bytes, int) {
+    *bytes = total_memory();
+    return SUCCESS;
+}
+EXPORT int cuDeviceGetAttribute(int* v, int attribute, int) {
+    switch (attribute) {
+        case 16: *v = 4; break;               // Multiprocessors.
+        case 75: *v = 9; break;               // Compute capability.
+        case 76: *v = 0; break;
+        case 97: *v = SHARED_MAX; break;      // Shared memory of a block, at most.
+        case 115: *v = 0; break;              // Memory pools.
+        default: return INVALID_VALUE;
+    }
+    return SUCCESS;
+}
+EXPORT int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &context_object;
+    return SUCCESS;
+}
+EXPORT int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+EXPORT int cuCtxSetCurrent(void* context) {
+    current_context = context;
+    return SUCCESS;
+}
+EXPORT int cuCtxGetCurrent(void** context) {
+    *context = current_context;
+    return SUCCESS;
+}
+EXPORT int cuCtxSynchronize() { return sticky; }
+EXPORT int cuStreamCreate(void** stream, unsigned) {
+    if (!current_context) return INVALID_CONTEXT;
+    *stream = &stream_object;
+    return SUCCESS;
+}
+EXPORT int cuStreamDestroy_v2(void*) { return SUCCESS; }
+EXPORT int cuStreamSynchronize(void*) { return sticky; }
+
+EXPORT int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    std::lock_guard<std::mutex> guard(lock);
+    *total = total_memory();
+    *free = *total - allocated;
+    return SUCCESS;
+}
+EXPORT int cuMemAlloc_v2(DevicePointer* p, size_t bytes) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (!current_context) return INVALID_CONTEXT;
+    if (bytes == 0) return INVALID_VALUE;
+    if (allocated + bytes > total_memory()) return OUT_OF_MEMORY;
+    size_t rounded = (bytes + 255) / 256 * 256, pages = (rounded + PAGE - 1) / PAGE * PAGE;
+    void* base = mmap(nullptr, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) return OUT_OF_MEMORY;
+    mprotect((char*)base + pages, PAGE, PROT_NONE);
+    char* start = (char*)base + pages - rounded;
+    memset(start, 0xff, rounded);
+    *p = (DevicePointer)start;
+    allocations[*p] = {(char*)base, pages + PAGE, bytes};
+    allocated += bytes;
+    return SUCCESS;
+}
+EXPORT int cuMemFree_v2(DevicePointer p) {
+    std::lock_guard<std::mutex> guard(lock);
+    auto found = allocations.find(p);
+    if (found == allocations.end()) return INVALID_VALUE;
+    Allocation a = found->second;
+    allocations.erase(found);
+    allocated -= a.bytes;
+    // What lies behind the end must be as it was.
+    for (char* c = (char*)p + a.bytes; c < a.base + a.mapped - PAGE; c++) {
+        if (*c != (char)0xff) {
+            fprintf(stderr, "emulated device: written behind the end of an allocation of %zu bytes\n", a.bytes);
+            abort();
+        }
+    }
+    munmap(a.base, a.mapped);
+    return SUCCESS;
+}
+EXPORT int cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes, void*) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (sticky) return sticky;
+    if (!inside(to, bytes)) return INVALID_VALUE;
+    memcpy((void*)to, from, bytes);
+    return SUCCESS;
+}
+EXPORT int cuMemcpyDtoHAsync_v2(void* to, DevicePointer from, size_t bytes, void*) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (sticky) return sticky;
+    if (!inside(from, bytes)) return INVALID_VALUE;
+    memcpy(to, (void*)from, bytes);
+    return SUCCESS;
+}
+EXPORT int cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t bytes, void*) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (sticky) return sticky;
+    if (!inside(from, bytes) || !inside(to, bytes)) return INVALID_VALUE;
+    memmove((void*)to, (void*)from, bytes);
+    return SUCCESS;
+}
+EXPORT int cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, void*) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (sticky) return sticky;
+    if (!inside(to, bytes)) return INVALID_VALUE;
+    memset((void*)to, value, bytes);
+    return SUCCESS;
+}
+
+EXPORT int cuModuleLoadData(void** module, const void* image) {
+    std::lock_guard<std::mutex> guard(lock);
+    const Elf64_Ehdr* elf = (const Elf64_Ehdr*)image;
+    if (memcmp(elf->e_ident, ELFMAG, SELFMAG) != 0 || elf->e_shoff == 0) return INVALID_IMAGE;
+    size_t bytes = elf->e_shoff + (size_t)elf->e_shnum * elf->e_shentsize;
+    char path[] = "/tmp/drumline-emulated-XXXXXX";
+    int file = mkstemp(path);
+    if (file < 0) return INVALID_IMAGE;
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t n = write(file, (const char*)image + done, bytes - done);
+        if (n <= 0) break;
+        done += n;
+    }
+    close(file);
+    void* handle = done == bytes ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+    unlink(path);
+    if (!handle) {
+        fprintf(stderr, "emulated device: %s\n", dlerror());
+        return INVALID_IMAGE;
+    }
+    *module = new Module{handle, {}};
+    return SUCCESS;
+}
+EXPORT int cuModuleUnload(void* module) {
+    Module* m = (Module*)module;
+    for (auto& f : m->functions) delete f.second;
+    dlclose(m->handle);
+    delete m;
+    return SUCCESS;
+}
+EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
+    std::lock_guard<std::mutex> guard(lock);
+    Module* m = (Module*)module;
+    Function*& f = m->functions[name];
+    if (!f) {
+        void* entry = dlsym(m->handle, (std::string("emulated_") + name).c_str());
+        if (!entry) return NOT_FOUND;
+        f = new Function{(decltype(Function::run))entry, name};
+    }
+    *function = f;
+    return SUCCESS;
+}
+EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute != 8 || value < 0 || (size_t)value > SHARED_MAX) return INVALID_VALUE;
+    ((Function*)function)->shared_max = value;
+    return SUCCESS;
+}
+EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                          unsigned shared, void*, void** parameters, void** extra) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (sticky) return sticky;
+    Function* f = (Function*)function;
+    size_t threads = (size_t)bx * by * bz;
+    if (!current_context || extra || gx == 0 || gy == 0 || gz == 0 || gx > 0x7fffffff || gy > 65535 || gz > 65535 ||
+        threads == 0 || threads > 1024 || shared > f->shared_max)
+        return INVALID_VALUE;
+    launches++;
+    std::string fails = fault("launch-fails");
+    unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+    if (!fails.empty() && launches == atol(fails.c_str())) {
+        sticky = LAUNCH_FAILED;
+    } else if (!f->run(grid, block, shared, parameters)) {
+        fprintf(stderr, "emulated device: threads of %s wait for each other for ever\n", f->name.c_str());
+        sticky = LAUNCH_FAILED;
+    }
+    // As on a GPU, the failure is told by a later call.
+    return SUCCESS;
+}
+EXPORT int cuGetErrorName(int error, const char** name) {
+    switch (error) {
+        case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
+        case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+        case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
+        default: *name = "CUDA_ERROR_INVALID_VALUE";
+    }
+    return SUCCESS;
+}
+EXPORT int cuGetErrorString(int error, const char** text) {
+    *text = error == LAUNCH_FAILED ? "unspecified launch failure" : "an error of the emulated device";
+    return SUCCESS;
+}

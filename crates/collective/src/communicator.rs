@@ -1,5 +1,6 @@
 //! The communicator of one group: carries out collectives over the lanes to its peers.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use crate::host::World;
 use crate::lane::Lane;
 use crate::pending::{Pending, Turns};
 use crate::plan::{self, Plan};
+use crate::reduce::reduce_in_order;
 use crate::{Collective, CollectiveError, ReduceOp};
 
 /// How long to wait before looking again for what nobody rings for (nothing, as far as is known).
@@ -245,6 +247,36 @@ impl HostCollective {
         })
     }
 
+    /// Brings everybody's values to everybody in log2 steps, and reduces them in rank order.
+    fn all_reduce_doubling(&self, call: Call, data: &mut [f32]) -> Result<(), CollectiveError> {
+        let (size, me, len) = (self.size(), self.rank(), data.len());
+        let mut all = vec![0.0f32; size * len];
+        all[me * len..(me + 1) * len].copy_from_slice(data);
+        for step in plan::doubling(size, me, len) {
+            self.run(call, |_, _| step, Buffers::Whole(&mut all))?;
+        }
+        let parts: Vec<&[f32]> = (0..size).map(|rank| &all[rank * len..(rank + 1) * len]).collect();
+        data.copy_from_slice(parts[0]);
+        reduce_in_order(call.reduce, data, &parts[1..], 0);
+        Ok(())
+    }
+
+    /// Takes its place among the started calls.
+    fn start(
+        &self,
+        call: Call,
+        plan: impl FnOnce(usize, usize) -> Plan,
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
+        let (op, elements) = (call.op, call.elements);
+        self.enter(op)?;
+        let mut state = self.lock();
+        let ticket = state.turns.start(op)?;
+        let call = Call { sequence: state.sequence, ..call };
+        state.sequence += 1;
+        let exchange = Exchange::new(call, plan(self.size(), self.rank()), self.rank());
+        Ok(Box::new(Started { owner: self, op, exchange, ticket, elements, over: false }))
+    }
+
     fn call(&self, op: &'static str, elements: usize) -> Call {
         Call { op, reduce: ReduceOp::Sum, root: 0, elements, sequence: 0 }
     }
@@ -263,6 +295,9 @@ impl Collective for HostCollective {
         self.enter("all_reduce")?;
         let len = data.len();
         let call = Call { reduce: op, ..self.call("all_reduce", len) };
+        if plan::doubles(self.size(), len) {
+            return self.all_reduce_doubling(call, data);
+        }
         let plan = |size, me| plan::all_reduce(size, me, len);
         self.run(call, plan, Buffers::Whole(data))
     }
@@ -272,15 +307,44 @@ impl Collective for HostCollective {
         elements: usize,
         op: ReduceOp,
     ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
-        const OP: &str = "all_reduce";
+        let call = Call { reduce: op, ..self.call("all_reduce", elements) };
+        self.start(call, |size, me| plan::all_reduce_started(size, me, elements))
+    }
+
+    fn start_reduce_scatter(
+        &self,
+        parts: &[Range<usize>],
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
+        const OP: &str = "reduce_scatter";
+        let elements = crate::check_parts(OP, self.size(), parts)?;
+        let call = Call { root: fingerprint(parts), ..self.call(OP, elements) };
+        self.start(call, |_, me| plan::reduce_scatter_parts(parts, me))
+    }
+
+    fn reduce_scatter_parts(
+        &self,
+        data: &mut [f32],
+        parts: &[Range<usize>],
+    ) -> Result<(), CollectiveError> {
+        const OP: &str = "reduce_scatter";
         self.enter(OP)?;
-        let mut state = self.lock();
-        let ticket = state.turns.start(OP)?;
-        let call = Call { reduce: op, sequence: state.sequence, ..self.call(OP, elements) };
-        state.sequence += 1;
-        let plan = plan::all_reduce_started(self.size(), self.rank(), elements);
-        let exchange = Exchange::new(call, plan, self.rank());
-        Ok(Box::new(Started { owner: self, exchange, ticket, elements, over: false }))
+        let elements = crate::check_parts(OP, self.size(), parts)?;
+        crate::check_length(OP, elements, data.len())?;
+        let call = Call { root: fingerprint(parts), ..self.call(OP, elements) };
+        self.run(call, |_, me| plan::reduce_scatter_parts(parts, me), Buffers::Whole(data))
+    }
+
+    fn all_gather_parts(
+        &self,
+        data: &mut [f32],
+        parts: &[Range<usize>],
+    ) -> Result<(), CollectiveError> {
+        const OP: &str = "all_gather";
+        self.enter(OP)?;
+        let elements = crate::check_parts(OP, self.size(), parts)?;
+        crate::check_length(OP, elements, data.len())?;
+        let call = Call { root: fingerprint(parts), ..self.call(OP, elements) };
+        self.run(call, |_, me| plan::all_gather_parts(parts, me), Buffers::Whole(data))
     }
 
     fn all_gather(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError> {
@@ -429,10 +493,17 @@ impl Collective for HostCollective {
     }
 }
 
-/// An all-reduce that goes on whenever its rank looks at it.
+/// A number by which ranks see that they cut the values alike: it takes the root's place in the
+/// announcement.
+fn fingerprint(parts: &[Range<usize>]) -> usize {
+    parts.iter().fold(0, |sum, part| sum.wrapping_mul(31).wrapping_add(part.end))
+}
+
+/// A reduction that goes on whenever its rank looks at it.
 #[derive(Debug)]
 struct Started<'a> {
     owner: &'a HostCollective,
+    op: &'static str,
     exchange: Exchange,
     ticket: u64,
     elements: usize,
@@ -455,10 +526,10 @@ impl Started<'_> {
 
 impl Pending for Started<'_> {
     fn poll(&mut self, data: &mut [f32]) -> Result<bool, CollectiveError> {
-        const OP: &str = "all_reduce";
-        crate::check_length(OP, self.elements, data.len())?;
+        let op = self.op;
+        crate::check_length(op, self.elements, data.len())?;
         if self.over {
-            return self.owner.enter(OP).map(|()| true);
+            return self.owner.enter(op).map(|()| true);
         }
         let owner = self.owner;
         let mut state = owner.lock();
@@ -474,8 +545,8 @@ impl Pending for Started<'_> {
                 Ok(Step::Waits(peer)) => {
                     let gone = state.lanes[peer].as_ref().is_some_and(Lane::is_gone);
                     let error = owner
-                        .aborted(OP)
-                        .or_else(|| gone.then_some(CollectiveError::PeerGone { peer, op: OP }));
+                        .aborted(op)
+                        .or_else(|| gone.then_some(CollectiveError::PeerGone { peer, op }));
                     match error {
                         None => return Ok(false),
                         // What a peer wrote before it went counts, so look once more.
@@ -489,18 +560,18 @@ impl Pending for Started<'_> {
     }
 
     fn wait(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
-        const OP: &str = "all_reduce";
-        crate::check_length(OP, self.elements, data.len())?;
+        let op = self.op;
+        crate::check_length(op, self.elements, data.len())?;
         if self.over {
-            return self.owner.enter(OP);
+            return self.owner.enter(op);
         }
         let owner = self.owner;
         let mut state = owner.lock();
-        state.turns.check_turn(OP, self.ticket)?;
+        state.turns.check_turn(op, self.ticket)?;
         let mut buffers = Buffers::Whole(data);
         let exchange = &mut self.exchange;
         let step = |lanes: &mut [_]| exchange.advance(lanes, &mut buffers);
-        let result = owner.drive(OP, &mut state.lanes, step);
+        let result = owner.drive(op, &mut state.lanes, step);
         self.end(&mut state, result)
     }
 }

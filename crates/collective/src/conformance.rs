@@ -125,6 +125,8 @@ fn operations(c: &dyn Collective, len: usize, salt: usize) {
     let what = format!("reduce_scatter of {len}");
     assert_bits(&recv, &all[me * len..(me + 1) * len], &what);
 
+    parts_in_place(c, len, salt);
+
     for root in [0, size - 1, size / 2] {
         let mut data = values(me, len, salt + root);
         c.broadcast(&mut data, root).unwrap();
@@ -132,6 +134,36 @@ fn operations(c: &dyn Collective, len: usize, salt: usize) {
         assert_bits(&data, &values(root, len, salt + root), &what);
     }
     c.barrier().unwrap();
+}
+
+/// Sums and gathers parts where they lie: of equal lengths, and all in one rank's hands.
+fn parts_in_place(c: &dyn Collective, len: usize, salt: usize) {
+    let (me, size) = (c.rank(), c.size());
+    let even = crate::parts(len, size, 16);
+    let lopsided: Vec<_> =
+        (0..size).map(|rank| if rank + 1 < size { 0..0 } else { 0..len }).collect();
+    for parts in [even, lopsided] {
+        let whole = reduced(size, len, salt, ReduceOp::Sum);
+        let own = parts[me].clone();
+        let mut data = values(me, len, salt);
+        c.reduce_scatter_parts(&mut data, &parts).unwrap();
+        let what = format!("reduce_scatter of {own:?} of {len}");
+        assert_bits(&data[own.clone()], &whole[own.clone()], &what);
+
+        let mut started = values(me, len, salt);
+        let mut pending = c.start_reduce_scatter(&parts).unwrap();
+        pending.poll(&mut started).unwrap();
+        pending.wait(&mut started).unwrap();
+        assert_bits(&started[own.clone()], &whole[own.clone()], &format!("started {what}"));
+
+        for (index, x) in data.iter_mut().enumerate() {
+            if !own.contains(&index) {
+                *x = f32::NAN;
+            }
+        }
+        c.all_gather_parts(&mut data, &parts).unwrap();
+        assert_bits(&data, &whole, &format!("all_gather of {own:?} of {len}"));
+    }
 }
 
 fn control_messages(c: &dyn Collective) {
@@ -238,6 +270,10 @@ pub fn wrong_arguments_are_refused_without_harm(fresh: impl Fn(usize) -> Vec<Sha
         assert!(is_mismatch(c.all_gather(&[0.0; 4], &mut [0.0; 7])));
         assert!(is_mismatch(c.reduce_scatter(&[0.0; 7], &mut [0.0; 4])));
         assert!(is_mismatch(c.broadcast(&mut [0.0; 4], 2)));
+        for parts in [&[0..2, 3..4][..], &[0..4], &[1..2, 2..4], &[0..2, 2..5]] {
+            assert!(is_mismatch(c.all_gather_parts(&mut [0.0; 4], parts)));
+            assert!(is_mismatch(c.reduce_scatter_parts(&mut [0.0; 4], parts)));
+        }
         assert!(is_mismatch(c.broadcast_bytes(&mut Vec::new(), 2)));
         assert!(is_mismatch(c.send(&[0.0], 2)));
         assert!(is_mismatch(c.send(&[0.0], c.rank())));

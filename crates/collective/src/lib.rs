@@ -23,6 +23,7 @@ mod reduce;
 mod region;
 mod ring;
 
+use std::ops::Range;
 use std::time::Duration;
 
 pub use pending::{Pending, STARTED_MAX};
@@ -126,6 +127,55 @@ pub trait Collective: Send + Sync {
     /// As [`Collective::all_reduce`].
     fn reduce_scatter(&self, send: &[f32], recv: &mut [f32]) -> Result<(), CollectiveError>;
 
+    /// Starts a sum of which every rank gets only its own part, as
+    /// [`Collective::start_all_reduce`] starts one of which all get the whole: the same sums in the
+    /// same order. `parts` holds one range of the values for each rank: the first begins at 0, each
+    /// where the one before ends. Once it is complete the own part holds sums, and what the rest
+    /// holds means nothing.
+    ///
+    /// # Errors
+    /// As [`Collective::start_all_reduce`]; [`CollectiveError::Mismatch`] for other `parts`.
+    fn start_reduce_scatter(
+        &self,
+        parts: &[Range<usize>],
+    ) -> Result<Box<dyn Pending + '_>, CollectiveError> {
+        let elements = check_parts("reduce_scatter", self.size(), parts)?;
+        self.start_all_reduce(elements, ReduceOp::Sum)
+    }
+
+    /// Sums `data` over all ranks and leaves each rank its own of `parts`, which are as
+    /// [`Collective::start_reduce_scatter`] has them.
+    ///
+    /// # Errors
+    /// As [`Collective::start_reduce_scatter`].
+    fn reduce_scatter_parts(
+        &self,
+        data: &mut [f32],
+        parts: &[Range<usize>],
+    ) -> Result<(), CollectiveError> {
+        let elements = check_parts("reduce_scatter", self.size(), parts)?;
+        check_length("reduce_scatter", elements, data.len())?;
+        self.start_reduce_scatter(parts)?.wait(data)
+    }
+
+    /// Fills `data` with each rank's own of `parts`, which are as
+    /// [`Collective::start_reduce_scatter`] has them.
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce`]; [`CollectiveError::Mismatch`] for other `parts`.
+    fn all_gather_parts(
+        &self,
+        data: &mut [f32],
+        parts: &[Range<usize>],
+    ) -> Result<(), CollectiveError> {
+        let elements = check_parts("all_gather", self.size(), parts)?;
+        check_length("all_gather", elements, data.len())?;
+        for (root, part) in parts.iter().enumerate() {
+            self.broadcast(&mut data[part.clone()], root)?;
+        }
+        Ok(())
+    }
+
     /// Copies `data` of `root` to every rank.
     ///
     /// # Errors
@@ -179,6 +229,39 @@ fn check_length(op: &'static str, expected: usize, got: usize) -> Result<(), Col
         op,
         expected: format!("{expected} values"),
         got: format!("{got} values"),
+    })
+}
+
+/// Cuts `elements` values into one part for each of `size` ranks, in order, each a multiple of
+/// `align` but for the last ones.
+///
+/// # Panics
+/// When `size` or `align` is 0.
+#[must_use]
+pub fn parts(elements: usize, size: usize, align: usize) -> Vec<Range<usize>> {
+    let each = elements.div_ceil(size).next_multiple_of(align);
+    (0..size).map(|rank| (rank * each).min(elements)..((rank + 1) * each).min(elements)).collect()
+}
+
+/// Checks a caller's parts, one for each rank; returns the values that they cover.
+fn check_parts(
+    op: &'static str,
+    size: usize,
+    parts: &[Range<usize>],
+) -> Result<usize, CollectiveError> {
+    let mut end = 0;
+    let follow = parts.iter().all(|part| {
+        let fits = part.start == end && part.end >= end;
+        end = part.end;
+        fits
+    });
+    if parts.len() == size && follow {
+        return Ok(end);
+    }
+    Err(CollectiveError::Mismatch {
+        op,
+        expected: format!("{size} parts, each where the one before ends"),
+        got: format!("{parts:?}"),
     })
 }
 

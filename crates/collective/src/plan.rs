@@ -8,6 +8,8 @@
 //!   as few bytes as a ring, two hops, the next block's pieces travel while one is reduced;
 //! - *chain*, large with many ranks: partial sums go up the ranks, results come down, in pieces,
 //!   so that each rank talks to its two neighbours only;
+//! - *doubling*, small with many ranks: what each rank brings goes round in log2 steps, each of
+//!   which doubles what a rank has, and is then added up in order by everybody;
 //! - *tree*, for a broadcast to more than a few ranks.
 
 use std::ops::Range;
@@ -17,6 +19,9 @@ const PIECE: usize = 32 << 10;
 
 /// Bytes that a rank may send in all for everybody-to-everybody to be the quickest.
 const SMALL_BYTES: usize = 32 << 10;
+
+/// Bytes that a rank may take in all for doubling to be the quickest.
+const DOUBLING_BYTES: usize = 128 << 10;
 
 /// Ranks up to which each talks to all others when the data is large.
 const DIRECT_MAX: usize = 8;
@@ -103,6 +108,12 @@ fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(PIECE)).map(move |i| i * PIECE..len.min((i + 1) * PIECE))
 }
 
+/// Ranges of at most `PIECE` elements that cover `part`.
+fn within(part: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let start = part.start;
+    pieces(part.len()).map(move |piece| start + piece.start..start + piece.end)
+}
+
 /// Blocks that a started all-reduce sends ahead of its results: its ranks look at it now and then
 /// only, so what moves between two looks must fill a ring rather than a cache.
 const STARTED_AHEAD: usize = 3;
@@ -116,6 +127,39 @@ pub(crate) fn all_reduce(size: usize, me: usize, len: usize) -> Plan {
 /// the same order.
 pub(crate) fn all_reduce_started(size: usize, me: usize, len: usize) -> Plan {
     all_reduce_ahead(size, me, len, STARTED_AHEAD)
+}
+
+/// Whether everybody's values had better go round by doubling: few bytes, and so many ranks that a
+/// message to each would cost more than the steps, of which there are log2.
+pub(crate) fn doubles(size: usize, len: usize) -> bool {
+    size > DIRECT_MAX && len * 4 * (size - 1) <= DOUBLING_BYTES
+}
+
+/// The steps that bring `len` elements of each rank to all, to a place of its own in rank order;
+/// the own part is in place. In each, a rank passes on all that it has, or what is missing.
+///
+/// Source: Bruck et al. 1997, section 3, for any number of ranks.
+pub(crate) fn doubling(size: usize, me: usize, len: usize) -> Vec<Plan> {
+    let blocks = |first: usize, count: usize| {
+        let end = first + count;
+        let wrapped = end.saturating_sub(size);
+        [first * len..end.min(size) * len, 0..wrapped * len].into_iter().filter(|r| !r.is_empty())
+    };
+    std::iter::successors(Some(1), |distance| Some(distance * 2))
+        .take_while(|distance| *distance < size)
+        .map(|distance| {
+            let count = distance.min(size - distance);
+            let (to, from) = ((me + size - distance) % size, (me + distance) % size);
+            let mut plan = Plan::new(size);
+            plan.peers[to].announce = true;
+            plan.peers[to].outs =
+                blocks(me, count).map(|range| Out { range, gate: Gate::Open }).collect();
+            plan.peers[from].expect = true;
+            plan.peers[from].ins =
+                blocks(from, count).map(|range| In { range, reduce: false }).collect();
+            plan
+        })
+        .collect()
 }
 
 fn all_reduce_ahead(size: usize, me: usize, len: usize, ahead: usize) -> Plan {
@@ -202,6 +246,27 @@ pub(crate) fn reduce_scatter(size: usize, me: usize, len: usize) -> Plan {
     for (rank, peer) in plan.others(me) {
         peer.outs.push(Out { range: rank * len..(rank + 1) * len, gate: Gate::Open });
         peer.ins.push(In { range: 0..len, reduce: true });
+    }
+    plan
+}
+
+/// Reduce-scatter in place: each rank's part is summed where it lies.
+pub(crate) fn reduce_scatter_parts(parts: &[Range<usize>], me: usize) -> Plan {
+    let mut plan = Plan::all_to_all(parts.len(), me);
+    for (rank, peer) in plan.others(me) {
+        let open = |range| Out { range, gate: Gate::Open };
+        peer.outs = within(&parts[rank]).map(open).collect();
+        peer.ins = within(&parts[me]).map(|range| In { range, reduce: true }).collect();
+    }
+    plan
+}
+
+/// All-gather in place of each rank's part.
+pub(crate) fn all_gather_parts(parts: &[Range<usize>], me: usize) -> Plan {
+    let mut plan = Plan::all_to_all(parts.len(), me);
+    for (rank, peer) in plan.others(me) {
+        peer.outs.push(Out { range: parts[me].clone(), gate: Gate::Open });
+        peer.ins.push(In { range: parts[rank].clone(), reduce: false });
     }
     plan
 }
@@ -389,6 +454,47 @@ mod tests {
                 small(|size, me, len| all_reduce_direct(size, me, len, STARTED_AHEAD))?;
             }
             small(all_reduce_chain)?;
+        }
+
+        #[test]
+        fn each_part_is_summed_where_it_lies_and_comes_to_everyone(
+            cuts in proptest::collection::vec(prop_oneof![0usize..50, 30_000usize..40_000], 2..7),
+        ) {
+            let size = cuts.len();
+            let mut end = 0;
+            let parts: Vec<Range<usize>> =
+                cuts.iter().map(|len| { end += len; end - len..end }).collect();
+            let mut data: Vec<Vec<Vec<usize>>> = (0..size).map(|me| vec![vec![me]; end]).collect();
+            let plans: Vec<Plan> = (0..size).map(|me| reduce_scatter_parts(&parts, me)).collect();
+            carry_out(&plans, &mut data).map_err(TestCaseError::fail)?;
+            let all: Vec<usize> = (0..size).collect();
+            for (rank, part) in parts.iter().enumerate() {
+                prop_assert!(data[rank][part.clone()].iter().all(|sum| *sum == all));
+            }
+            let plans: Vec<Plan> = (0..size).map(|me| all_gather_parts(&parts, me)).collect();
+            carry_out(&plans, &mut data).map_err(TestCaseError::fail)?;
+            for rank in &data {
+                prop_assert!(rank.iter().all(|sum| *sum == all));
+            }
+        }
+
+        #[test]
+        fn doubling_brings_everything_to_everyone(size in 1usize..40, len in 0usize..3) {
+            let steps: Vec<Vec<Plan>> = (0..size).map(|me| doubling(size, me, len)).collect();
+            let mut data: Vec<Vec<Vec<usize>>> = (0..size)
+                .map(|me| {
+                    let tag = |place| if place / len == me { vec![me] } else { Vec::new() };
+                    (0..size * len).map(tag).collect()
+                })
+                .collect();
+            prop_assert_eq!(steps[0].len(), size.next_power_of_two().ilog2() as usize);
+            for step in 0..steps[0].len() {
+                let plans: Vec<Plan> = steps.iter().map(|all| all[step].clone()).collect();
+                carry_out(&plans, &mut data).map_err(TestCaseError::fail)?;
+            }
+            for rank in &data {
+                prop_assert!(rank.iter().enumerate().all(|(place, tag)| *tag == [place / len]));
+            }
         }
 
         #[test]

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-SIZES = [1024 << (2 * step) for step in range(9)]
+SIZES = [1024 << (2 * step) for step in range(10)]
 ROUND_SECONDS = 0.04
 
 

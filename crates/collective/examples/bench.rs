@@ -1,4 +1,4 @@
-//! Prints what collectives cost between processes of this host: `bench [RANKS] [tcp] [json]`.
+//! Prints what collectives cost between processes of this host: `bench [RANKS] [tcp] [streams=N] [json]`.
 
 use std::io::{BufReader, Write, stdin, stdout};
 use std::process::{Command, ExitCode};
@@ -15,6 +15,9 @@ fn main() -> ExitCode {
         let mut options = Options::default();
         if has("all_reduce") {
             options.ops = vec![Op::AllReduce];
+        }
+        if let Some(streams) = arguments.iter().find_map(|a| a.strip_prefix("streams=")) {
+            options.streams = streams.parse().unwrap_or(options.streams);
         }
         if has("quick") {
             options.rounds = 3;

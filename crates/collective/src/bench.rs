@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::{HostWorld, Listener, WorldOptions};
+use crate::host::{HostWorld, Listener, STREAMS_DEFAULT, WorldOptions};
 use crate::{Collective, CollectiveError, ReduceOp};
 
 /// An operation to measure.
@@ -79,16 +79,19 @@ pub struct Options {
     pub rounds: usize,
     /// Length of a round in milliseconds, from which the repetitions in it follow.
     pub round_ms: u64,
+    /// TCP connections between two ranks, where these share no memory.
+    pub streams: usize,
 }
 
 impl Default for Options {
-    /// Every operation, 1 KiB to 64 MiB in steps of four, seven rounds of 40 ms.
+    /// Every operation, 1 KiB to 256 MiB in steps of four, seven rounds of 40 ms.
     fn default() -> Self {
         Self {
             ops: Op::ALL.to_vec(),
-            sizes_bytes: (0..=8).map(|step| 1024 << (2 * step)).collect(),
+            sizes_bytes: (0..=9).map(|step| 1024 << (2 * step)).collect(),
             rounds: 7,
             round_ms: 40,
+            streams: STREAMS_DEFAULT,
         }
     }
 }
@@ -260,6 +263,7 @@ pub fn worker(input: &mut dyn BufRead, output: &mut dyn Write) -> Result<(), Ben
     let everyone: Vec<usize> = (0..addresses.len()).collect();
     let mut options = WorldOptions::new(rank, addresses, setup.secret);
     options.shared_memory = setup.shared_memory;
+    options.streams = setup.options.streams;
     let world = HostWorld::connect(listener, &options)?;
     let group = world.group(&everyone, 0)?;
     let measurements = measure(&*group, &setup.options)?;

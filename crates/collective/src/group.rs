@@ -42,6 +42,10 @@ pub(crate) struct Writers {
     pub(crate) mail: mailbox::Sender,
     /// How much of the message under way has been posted.
     pub(crate) message_at: u64,
+    /// Stream bytes announced so far, by frames that have begun.
+    pub(crate) stream_begun: u64,
+    /// Stream bytes that have come: less than begun while a frame is on its way.
+    pub(crate) stream_come: u64,
 }
 
 /// What comes from one peer.
@@ -49,6 +53,8 @@ pub(crate) struct Writers {
 pub(crate) struct Inbound {
     /// None for a peer that writes into the inbox itself.
     pub(crate) writers: Mutex<Option<Writers>>,
+    /// Stream bytes of ours that went to the peer by TCP.
+    pub(crate) stream_sent: AtomicU64,
     /// Stream bytes of ours that the peer has consumed.
     pub(crate) stream_credit: AtomicU64,
     /// Cost of the messages of ours that the peer has taken.
@@ -88,6 +94,8 @@ impl Group {
                         ring: ring::Producer::new(ring),
                         mail: mailbox::Sender::new(mail),
                         message_at: 0,
+                        stream_begun: 0,
+                        stream_come: 0,
                     })),
                     ..Inbound::default()
                 }

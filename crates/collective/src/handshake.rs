@@ -4,7 +4,7 @@
 //! with an HMAC over the whole exchange so far. A stranger learns nothing and is dropped.
 //!
 //! ```text
-//! connector -> acceptor  magic, version, world size, from, to, nonce
+//! connector -> acceptor  magic, version, world size, from, to, streams, stream, nonce
 //! acceptor -> connector  version, nonce, HMAC("accept", all of the above), host
 //! connector -> acceptor  HMAC("connect", all of the above), host
 //! ```
@@ -17,9 +17,9 @@ use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
 /// Raised when frames or layouts change: ranks of two versions do not mix.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"DRUMLINE";
-const OPENING_BYTES: usize = 56;
+const OPENING_BYTES: usize = 64;
 const REPLY_BYTES: usize = 100;
 
 /// What a rank is to its peers before any link exists.
@@ -28,6 +28,8 @@ pub(crate) struct Identity<'a> {
     pub(crate) secret: &'a [u8],
     pub(crate) world: u32,
     pub(crate) rank: u32,
+    /// Streams between two ranks on different hosts: all ranks must have the same number.
+    pub(crate) streams: u32,
     /// Equal for ranks that can share memory; none for one that does not want to.
     pub(crate) host: Option<[u8; 32]>,
 }
@@ -99,19 +101,22 @@ fn same_host(own: Option<[u8; 32]>, theirs: &[u8]) -> bool {
     own.is_some_and(|own| own == theirs)
 }
 
-/// Meets rank `to` on a fresh connection; returns whether it shares this host.
+/// Meets rank `to` on a fresh connection, the `number`-th between the two; returns whether it shares
+/// this host.
 pub(crate) fn connect(
     mut stream: &TcpStream,
     own: Identity<'_>,
     to: u32,
+    number: u32,
     deadline: Instant,
 ) -> Result<bool, HandshakeError> {
     let mut opening = [0; OPENING_BYTES];
     opening[..8].copy_from_slice(&MAGIC);
-    for (at, value) in [(8, VERSION), (12, own.world), (16, own.rank), (20, to)] {
-        opening[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    let words = [VERSION, own.world, own.rank, to, own.streams, number];
+    for (word, value) in opening[8..32].chunks_exact_mut(4).zip(words) {
+        word.copy_from_slice(&value.to_le_bytes());
     }
-    opening[24..].copy_from_slice(&nonce()?);
+    opening[32..].copy_from_slice(&nonce()?);
     stream.write_all(&opening)?;
 
     let reply: [u8; REPLY_BYTES] = read(stream, deadline)?;
@@ -132,12 +137,13 @@ pub(crate) fn connect(
     Ok(same_host(own.host, &reply[68..]))
 }
 
-/// Meets whoever connected; returns its rank and whether it shares this host.
+/// Meets whoever connected; returns its rank, which stream of the two ranks it is, and whether it
+/// shares this host.
 pub(crate) fn accept(
     mut stream: &TcpStream,
     own: Identity<'_>,
     deadline: Instant,
-) -> Result<(u32, bool), HandshakeError> {
+) -> Result<(u32, u32, bool), HandshakeError> {
     let opening: [u8; OPENING_BYTES] = read(stream, deadline)?;
     if opening[..8] != MAGIC {
         return Err(refused("a rank", "a stranger"));
@@ -150,17 +156,24 @@ pub(crate) fn accept(
     reply[36..68].copy_from_slice(&proof.finalize().into_bytes());
     stream.write_all(&reply)?;
 
-    let (version, world, from, to) =
-        (word(&opening, 8), word(&opening, 12), word(&opening, 16), word(&opening, 20));
-    if (version, world, to) != (VERSION, own.world, own.rank) || from >= world || from == own.rank {
+    let [version, world, from, to, streams, number] =
+        [8, 12, 16, 20, 24, 28].map(|at| word(&opening, at));
+    let same = (version, world, to, streams) == (VERSION, own.world, own.rank, own.streams);
+    if !same || from >= world || from == own.rank || number >= streams {
         return Err(refused(
-            format!("protocol {VERSION}, {} ranks, to rank {}", own.world, own.rank),
-            format!("protocol {version}, {world} ranks, from rank {from} to rank {to}"),
+            format!(
+                "protocol {VERSION}, {} ranks, to rank {}, {} streams",
+                own.world, own.rank, own.streams
+            ),
+            format!(
+                "protocol {version}, {world} ranks, from rank {from} to rank {to}, stream {number} \
+                 of {streams}"
+            ),
         ));
     }
     let last: [u8; 64] = read(stream, deadline)?;
     mac(own.secret, b"connect", &[&opening, &reply, &last[32..]])?
         .verify_slice(&last[..32])
         .map_err(|_| refused("a rank with the same secret", "another secret"))?;
-    Ok((from, same_host(own.host, &last[32..])))
+    Ok((from, number, same_host(own.host, &last[32..])))
 }

@@ -5,6 +5,7 @@
 //! over those links. A link stays open for as long as its ranks live, also where data goes by
 //! shared memory: when it closes, the peer is gone, and whoever waits for it is told at once.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -20,13 +21,19 @@ use crate::frame::{Header, Hello, Kind};
 use crate::group::{Cause, Group};
 use crate::handshake::{self, HandshakeError, Identity};
 use crate::lane::{self, Lane};
-use crate::peer::Peer;
+use crate::peer::{Peer, stripe};
 use crate::reader::{self, Forming, Links};
 use crate::region::{self, Mapping};
 use crate::{CollectiveError, DEADLINE_DEFAULT};
 
 /// The most ranks of a world: each is linked to each.
 pub const RANKS_MAX: usize = 1024;
+
+/// The most TCP connections between two ranks.
+pub const STREAMS_MAX: usize = 16;
+
+/// TCP connections between two ranks on different hosts, unless set otherwise.
+pub const STREAMS_DEFAULT: usize = 4;
 
 /// How long a stranger may hold a handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
@@ -84,6 +91,9 @@ pub struct WorldOptions {
     pub deadline: Duration,
     /// Whether to use shared memory with ranks of the same host.
     pub shared_memory: bool,
+    /// TCP connections to each rank that shares no memory with this one, 1 to [`STREAMS_MAX`]; the
+    /// same on all ranks.
+    pub streams: usize,
 }
 
 impl WorldOptions {
@@ -97,6 +107,7 @@ impl WorldOptions {
             connect_deadline: DEADLINE_DEFAULT,
             deadline: DEADLINE_DEFAULT,
             shared_memory: true,
+            streams: STREAMS_DEFAULT,
         }
     }
 }
@@ -110,6 +121,7 @@ impl std::fmt::Debug for WorldOptions {
             .field("connect_deadline", &self.connect_deadline)
             .field("deadline", &self.deadline)
             .field("shared_memory", &self.shared_memory)
+            .field("streams", &self.streams)
             .finish_non_exhaustive()
     }
 }
@@ -154,46 +166,54 @@ impl HostWorld {
                 got: format!("rank {} of {size}", options.rank),
             });
         }
+        if !(1..=STREAMS_MAX).contains(&options.streams) {
+            return Err(CollectiveError::Mismatch {
+                op: OP,
+                expected: format!("1 to {STREAMS_MAX} streams"),
+                got: format!("{}", options.streams),
+            });
+        }
         let start = Instant::now();
         let deadline = start + options.connect_deadline;
         let host = if options.shared_memory { region::host_identity() } else { None };
-        let mut streams: Vec<Option<(TcpStream, bool)>> = (0..size).map(|_| None).collect();
-        let expected = size - options.rank - 1;
-        let accepting = Accepting::start(listener, options, host, deadline)?;
         let own = Identity {
             secret: &options.secret,
             world: size as u32,
             rank: options.rank as u32,
+            streams: options.streams as u32,
             host,
         };
-        for (peer, slot) in streams.iter_mut().enumerate().take(options.rank) {
-            *slot = Some(reach(options.addresses[peer], own, peer, start, deadline)?);
+        let mut met: Vec<Met> = (0..size).map(|_| Met::default()).collect();
+        let accepting = Accepting::start(listener, options, host, deadline)?;
+        for (peer, met) in met.iter_mut().enumerate().take(options.rank) {
+            while !met.is_complete(options.streams) {
+                let number = met.streams.len();
+                let address = options.addresses[peer];
+                let (stream, same_host) = reach(address, own, (peer, number), start, deadline)?;
+                met.add(number, stream, same_host);
+            }
         }
-        let mut accepted = 0;
-        while accepted < expected {
+        while let Some(missing) =
+            (options.rank + 1..size).find(|peer| !met[*peer].is_complete(options.streams))
+        {
             let left = deadline.saturating_duration_since(Instant::now());
-            match accepting.met.recv_timeout(left) {
-                // A second link of the same rank is dropped.
-                Ok((peer, stream, same_host)) => {
-                    if let Some(slot @ None) = streams.get_mut(peer) {
-                        *slot = Some((stream, same_host));
-                        accepted += 1;
-                    }
-                }
-                Err(_) => {
-                    let missing = (options.rank + 1..size).find(|peer| streams[*peer].is_none());
-                    return Err(timed_out(OP, missing.unwrap_or(options.rank), start));
-                }
+            let Ok((peer, number, stream, same_host)) = accepting.met.recv_timeout(left) else {
+                return Err(timed_out(OP, missing, start));
+            };
+            if let Some(met) = met.get_mut(peer).filter(|_| peer > options.rank) {
+                met.add(number, stream, same_host);
             }
         }
         drop(accepting);
 
-        let peers = streams
+        let peers = met
             .into_iter()
-            .map(|stream| {
-                stream
-                    .map(|(stream, same_host)| Peer::new(stream, same_host).map(Arc::new))
-                    .transpose()
+            .map(|met| {
+                if met.streams.is_empty() {
+                    return Ok(None);
+                }
+                let streams = met.streams.into_values().collect();
+                Peer::new(streams, met.same_host).map(|peer| Some(Arc::new(peer)))
             })
             .collect::<io::Result<Vec<_>>>()
             .map_err(|error| refused(OP, &error))?;
@@ -225,6 +245,26 @@ impl HostWorld {
     }
 }
 
+/// The connections to one rank that there are so far.
+#[derive(Debug, Default)]
+struct Met {
+    streams: BTreeMap<usize, TcpStream>,
+    same_host: bool,
+}
+
+impl Met {
+    /// A second connection of the same number is dropped.
+    fn add(&mut self, number: usize, stream: TcpStream, same_host: bool) {
+        self.same_host = same_host;
+        self.streams.entry(number).or_insert(stream);
+    }
+
+    /// Where memory is shared, a connection tells of life and death alone.
+    fn is_complete(&self, streams: usize) -> bool {
+        self.streams.len() >= if self.same_host { 1 } else { streams }
+    }
+}
+
 fn timed_out(op: &'static str, peer: usize, start: Instant) -> CollectiveError {
     CollectiveError::TimedOut {
         op,
@@ -233,11 +273,11 @@ fn timed_out(op: &'static str, peer: usize, start: Instant) -> CollectiveError {
     }
 }
 
-/// Connects to a rank below, trying again while it does not listen yet.
+/// Connects to a rank below, the `number`-th time, trying again while it does not listen yet.
 fn reach(
     address: SocketAddr,
     own: Identity<'_>,
-    peer: usize,
+    (peer, number): (usize, usize),
     start: Instant,
     deadline: Instant,
 ) -> Result<(TcpStream, bool), CollectiveError> {
@@ -250,7 +290,8 @@ fn reach(
         let met = TcpStream::connect_timeout(&address, left).map_err(HandshakeError::Io).and_then(
             |stream| {
                 stream.set_nodelay(true)?;
-                let same_host = handshake::connect(&stream, own, peer as u32, deadline)?;
+                let same_host =
+                    handshake::connect(&stream, own, peer as u32, number as u32, deadline)?;
                 Ok((stream, same_host))
             },
         );
@@ -284,7 +325,7 @@ fn is_passing(error: &io::Error) -> bool {
 /// Accepts ranks above in the background, each in a thread of its own so that a stranger who says
 /// nothing keeps nobody waiting.
 struct Accepting {
-    met: mpsc::Receiver<(usize, TcpStream, bool)>,
+    met: mpsc::Receiver<(usize, usize, TcpStream, bool)>,
     /// Dropped to stop the thread.
     _stop: UnixStream,
 }
@@ -298,8 +339,8 @@ impl Accepting {
     ) -> Result<Self, CollectiveError> {
         const OP: &str = "accept";
         let (stop, stopped) = UnixStream::pair().map_err(|error| refused(OP, &error))?;
-        let world = options.addresses.len();
-        let (meet, met) = mpsc::sync_channel(world + STRANGERS_MAX);
+        let (world, streams) = (options.addresses.len(), options.streams);
+        let (meet, met) = mpsc::sync_channel(world * streams + STRANGERS_MAX);
         let (rank, secret) = (options.rank, Arc::<[u8]>::from(options.secret.as_slice()));
         listener.socket.set_nonblocking(true).map_err(|error| refused(OP, &error))?;
         let accept = move || {
@@ -315,8 +356,13 @@ impl Accepting {
                 let (meet, secret) = (meet.clone(), Arc::clone(&secret));
                 let running = Arc::clone(&under_way);
                 let handshake = move || {
-                    let own =
-                        Identity { secret: &secret, world: world as u32, rank: rank as u32, host };
+                    let own = Identity {
+                        secret: &secret,
+                        world: world as u32,
+                        rank: rank as u32,
+                        streams: streams as u32,
+                        host,
+                    };
                     let by = deadline.min(Instant::now() + HANDSHAKE_MAX);
                     let met = stream
                         .set_nonblocking(false)
@@ -325,8 +371,9 @@ impl Accepting {
                         .and_then(|()| handshake::accept(&stream, own, by));
                     // Strangers are dropped without a word; a full channel means as many ranks
                     // as can be, so one more is a stranger too.
-                    if let Ok((peer, same_host)) = met {
-                        let _ = meet.try_send((peer as usize, stream, same_host));
+                    if let Ok((peer, number, same_host)) = met {
+                        let number = number as usize;
+                        let _ = meet.try_send((peer as usize, number, stream, same_host));
                     }
                     running.fetch_sub(1, Ordering::Relaxed);
                 };
@@ -526,7 +573,9 @@ impl World {
             return Ok(());
         };
         let header = Header { kind, group: group.id(), len: payload.len() as u32, aux };
-        peer.send(header, [payload, &[]], self.deadline)
+        // Its own connection, which the group's messages and credits take too.
+        let number = stripe(group.id(), 0, peer.streams());
+        peer.send(number, header, [payload, &[]], self.deadline)
             .map_err(|_| CollectiveError::PeerGone { peer: index, op: "group" })
     }
 
@@ -577,7 +626,8 @@ impl World {
         self.links.registry().groups.remove(&group.id());
         for index in 0..group.ranks().len() {
             // One that cannot be told is gone.
-            let _ = self.tell(group, index, Kind::Left, 0, &[]);
+            let sent = group.inbound(index).stream_sent.load(Ordering::Acquire);
+            let _ = self.tell(group, index, Kind::Left, sent, &[]);
         }
     }
 }

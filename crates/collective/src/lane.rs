@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::bell::Bell;
 use crate::frame::{Header, Kind, message_cost};
 use crate::group::{Group, Inbound};
-use crate::peer::{Peer, SendError};
+use crate::peer::{Peer, SendError, stripe};
 use crate::region::Mapping;
 use crate::{CollectiveError, mailbox, ring};
 
@@ -176,14 +176,17 @@ impl Lane {
         self.inbound().gone.load(Ordering::Acquire) || self.peer.is_gone()
     }
 
-    fn frame(&self, kind: Kind, aux: u64, parts: [&[u8]; 2]) -> Result<(), SendError> {
+    /// Sends a frame by the group's own connection, or a part of its stream that begins at `at` by
+    /// that whose turn it is.
+    fn frame(&self, kind: Kind, at: u64, aux: u64, parts: [&[u8]; 2]) -> Result<(), SendError> {
+        let number = stripe(self.group.id(), at, self.peer.streams());
         let header = Header {
             kind,
             group: self.group.id(),
             len: (parts[0].len() + parts[1].len()) as u32,
             aux,
         };
-        self.peer.send(header, parts, self.deadline)
+        self.peer.send(number, header, parts, self.deadline)
     }
 
     /// Writes what the peer has space for of `parts`, one after the other, to its stream; returns
@@ -210,7 +213,8 @@ impl Lane {
                 let n = parts[0].len() + parts[1].len();
                 if n > 0 {
                     *stream_sent += n as u64;
-                    self.frame(Kind::Stream, 0, parts)?;
+                    self.inbound().stream_sent.store(sent + n as u64, Ordering::Release);
+                    self.frame(Kind::Stream, sent, 0, parts)?;
                 }
                 Ok(n)
             }
@@ -242,7 +246,7 @@ impl Lane {
 
     /// Sends a credit; a peer that is gone needs none.
     fn credit(&self, kind: Kind, aux: u64) -> Result<(), SendError> {
-        match self.frame(kind, aux, [&[], &[]]) {
+        match self.frame(kind, 0, aux, [&[], &[]]) {
             Err(SendError::Gone) => Ok(()),
             sent => sent,
         }
@@ -295,7 +299,7 @@ impl Lane {
                 }
                 *message_sent += cost;
                 // The length of the whole; fragments come in order, so their places follow.
-                self.frame(Kind::Message, message.len() as u64, [fragment, &[]])?;
+                self.frame(Kind::Message, 0, message.len() as u64, [fragment, &[]])?;
             }
         }
         Ok(Some(len))

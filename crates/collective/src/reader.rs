@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::frame::{HEADER_BYTES, Header, Hello, Kind};
 use crate::group::{Cause, Group};
-use crate::peer::Peer;
+use crate::peer::{Peer, stripe};
 
 /// Read at once from a link; longer payloads go straight to their place.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -83,11 +83,17 @@ enum Target {
     Nowhere,
 }
 
-/// One link's reader.
+/// The reader of one connection of a link.
 #[derive(Debug)]
 struct Link {
     rank: usize,
     peer: Arc<Peer>,
+    /// Which connection.
+    number: usize,
+    /// Whether its next frame must wait for one of another connection.
+    held: bool,
+    /// Frames begun.
+    frames: u64,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -99,8 +105,10 @@ struct Link {
 
 /// Why a link is done with.
 enum End {
-    /// Closed by the peer or broken.
+    /// Closed by the peer.
     Closed,
+    /// The connection broke.
+    Broken,
     /// The peer does not keep to the protocol.
     Violation,
 }
@@ -111,9 +119,14 @@ pub(crate) fn run(links: &Links, wake: &UnixStream) {
         .peers
         .iter()
         .enumerate()
-        .filter_map(|(rank, peer)| peer.as_ref().map(|peer| Link::new(rank, Arc::clone(peer))))
+        .filter_map(|(rank, peer)| peer.as_ref().map(|peer| (rank, peer)))
+        .flat_map(|(rank, peer)| {
+            (0..peer.streams()).map(move |number| Link::new(rank, Arc::clone(peer), number))
+        })
         .collect();
     let mut left_since = None;
+    // Whether something that was held could go on.
+    let mut moved = false;
     while !open.is_empty() {
         if links.leaving.load(Ordering::Acquire) {
             let since = *left_since.get_or_insert_with(Instant::now);
@@ -121,15 +134,23 @@ pub(crate) fn run(links: &Links, wake: &UnixStream) {
                 break;
             }
         }
+        // What is held is not asked for: there is always something, which must wait.
         let mut fds: Vec<PollFd<'_>> = open
             .iter()
-            .map(|link| PollFd::from_borrowed_fd(as_fd(link.peer.stream()), PollFlags::IN))
+            .map(|link| {
+                let flags = if link.held { PollFlags::empty() } else { PollFlags::IN };
+                PollFd::from_borrowed_fd(as_fd(link.peer.stream(link.number)), flags)
+            })
             .collect();
         if left_since.is_none() {
             fds.push(PollFd::new(wake, PollFlags::IN));
         }
-        let slice =
-            Timespec { tv_sec: if left_since.is_some() { 0 } else { 60 }, tv_nsec: 50_000_000 };
+        // A group that this rank leaves frees what is held for it, without a word; and where one
+        // frame came that was waited for, another may wait for that.
+        let held = open.iter().any(|link| link.held);
+        let soon = left_since.is_some() || held;
+        let tv_nsec = if held && moved { 0 } else { 50_000_000 };
+        let slice = Timespec { tv_sec: if soon { 0 } else { 60 }, tv_nsec };
         if poll(&mut fds, Some(&slice)).is_err() {
             // Interrupted by a signal; anything else would be a bad descriptor, and ours are open.
             continue;
@@ -138,17 +159,36 @@ pub(crate) fn run(links: &Links, wake: &UnixStream) {
         drop(fds);
         let mut index = 0;
         open.retain_mut(|link| {
-            let stays = !ready[index] || link.turn(links).is_ok();
+            let asked = ready[index] && !link.held;
             index += 1;
-            if !stays {
-                gone(links, link);
-            }
+            !asked || stays(links, link)
+        });
+        // What came may have been waited for.
+        moved = false;
+        open.retain_mut(|link| {
+            let before = (link.held, link.frames);
+            let stays = !link.held || stays(links, link);
+            moved |= before.0 && before.1 != link.frames;
             stays
         });
     }
     for link in &open {
         gone(links, link);
     }
+}
+
+/// Reads from a connection; returns whether it may bring more. Its peer is gone with the last one,
+/// or at once when it breaks the protocol or the connection breaks.
+fn stays(links: &Links, link: &mut Link) -> bool {
+    let end = match link.turn(links) {
+        Ok(()) => return true,
+        Err(end) => end,
+    };
+    let last = link.peer.ended();
+    if last || !matches!(end, End::Closed) {
+        gone(links, link);
+    }
+    false
 }
 
 fn as_fd(stream: &std::net::TcpStream) -> rustix::fd::BorrowedFd<'_> {
@@ -167,10 +207,13 @@ fn gone(links: &Links, link: &Link) {
 }
 
 impl Link {
-    fn new(rank: usize, peer: Arc<Peer>) -> Self {
+    fn new(rank: usize, peer: Arc<Peer>, number: usize) -> Self {
         Self {
             rank,
             peer,
+            number,
+            held: false,
+            frames: 0,
             buffer: vec![0; BUFFER_BYTES].into(),
             start: 0,
             end: 0,
@@ -184,6 +227,9 @@ impl Link {
     fn turn(&mut self, links: &Links) -> Result<(), End> {
         for _ in 0..READS_MAX {
             self.use_buffered(links)?;
+            if self.held {
+                return Ok(());
+            }
             // A long payload goes straight to its place, once the buffer is used up.
             let direct = self.start == self.end && self.left >= BUFFER_BYTES / 4;
             let read = if direct {
@@ -193,7 +239,7 @@ impl Link {
                 self.end -= self.start;
                 self.start = 0;
                 let space = &mut self.buffer[self.end..];
-                read(&self.peer, space)?.inspect(|n| self.end += n)
+                read(&self.peer, self.number, space)?.inspect(|n| self.end += n)
             };
             if read.is_none() {
                 return Ok(());
@@ -213,8 +259,9 @@ impl Link {
                 if len == 0 {
                     return Err(End::Violation);
                 }
-                let n = read(&self.peer, &mut space[..len])?;
+                let n = read(&self.peer, self.number, &mut space[..len])?;
                 if let Some(n) = n {
+                    writers.stream_come += n as u64;
                     writers.ring.commit(n);
                     group.bell().ring();
                 }
@@ -224,13 +271,13 @@ impl Link {
                 let mut writers = group.inbound(*index).writers();
                 let writers = writers.as_mut().ok_or(End::Violation)?;
                 let space = &mut writers.mail.reserved(*len)[*at..];
-                let n = read(&self.peer, space)?;
+                let n = read(&self.peer, self.number, space)?;
                 *at += n.unwrap_or(0);
                 n
             }
             // These are short, and what goes nowhere may go through the buffer.
             Target::Hello(..) | Target::Nowhere => {
-                let n = read(&self.peer, &mut self.buffer[..])?;
+                let n = read(&self.peer, self.number, &mut self.buffer[..])?;
                 self.start = 0;
                 self.end = n.unwrap_or(0);
                 return Ok(n);
@@ -244,6 +291,15 @@ impl Link {
     fn use_buffered(&mut self, links: &Links) -> Result<(), End> {
         loop {
             let have = self.end - self.start;
+            if self.held {
+                let Some(header) = self.header else { return Err(End::Violation) };
+                if !self.is_turn(links, &header)? {
+                    return Ok(());
+                }
+                self.held = false;
+                self.frames += 1;
+                self.target = self.open_target(links, &header)?;
+            }
             match self.header {
                 None => {
                     if have < HEADER_BYTES {
@@ -256,8 +312,9 @@ impl Link {
                     let header = Header::decode(bytes).ok_or(End::Violation)?;
                     self.start += HEADER_BYTES;
                     self.left = header.len as usize;
-                    self.target = self.open_target(links, &header)?;
                     self.header = Some(header);
+                    // Looked at above, at once.
+                    self.held = true;
                 }
                 Some(header) if self.left == 0 => {
                     self.finish(links, &header)?;
@@ -273,6 +330,25 @@ impl Link {
         }
     }
 
+    /// Returns whether all that was sent before a frame has come, by whichever connection.
+    fn is_turn(&self, links: &Links, header: &Header) -> Result<bool, End> {
+        let streams = self.peer.streams();
+        if streams == 1 || !matches!(header.kind, Kind::Stream | Kind::Left) {
+            return Ok(true);
+        }
+        let registry = links.registry();
+        let Some(forming) = registry.groups.get(&header.group) else { return Ok(true) };
+        let index = forming.group.index_of(self.rank).ok_or(End::Violation)?;
+        let writers = forming.group.inbound(index).writers();
+        let Some(writers) = writers.as_ref() else { return Ok(true) };
+        let (begun, come) = (writers.stream_begun, writers.stream_come);
+        Ok(match header.kind {
+            Kind::Stream => begun == come && stripe(header.group, come, streams) == self.number,
+            // It says how much of the stream there was.
+            _ => come >= header.aux,
+        })
+    }
+
     fn open_target(&self, links: &Links, header: &Header) -> Result<Target, End> {
         if header.kind == Kind::Hello {
             return Ok(Target::Hello(header.group, Vec::new()));
@@ -286,7 +362,12 @@ impl Link {
         drop(registry);
         let index = group.index_of(self.rank).ok_or(End::Violation)?;
         match header.kind {
-            Kind::Stream => Ok(Target::Stream(group, index)),
+            Kind::Stream => {
+                if let Some(writers) = group.inbound(index).writers().as_mut() {
+                    writers.stream_begun += u64::from(header.len);
+                }
+                Ok(Target::Stream(group, index))
+            }
             Kind::Message => {
                 let len = header.len as usize;
                 let mut writers = group.inbound(index).writers();
@@ -314,6 +395,7 @@ impl Link {
                     return Err(End::Violation);
                 }
                 space[..len].copy_from_slice(&have[..len]);
+                writers.stream_come += len as u64;
                 writers.ring.commit(len);
                 group.bell().ring();
             }
@@ -401,14 +483,14 @@ impl Link {
 }
 
 /// Reads once; none if there is nothing yet.
-fn read(peer: &Peer, space: &mut [u8]) -> Result<Option<usize>, End> {
+fn read(peer: &Peer, number: usize, space: &mut [u8]) -> Result<Option<usize>, End> {
     loop {
-        match peer.stream().read(space) {
+        match peer.stream(number).read(space) {
             Ok(0) if !space.is_empty() => return Err(End::Closed),
             Ok(n) => return Ok(Some(n)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(_) => return Err(End::Closed),
+            Err(_) => return Err(End::Broken),
         }
     }
 }
@@ -426,9 +508,18 @@ mod tests {
 
     /// A reader of one link, in a group of two with id 5, and the other end of the link.
     fn linked() -> (Arc<Links>, Arc<Group>, TcpStream) {
+        let (links, group, mut theirs) = linked_by(1);
+        (links, group, theirs.remove(0))
+    }
+
+    /// The same with `streams` connections.
+    fn linked_by(streams: usize) -> (Arc<Links>, Arc<Group>, Vec<TcpStream>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let ours = listener.accept().unwrap().0;
+        let pair = |_| {
+            let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (listener.accept().unwrap().0, theirs)
+        };
+        let (ours, theirs): (Vec<_>, Vec<_>) = (0..streams).map(pair).unzip();
         let peer = Arc::new(Peer::new(ours, false).unwrap());
         let links = Arc::new(Links::new(vec![None, Some(peer)]));
         let inbox = Arc::new(Mapping::private(lane::inbox_bytes(2)).unwrap());
@@ -485,6 +576,52 @@ mod tests {
             read_all(&links, theirs, &bytes, cut);
             prop_assert!(group.inbound(1).gone.load(Ordering::Acquire));
         }
+    }
+
+    #[test]
+    fn a_stream_by_several_connections_is_read_in_its_order_and_left_at_its_end() {
+        let stripe_bytes = crate::peer::STRIPE_BYTES as usize;
+        let (links, group, mut theirs) = linked_by(2);
+        let (ring, _) = lane::places(group.inbox(), lane::lane_offset(1), false);
+        let mut stream = crate::ring::Consumer::new(ring);
+        let part =
+            |value: u8, len: usize| frame(Kind::Stream as u32, 5, len as u32, 0, &vec![value; len]);
+        let left = frame(Kind::Left as u32, 5, 0, 2 * stripe_bytes as u64 + 7, &[]);
+        let gone = || group.inbound(1).gone.load(Ordering::Acquire);
+        std::thread::scope(|scope| {
+            let (wake, woken) = UnixStream::pair().unwrap();
+            let links = &links;
+            scope.spawn(move || run(links, &woken));
+            // Group 5 begins with connection 1: what comes by the other is the second stripe.
+            theirs[0].write_all(&part(2, stripe_bytes)).unwrap();
+            theirs[1].write_all(&part(1, stripe_bytes)).unwrap();
+            let until = |enough: &dyn Fn() -> bool| {
+                let start = Instant::now();
+                while !enough() {
+                    assert!(start.elapsed() < Duration::from_secs(20), "nothing more comes");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            };
+            until(&|| stream.readable().len() == 2 * stripe_bytes);
+            let (first, second) = stream.readable().split_at(stripe_bytes);
+            assert!(first.iter().all(|x| *x == 1) && second.iter().all(|x| *x == 2));
+            stream.consume(2 * stripe_bytes);
+            // The third stripe's turn is connection 1's again; it says that it leaves before that.
+            theirs[0].write_all(&left).unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!gone(), "it has left, but not everything that it said has come");
+            theirs[1].write_all(&part(3, 7)).unwrap();
+            until(&|| gone());
+            assert_eq!(stream.readable(), [3; 7]);
+            // One connection that ends is not the end; the last one is.
+            let last = theirs.pop().unwrap();
+            drop(last);
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!links.peers[1].as_ref().unwrap().is_gone());
+            drop(theirs);
+            until(&|| links.peers[1].as_ref().unwrap().is_gone());
+            drop(wake);
+        });
     }
 
     #[test]

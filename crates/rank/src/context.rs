@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use drumline_collective::host::STREAMS_MAX;
 use drumline_spec::JobSpec;
 use drumline_wire::auth::Token;
 use drumline_wire::contract;
@@ -59,6 +60,8 @@ pub struct Context {
     pub host: String,
     /// Where to listen for peers.
     pub listen_ip: IpAddr,
+    /// TCP connections to each rank on another host; none: the default.
+    pub tcp_streams: Option<usize>,
     /// The job.
     pub spec: JobSpec,
 }
@@ -105,6 +108,10 @@ impl Context {
             shared_dir: text(contract::SHARED_DIR)?.into(),
             host: text(contract::HOST)?,
             listen_ip: parse(contract::LISTEN_IP)?,
+            tcp_streams: match std::env::var_os(contract::TCP_STREAMS) {
+                None => None,
+                Some(_) => Some(streams()?),
+            },
             spec,
         })
     }
@@ -120,6 +127,17 @@ impl Context {
 
 fn given(name: &'static str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn streams() -> Result<usize, ContextError> {
+    let streams = parse(contract::TCP_STREAMS)?;
+    if (1..=STREAMS_MAX).contains(&streams) {
+        return Ok(streams);
+    }
+    Err(ContextError::Variable {
+        name: contract::TCP_STREAMS,
+        problem: format!("{streams} is not from 1 to {STREAMS_MAX}"),
+    })
 }
 
 fn text(name: &'static str) -> Result<String, ContextError> {

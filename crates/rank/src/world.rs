@@ -84,6 +84,7 @@ pub async fn join(
     let shared = secret.expose().as_bytes().to_vec();
     let mut options = WorldOptions::new(context.rank as usize, addresses, shared);
     options.deadline = COLLECTIVE_DEADLINE;
+    options.streams = context.tcp_streams.unwrap_or(options.streams);
     let rank = context.rank;
     // Linking blocks: it must not hold up the runtime that carries reports.
     let linked = tokio::task::spawn_blocking(move || link(listener, &options, split, rank)).await;

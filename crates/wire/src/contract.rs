@@ -21,6 +21,9 @@ pub const SPEC_JSON: &str = "DRUMLINE_SPEC_JSON";
 pub const JOB_DIR: &str = "DRUMLINE_JOB_DIR";
 /// Threads that the rank may use.
 pub const THREADS: &str = "DRUMLINE_THREADS";
+/// TCP connections between two ranks on different hosts, 1 to 16, the same for all agents of a
+/// cluster: set for an agent, it holds for its ranks. Absent: 4.
+pub const TCP_STREAMS: &str = "DRUMLINE_TCP_STREAMS";
 /// Cores that are this rank's alone, such as `0-3,8`; absent where ranks share cores.
 pub const CORES: &str = "DRUMLINE_CORES";
 /// Index of the rank's device on its node.

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use clap::Args;
 use drumline_collective::bench::{self, Op, Options};
+use drumline_collective::host::STREAMS_DEFAULT;
 
 use super::{Figure, Measured};
 use crate::failure::Failure;
@@ -17,13 +18,16 @@ pub struct CollectiveArgs {
     /// Over TCP alone, without shared memory.
     #[arg(long)]
     pub tcp: bool,
+    /// TCP connections between two ranks.
+    #[arg(long, default_value_t = STREAMS_DEFAULT as u16, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub streams: u16,
     /// Only this operation, such as all_reduce.
     #[arg(long)]
     pub op: Option<String>,
 }
 
 pub(super) async fn run(args: &CollectiveArgs) -> Result<Measured, Failure> {
-    let mut options = Options::default();
+    let mut options = Options { streams: usize::from(args.streams), ..Options::default() };
     if let Some(name) = &args.op {
         options.ops.retain(|op| op.name() == name);
         if options.ops.is_empty() {
@@ -43,7 +47,11 @@ pub(super) async fn run(args: &CollectiveArgs) -> Result<Measured, Failure> {
     .await
     .map_err(|error| Failure::failed(error.to_string()))?
     .map_err(|error| Failure::failed(error.to_string()))?;
-    let way = if shared_memory { "shared memory" } else { "TCP" };
+    let way = if shared_memory {
+        "shared memory".to_owned()
+    } else {
+        format!("TCP ({} connections a pair)", args.streams)
+    };
     let setting = format!("{ranks} processes over {way}; bus bandwidth as in NVIDIA's nccl-tests");
     let figures = measured
         .iter()

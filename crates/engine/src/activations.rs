@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use drumline_mesh::Instruction;
-use drumline_spec::{Family, ModelConfig};
+use drumline_spec::{Family, ModelConfig, Recompute};
 use drumline_tensor::{Attention, Backend, NormKind, Normalise, Rotary, TensorError};
 
 use crate::layout::{Layout, Split};
@@ -24,6 +24,10 @@ pub struct Dims {
     pub sequence: usize,
     /// Rows, N = B T.
     pub rows: usize,
+    /// Rows of the residual stream on this rank, R: N, or N / t where the tensor group shares them.
+    pub own_rows: usize,
+    /// The first of them.
+    pub own_start: usize,
     /// Width of the residual stream, D.
     pub hidden: usize,
     /// Query heads of this rank, H / t.
@@ -51,10 +55,14 @@ impl Dims {
         let t = split.tensor;
         let ffn = model.ffn as usize / t;
         let llama = model.family == Family::Llama;
+        let rows = batch * sequence;
+        let own_rows = if split.shares_rows { rows / t } else { rows };
         Self {
             batch,
             sequence,
-            rows: batch * sequence,
+            rows,
+            own_rows,
+            own_start: if split.shares_rows { split.tensor_rank * own_rows } else { 0 },
             hidden: model.hidden as usize,
             heads: model.heads as usize / t,
             kv_heads: model.kv_heads as usize / t,
@@ -77,6 +85,18 @@ impl Dims {
     #[must_use]
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Returns whether the tensor group shares the rows.
+    #[must_use]
+    pub fn shares_rows(&self) -> bool {
+        self.own_rows < self.rows
+    }
+
+    /// Returns where this rank's rows lie in `[N, D]`.
+    #[must_use]
+    pub fn own(&self) -> Range<usize> {
+        self.own_start * self.hidden..(self.own_start + self.own_rows) * self.hidden
     }
 
     pub(crate) fn attention(&self) -> Attention {
@@ -104,13 +124,14 @@ impl Dims {
     }
 }
 
-/// What one layer keeps of one micro-batch.
+/// What one layer makes of one micro-batch and its backward pass needs. What is computed again
+/// instead is empty, and borrowed from the memory that all layers share while the layer runs.
 pub struct LayerMemory<B: Backend> {
-    /// The residual stream before the layer, `[N, D]`.
+    /// The residual stream before the layer, `[R, D]`.
     pub x: B::Buffer,
     /// Normalised `x`.
     pub a1: B::Buffer,
-    /// Its statistics, `[2, N]`.
+    /// Its statistics, `[2, R]`.
     pub stats1: B::Buffer,
     /// Queries, keys and values, rotated.
     pub qkv: B::Buffer,
@@ -118,7 +139,7 @@ pub struct LayerMemory<B: Backend> {
     pub attended: B::Buffer,
     /// Its log-sums, `[B, H / t, T]`.
     pub lse: B::Buffer,
-    /// The residual stream between attention and feed-forward.
+    /// The residual stream between attention and feed-forward, `[R, D]`.
     pub mid: B::Buffer,
     /// Normalised `mid`.
     pub a2: B::Buffer,
@@ -131,13 +152,84 @@ pub struct LayerMemory<B: Backend> {
     pub act: B::Buffer,
 }
 
+/// How many elements each buffer of a [`LayerMemory`] has, in their order, and whether it is kept
+/// from the forward to the backward pass.
+pub(crate) fn layer_elements(d: Dims, recompute: Recompute) -> [(usize, bool); 11] {
+    let (own, n) = (d.own_rows, d.rows);
+    let unless_full = recompute != Recompute::Full;
+    let unless_any = recompute == Recompute::None;
+    [
+        (own * d.hidden, true),
+        (own * d.hidden, unless_any),
+        (2 * own, unless_full),
+        (n * d.qkv_width(), unless_full),
+        (n * d.attention_width(), unless_full),
+        (n * d.heads, unless_full),
+        (own * d.hidden, unless_full),
+        (own * d.hidden, unless_any),
+        (2 * own, unless_full),
+        (n * d.up, unless_full),
+        (n * d.ffn, unless_any),
+    ]
+}
+
+impl<B: Backend> LayerMemory<B> {
+    /// Allocates the buffers that are kept, or those that are not.
+    fn new(b: &B, d: Dims, recompute: Recompute, kept: bool) -> Result<Self, TensorError> {
+        let mut elements = layer_elements(d, recompute).into_iter();
+        let mut next = || {
+            let (elements, is_kept) = elements.next().unwrap_or_default();
+            b.alloc(if is_kept == kept { elements } else { 0 })
+        };
+        // In the order of `layer_elements`, as fields are evaluated.
+        Ok(Self {
+            x: next()?,
+            a1: next()?,
+            stats1: next()?,
+            qkv: next()?,
+            attended: next()?,
+            lse: next()?,
+            mid: next()?,
+            a2: next()?,
+            stats2: next()?,
+            up: next()?,
+            act: next()?,
+        })
+    }
+
+    /// Returns the buffers.
+    pub(crate) fn buffers(&self) -> [&B::Buffer; 11] {
+        let Self { x, a1, stats1, qkv, attended, lse, mid, a2, stats2, up, act } = self;
+        [x, a1, stats1, qkv, attended, lse, mid, a2, stats2, up, act]
+    }
+
+    /// Exchanges the buffers that are not kept with the shared ones: lends them, and the second
+    /// time takes them back.
+    pub(crate) fn exchange(&mut self, shared: &mut Option<Self>, recompute: Recompute) {
+        let Some(shared) = shared else { return };
+        let swap = std::mem::swap::<B::Buffer>;
+        swap(&mut self.a1, &mut shared.a1);
+        swap(&mut self.a2, &mut shared.a2);
+        swap(&mut self.act, &mut shared.act);
+        if recompute == Recompute::Full {
+            swap(&mut self.stats1, &mut shared.stats1);
+            swap(&mut self.qkv, &mut shared.qkv);
+            swap(&mut self.attended, &mut shared.attended);
+            swap(&mut self.lse, &mut shared.lse);
+            swap(&mut self.mid, &mut shared.mid);
+            swap(&mut self.stats2, &mut shared.stats2);
+            swap(&mut self.up, &mut shared.up);
+        }
+    }
+}
+
 /// What one micro-batch in flight keeps.
 pub struct Slot<B: Backend> {
     /// Place of the first of its layers in the layout.
     pub first: usize,
     /// The layers of one chunk of this stage.
     pub layers: Vec<LayerMemory<B>>,
-    /// The residual stream after the last of them, `[N, D]`.
+    /// The residual stream after the last of them, `[R, D]`.
     pub out: B::Buffer,
     /// On the last stage: normalised `out`, then the gradient of that.
     pub last: Option<LastMemory<B>>,
@@ -145,9 +237,9 @@ pub struct Slot<B: Backend> {
 
 /// What the last stage keeps.
 pub struct LastMemory<B: Backend> {
-    /// Normalised output of the last layer, `[N, D]`.
+    /// Normalised output of the last layer, `[R, D]`.
     pub y: B::Buffer,
-    /// Its statistics.
+    /// Its statistics, `[2, R]`.
     pub stats: B::Buffer,
     /// The loss's gradient with respect to `y`.
     pub dy: B::Buffer,
@@ -157,16 +249,20 @@ pub struct LastMemory<B: Backend> {
 pub struct Scratch<B: Backend> {
     /// The output of a row-parallel projection, `[N, D]`.
     pub branch: B::Buffer,
-    /// The gradient of the residual stream, `[N, D]`.
+    /// The gradient of the residual stream, `[R, D]`.
     pub gradient: B::Buffer,
     /// The gradient of a normalised input, `[N, D]`.
     pub da: B::Buffer,
+    /// All rows of what is shared, `[N, D]`, where the tensor group shares rows.
+    pub gathered: Option<B::Buffer>,
     /// The gradient of queries, keys and values.
     pub dqkv: B::Buffer,
     /// The gradient of attention's output.
     pub dattended: B::Buffer,
     /// The gradient after the non-linearity, `[N, F / t]`.
     pub dact: B::Buffer,
+    /// What layers do not keep, where the backward pass computes it again.
+    pub layer: Option<LayerMemory<B>>,
     /// A chunk of logits, `[chunk, V / t]`, on the last stage.
     pub logits: Option<B::Buffer>,
     /// Rows of that chunk.
@@ -182,35 +278,35 @@ impl<B: Backend> Slot<B> {
     ///
     /// # Errors
     /// [`TensorError::OutOfMemory`].
-    pub fn new(b: &B, d: Dims, layers: Range<usize>, last: bool) -> Result<Self, TensorError> {
-        let n = d.rows;
-        let layer = || {
-            Ok(LayerMemory {
-                x: b.alloc(n * d.hidden)?,
-                a1: b.alloc(n * d.hidden)?,
-                stats1: b.alloc(2 * n)?,
-                qkv: b.alloc(n * d.qkv_width())?,
-                attended: b.alloc(n * d.attention_width())?,
-                lse: b.alloc(n * d.heads)?,
-                mid: b.alloc(n * d.hidden)?,
-                a2: b.alloc(n * d.hidden)?,
-                stats2: b.alloc(2 * n)?,
-                up: b.alloc(n * d.up)?,
-                act: b.alloc(n * d.ffn)?,
-            })
-        };
+    pub fn new(
+        b: &B,
+        d: Dims,
+        recompute: Recompute,
+        layers: Range<usize>,
+        last: bool,
+    ) -> Result<Self, TensorError> {
+        let rows = d.own_rows;
         let last = if last {
             Some(LastMemory {
-                y: b.alloc(n * d.hidden)?,
-                stats: b.alloc(2 * n)?,
-                dy: b.alloc(n * d.hidden)?,
+                y: b.alloc(rows * d.hidden)?,
+                stats: b.alloc(2 * rows)?,
+                dy: b.alloc(rows * d.hidden)?,
             })
         } else {
             None
         };
         let first = layers.start;
-        let layers = layers.map(|_| layer()).collect::<Result<_, TensorError>>()?;
-        Ok(Self { first, layers, out: b.alloc(n * d.hidden)?, last })
+        let layers = layers
+            .map(|_| LayerMemory::new(b, d, recompute, true))
+            .collect::<Result<_, TensorError>>()?;
+        Ok(Self { first, layers, out: b.alloc(rows * d.hidden)?, last })
+    }
+
+    /// Returns the bytes of its buffers.
+    pub(crate) fn bytes(&self, b: &B) -> u64 {
+        let layers = self.layers.iter().flat_map(LayerMemory::buffers);
+        let last = self.last.iter().flat_map(|m| [&m.y, &m.stats, &m.dy]);
+        layers.chain([&self.out]).chain(last).map(|buffer| b.elements(buffer) as u64 * 4).sum()
     }
 }
 
@@ -219,25 +315,37 @@ impl<B: Backend> Scratch<B> {
     ///
     /// # Errors
     /// [`TensorError::OutOfMemory`].
-    pub fn new(b: &B, d: Dims, layout: &Layout) -> Result<Self, TensorError> {
+    pub fn new(b: &B, d: Dims, recompute: Recompute, layout: &Layout) -> Result<Self, TensorError> {
         let n = d.rows;
         let chunk = logits_rows(n, layout.vocab_rows);
-        let logits = match layout.head {
-            Some(_) => Some(b.alloc(chunk * layout.vocab_rows)?),
-            None => None,
+        let optional = |wanted: bool, elements| wanted.then(|| b.alloc(elements)).transpose();
+        let layer = match recompute {
+            Recompute::None => None,
+            _ => Some(LayerMemory::new(b, d, recompute, false)?),
         };
         Ok(Self {
             branch: b.alloc(n * d.hidden)?,
-            gradient: b.alloc(n * d.hidden)?,
+            gradient: b.alloc(d.own_rows * d.hidden)?,
             da: b.alloc(n * d.hidden)?,
+            gathered: optional(d.shares_rows(), n * d.hidden)?,
             dqkv: b.alloc(n * d.qkv_width())?,
             dattended: b.alloc(n * d.attention_width())?,
             dact: b.alloc(n * d.ffn)?,
-            logits,
+            layer,
+            logits: optional(layout.head.is_some(), chunk * layout.vocab_rows)?,
             chunk,
             row_values: b.alloc(4 * chunk)?,
             host: vec![0.0; chunk],
         })
+    }
+
+    /// Returns the bytes of its buffers.
+    pub(crate) fn bytes(&self, b: &B) -> u64 {
+        let all = [&self.branch, &self.gradient, &self.da, &self.dqkv, &self.dattended, &self.dact];
+        let layer = self.layer.iter().flat_map(LayerMemory::buffers);
+        let optional = self.gathered.iter().chain(&self.logits).chain([&self.row_values]);
+        let elements = all.into_iter().chain(layer).chain(optional).map(|x| b.elements(x));
+        (elements.sum::<usize>() + self.host.len()) as u64 * 4
     }
 }
 

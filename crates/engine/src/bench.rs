@@ -6,8 +6,8 @@ use std::sync::Arc;
 use drumline_collective::local;
 use drumline_mesh::Mesh;
 use drumline_spec::{
-    Checkpointing, DataSource, Family, LearningRate, ModelConfig, Optimizer, Parallelism,
-    Precision, TrainingJob,
+    Checkpointing, DataSource, Family, LearningRate, MemoryOptions, ModelConfig, Optimizer,
+    Parallelism, Precision, TrainingJob,
 };
 use drumline_tensor::reference::Random;
 
@@ -89,6 +89,8 @@ pub fn job(preset: &Preset, parallelism: Parallelism, micro_batch: u32, steps: u
         parallelism,
         virtual_stages: 1,
         precision: Precision::F32,
+        memory: MemoryOptions::default(),
+        deterministic: false,
         steps,
         global_batch: preset.batch,
         micro_batch,

@@ -3,7 +3,8 @@
 //!
 //! Once the last micro-batch has been through a layer, the layer's gradients are final: they form
 //! a bucket whose all-reduce is started, and which is looked at between the kernels of the layers
-//! before. Buckets end in the order in which they were started, and a sum over copies does not
+//! before. Where the copies share the optimizer, each needs the sums of its share alone, and gets
+//! no others. Buckets end in the order in which they were started, and a sum over copies does not
 //! depend on where one bucket ends, so the bits are those of one reduction at the end.
 
 use std::collections::VecDeque;
@@ -35,6 +36,8 @@ pub struct Gradients<'a, 'g, B: Backend> {
 /// The buckets of one step.
 pub(crate) struct Buckets<'a> {
     group: &'a dyn Collective,
+    /// What each copy keeps the optimizer of, where they share it: it needs no other sums.
+    shares: Option<&'a [Range<usize>]>,
     under_way: VecDeque<(Range<usize>, Box<dyn Pending + 'a>)>,
     /// Final, and not started yet.
     gathering: Option<Range<usize>>,
@@ -43,8 +46,9 @@ pub(crate) struct Buckets<'a> {
 }
 
 impl<'a> Buckets<'a> {
-    pub(crate) fn new(group: &'a dyn Collective) -> Self {
-        Self { group, under_way: VecDeque::new(), gathering: None, covered: Vec::new() }
+    pub(crate) fn new(group: &'a dyn Collective, shares: Option<&'a [Range<usize>]>) -> Self {
+        let (under_way, covered) = (VecDeque::new(), Vec::new());
+        Self { group, shares, under_way, gathering: None, covered }
     }
 
     /// Takes note that the gradients of `range` will not change any more.
@@ -73,7 +77,14 @@ impl<'a> Buckets<'a> {
         if self.under_way.is_empty() {
             probe.under_way(true);
         }
-        let pending = self.group.start_all_reduce(range.len(), ReduceOp::Sum)?;
+        let pending = match self.shares {
+            None => self.group.start_all_reduce(range.len(), ReduceOp::Sum)?,
+            Some(shares) => {
+                let within = |at: usize| at.clamp(range.start, range.end) - range.start;
+                let parts: Vec<_> = shares.iter().map(|s| within(s.start)..within(s.end)).collect();
+                self.group.start_reduce_scatter(&parts)?
+            }
+        };
         self.covered.push(range.clone());
         self.under_way.push_back((range, pending));
         Ok(())
@@ -170,7 +181,7 @@ mod tests {
                         for (i, x) in gradients.as_mut_slice().iter_mut().enumerate() {
                             *x = own(i);
                         }
-                        let mut buckets = Buckets::new(&group);
+                        let mut buckets = Buckets::new(&group, None);
                         let layers: Vec<_> = layers(number).collect();
                         for range in layers.into_iter().rev() {
                             buckets.add(&NoProbe, range).unwrap();

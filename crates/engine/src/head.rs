@@ -38,6 +38,10 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             return Ok(0.0);
         };
         let mut total = 0.0f64;
+        let y = self.every_row(&last.y, &mut scratch.gathered)?;
+        // The gradients of all rows are partial sums before they are this rank's rows' own.
+        let shared = self.rows.is_some();
+        let dy = if shared { &mut scratch.da } else { &mut last.dy };
         for start in (0..rows).step_by(scratch.chunk) {
             let n = scratch.chunk.min(rows - start);
             let shape = self.head_shape(n);
@@ -46,7 +50,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             timed(self.probe, Span::Matmul, || {
                 let w = b.view(self.parameters, head.clone());
                 let out = b.view_mut(logits, 0..n * columns);
-                b.linear(shape, b.view(&last.y, range.clone()), w, None, out);
+                b.linear(shape, b.view(y, range.clone()), w, None, out);
             });
             let loss = Loss {
                 rows: n,
@@ -62,18 +66,21 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             total += host.iter().map(|x| f64::from(*x)).sum::<f64>();
             if let Some(g) = &mut gradient {
                 timed(self.probe, Span::Matmul, || {
-                    let dy = || b.view(logits, 0..n * columns);
+                    let dlogits = || b.view(logits, 0..n * columns);
                     let dw = b.view_mut(g.gradients, head.clone());
                     let accumulate = g.accumulate || start > 0;
-                    let y = b.view(&last.y, range.clone());
-                    b.linear_grad_weight(shape, y, dy(), dw, accumulate);
+                    let y = b.view(y, range.clone());
+                    b.linear_grad_weight(shape, y, dlogits(), dw, accumulate);
                     let w = b.view(self.parameters, head.clone());
-                    b.linear_grad_input(shape, dy(), w, b.view_mut(&mut last.dy, range));
+                    b.linear_grad_input(shape, dlogits(), w, b.view_mut(dy, range));
                 });
             }
         }
         if gradient.is_some() {
-            self.add_partial(all_mut(b, &mut last.dy))?;
+            self.sum_rows(dy)?;
+            if shared {
+                b.copy(self.own_rows(&scratch.da), all_mut(b, &mut last.dy));
+            }
         }
         Ok(total)
     }

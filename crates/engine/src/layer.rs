@@ -1,15 +1,21 @@
-//! One stage's decoder layers, forward and backward, with tensor parallelism inside.
+//! One stage's decoder layers, forward, with tensor parallelism inside.
 //!
 //! Column-parallel halves (qkv, up) need no communication; after each row-parallel half (project,
 //! down) the tensor group adds its partial results, and in the backward pass it adds the partial
 //! gradients of each half's input. Source: Shoeybi et al. 2019, section 3.
+//!
+//! Where the group shares the rows, each rank keeps its part of the residual stream: a
+//! reduce-scatter takes the place of each of these sums, and an all-gather comes before each
+//! column-parallel half. Source: Korthikanti et al. 2022, section 4.2.
+
+use std::ops::Range;
 
 use drumline_collective::{Collective, CollectiveError, ReduceOp};
+use drumline_spec::Recompute;
 use drumline_tensor::{Backend, Linear, WeightLayout};
 
 use crate::activations::{Dims, LayerMemory, Scratch, Slot};
-use crate::gradients::Gradients;
-use crate::layout::{Layout, LinearAt, NormAt};
+use crate::layout::{LayerAt, Layout, LinearAt, NormAt};
 use crate::probe::{Probe, Span, timed};
 
 /// What the layers of a stage work with.
@@ -30,6 +36,10 @@ pub struct Stage<'a, B: Backend, P: Probe> {
     pub rotary: Option<&'a B::Buffer>,
     /// The position of every row.
     pub positions: &'a [u32],
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// The rows of each rank, in elements of `[N, D]`, where the tensor group shares them.
+    pub rows: Option<&'a [Range<usize>]>,
 }
 
 /// Returns the whole of a buffer, to be read.
@@ -58,7 +68,7 @@ pub(crate) fn add_over<B: Backend, P: Probe>(
 }
 
 impl<B: Backend, P: Probe> Stage<'_, B, P> {
-    fn parameter(&self, range: &std::ops::Range<usize>) -> B::View<'_> {
+    pub(crate) fn parameter(&self, range: &Range<usize>) -> B::View<'_> {
         self.backend.view(self.parameters, range.clone())
     }
 
@@ -141,6 +151,38 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         add_over(self.backend, self.probe, Span::TensorComm, self.tensor, values)
     }
 
+    /// Adds the tensor group's partial results `[N, D]`; where the group shares the rows, this
+    /// rank's rows hold sums then, and the others nothing of use.
+    pub(crate) fn sum_rows(&self, values: &mut B::Buffer) -> Result<(), CollectiveError> {
+        let b = self.backend;
+        let values = all_mut(b, values);
+        let Some(rows) = self.rows else { return self.add_partial(values) };
+        timed(self.probe, Span::TensorComm, || {
+            b.on_host(values, |v| self.tensor.reduce_scatter_parts(v, rows))
+        })
+    }
+
+    /// Returns this rank's rows of `[N, D]`.
+    pub(crate) fn own_rows<'b>(&self, values: &'b B::Buffer) -> B::View<'b> {
+        self.backend.view(values, self.dims.own())
+    }
+
+    /// Returns all rows `[N, D]` of `own` `[R, D]`: it is all, or the ranks bring theirs to
+    /// `gathered`.
+    pub(crate) fn every_row<'b>(
+        &self,
+        own: &'b B::Buffer,
+        gathered: &'b mut Option<B::Buffer>,
+    ) -> Result<&'b B::Buffer, CollectiveError> {
+        let b = self.backend;
+        let (Some(rows), Some(gathered)) = (self.rows, gathered) else { return Ok(own) };
+        timed(self.probe, Span::TensorComm, || {
+            b.copy(all(b, own), b.view_mut(gathered, self.dims.own()));
+            b.on_host(all_mut(b, gathered), |v| self.tensor.all_gather_parts(v, rows))
+        })?;
+        Ok(gathered)
+    }
+
     /// Applies the non-linearity.
     pub(crate) fn activate(&self, up: B::View<'_>, act: B::ViewMut<'_>) {
         timed(self.probe, Span::Other, || {
@@ -152,22 +194,38 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         });
     }
 
-    /// Looks tokens up, and positions where they are learned, into `x`.
+    /// Looks tokens up, and positions where they are learned, into `x` `[R, D]`. `scratch` is
+    /// `[N, D]`.
     ///
     /// # Errors
     /// [`CollectiveError`] from the tensor group.
-    pub fn embed(&self, tokens: &[u32], x: &mut B::Buffer) -> Result<(), CollectiveError> {
+    pub fn embed(
+        &self,
+        tokens: &[u32],
+        x: &mut B::Buffer,
+        scratch: &mut B::Buffer,
+    ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims.hidden);
         let Some(table) = &self.layout.embedding else { return Ok(()) };
         let offset = self.layout.vocab_offset;
-        let n = tokens.len() * d;
-        timed(self.probe, Span::Other, || {
-            b.embed(d, tokens, offset, self.parameter(table), b.view_mut(x, 0..n), false);
-        });
-        self.add_partial(b.view_mut(x, 0..n))?;
-        if let Some(table) = &self.layout.positions {
+        let look_up = |to: &mut B::Buffer| {
             timed(self.probe, Span::Other, || {
-                b.embed(d, self.positions, 0, self.parameter(table), b.view_mut(x, 0..n), true);
+                b.embed(d, tokens, offset, self.parameter(table), all_mut(b, to), false);
+            });
+        };
+        if self.rows.is_some() {
+            look_up(scratch);
+            self.sum_rows(scratch)?;
+            b.copy(self.own_rows(scratch), all_mut(b, x));
+        } else {
+            look_up(x);
+            self.sum_rows(x)?;
+        }
+        if let Some(table) = &self.layout.positions {
+            let first = self.dims.own_start;
+            let own = &self.positions[first..first + self.dims.own_rows];
+            timed(self.probe, Span::Other, || {
+                b.embed(d, own, 0, self.parameter(table), all_mut(b, x), true);
             });
         }
         Ok(())
@@ -183,38 +241,56 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         slot: &mut Slot<B>,
         scratch: &mut Scratch<B>,
     ) -> Result<(), CollectiveError> {
-        let (b, n) = (self.backend, self.dims.rows);
+        let (b, rows) = (self.backend, self.dims.own_rows);
+        let again = self.recompute != Recompute::None;
         for index in 0..slot.layers.len() {
             let place = slot.first + index;
             let at = &self.layout.layers[place];
             let (this, rest) = slot.layers[index..].split_first_mut().expect("index is in range");
-            if index == 0 {
-                let (a1, stats) = (all_mut(b, &mut this.a1), all_mut(b, &mut this.stats1));
-                self.norm(&at.norm1, n, all(b, &this.x), a1, stats);
+            this.exchange(&mut scratch.layer, self.recompute);
+            if index == 0 || again {
+                self.first_norm(at, this);
             }
             self.attention_forward(place, this, scratch)?;
-            self.feed_forward(place, this, scratch)?;
-            let (mid, branch) = (all(b, &this.mid), all(b, &scratch.branch));
-            // The sum opens the next layer, or the final norm, or leaves the stage.
-            if let Some(next) = rest.first_mut() {
-                let norm = &self.layout.layers[place + 1].norm1;
-                let (x, a1) = (all_mut(b, &mut next.x), all_mut(b, &mut next.a1));
-                let stats = all_mut(b, &mut next.stats1);
-                self.add_norm(norm, n, mid, branch, &at.down, x, a1, stats);
-            } else if let (Some(last), Some(norm)) = (&mut slot.last, &self.layout.final_norm) {
-                let (y, stats) = (all_mut(b, &mut last.y), all_mut(b, &mut last.stats));
-                let out = all_mut(b, &mut slot.out);
-                self.add_norm(norm, n, mid, branch, &at.down, out, y, stats);
-            } else {
+            self.expand(at, this, scratch)?;
+            self.contract(at, this, scratch)?;
+            let (mid, branch) = (all(b, &this.mid), self.own_rows(&scratch.branch));
+            let add = |sum: &mut B::Buffer| {
                 timed(self.probe, Span::Other, || {
-                    b.add(mid, branch, self.bias(&at.down), all_mut(b, &mut slot.out));
+                    b.add(mid, branch, self.bias(&at.down), all_mut(b, sum));
                 });
+            };
+            // The sum opens the next layer, or the final norm, or leaves the stage.
+            match (rest.first_mut(), &mut slot.last, &self.layout.final_norm) {
+                // Where the next layer's normalised input will be is still in use.
+                (Some(next), ..) if again => add(&mut next.x),
+                (Some(next), ..) => {
+                    let norm = &self.layout.layers[place + 1].norm1;
+                    let (x, a1) = (all_mut(b, &mut next.x), all_mut(b, &mut next.a1));
+                    let stats = all_mut(b, &mut next.stats1);
+                    self.add_norm(norm, rows, mid, branch, &at.down, x, a1, stats);
+                }
+                (None, Some(last), Some(norm)) => {
+                    let (y, stats) = (all_mut(b, &mut last.y), all_mut(b, &mut last.stats));
+                    let out = all_mut(b, &mut slot.out);
+                    self.add_norm(norm, rows, mid, branch, &at.down, out, y, stats);
+                }
+                (None, ..) => add(&mut slot.out),
             }
+            this.exchange(&mut scratch.layer, self.recompute);
         }
         Ok(())
     }
 
-    fn attention_forward(
+    /// Normalises what enters a layer.
+    pub(crate) fn first_norm(&self, at: &LayerAt, m: &mut LayerMemory<B>) {
+        let b = self.backend;
+        let (a1, stats) = (all_mut(b, &mut m.a1), all_mut(b, &mut m.stats1));
+        self.norm(&at.norm1, self.dims.own_rows, all(b, &m.x), a1, stats);
+    }
+
+    /// From the normalised input to the sum with attention, normalised.
+    pub(crate) fn attention_forward(
         &self,
         index: usize,
         m: &mut LayerMemory<B>,
@@ -222,8 +298,8 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims);
         let at = &self.layout.layers[index];
-        let input = (d.rows, d.hidden);
-        self.linear(&at.qkv, input, all(b, &m.a1), all_mut(b, &mut m.qkv), true);
+        let a1 = self.every_row(&m.a1, &mut scratch.gathered)?;
+        self.linear(&at.qkv, (d.rows, d.hidden), all(b, a1), all_mut(b, &mut m.qkv), true);
         if let Some(table) = self.rotary {
             timed(self.probe, Span::Other, || {
                 let qkv = all_mut(b, &mut m.qkv);
@@ -237,194 +313,38 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let branch = all_mut(b, &mut scratch.branch);
         let input = (d.rows, d.attention_width());
         self.linear(&at.project, input, all(b, &m.attended), branch, false);
-        self.add_partial(all_mut(b, &mut scratch.branch))?;
-        let (x, branch) = (all(b, &m.x), all(b, &scratch.branch));
+        self.sum_rows(&mut scratch.branch)?;
+        let (x, branch) = (all(b, &m.x), self.own_rows(&scratch.branch));
         let (mid, a2) = (all_mut(b, &mut m.mid), all_mut(b, &mut m.a2));
         let stats = all_mut(b, &mut m.stats2);
-        self.add_norm(&at.norm2, d.rows, x, branch, &at.project, mid, a2, stats);
+        self.add_norm(&at.norm2, d.own_rows, x, branch, &at.project, mid, a2, stats);
         Ok(())
     }
 
-    fn feed_forward(
+    /// The feed-forward half up to the non-linearity.
+    pub(crate) fn expand(
         &self,
-        index: usize,
+        at: &LayerAt,
         m: &mut LayerMemory<B>,
         scratch: &mut Scratch<B>,
     ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims);
-        let at = &self.layout.layers[index];
-        self.linear(&at.up, (d.rows, d.hidden), all(b, &m.a2), all_mut(b, &mut m.up), true);
+        let a2 = self.every_row(&m.a2, &mut scratch.gathered)?;
+        self.linear(&at.up, (d.rows, d.hidden), all(b, a2), all_mut(b, &mut m.up), true);
         self.activate(all(b, &m.up), all_mut(b, &mut m.act));
+        Ok(())
+    }
+
+    /// The rest of it, without the bias.
+    fn contract(
+        &self,
+        at: &LayerAt,
+        m: &LayerMemory<B>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), CollectiveError> {
+        let (b, d) = (self.backend, self.dims);
         let branch = all_mut(b, &mut scratch.branch);
         self.linear(&at.down, (d.rows, d.ffn), all(b, &m.act), branch, false);
-        self.add_partial(all_mut(b, &mut scratch.branch))
-    }
-
-    /// Runs the layers backward: `scratch.gradient` holds the gradient of the stage's output, and
-    /// then that of its input. Gradients of matrices replace what is there unless they are to
-    /// accumulate; those of vectors are added.
-    ///
-    /// # Errors
-    /// [`CollectiveError`] from the tensor group.
-    pub fn backward(
-        &self,
-        slot: &mut Slot<B>,
-        scratch: &mut Scratch<B>,
-        gradients: &mut Gradients<'_, '_, B>,
-    ) -> Result<(), CollectiveError> {
-        let b = self.backend;
-        if let (Some(last), Some(norm)) = (&slot.last, &self.layout.final_norm) {
-            b.fill(all_mut(b, &mut scratch.gradient), 0.0);
-            let (dy, stats) = (all(b, &last.dy), all(b, &last.stats));
-            let dx = all_mut(b, &mut scratch.gradient);
-            self.norm_backward(norm, dy, all(b, &slot.out), stats, dx, gradients.buffer);
-        }
-        for index in (0..slot.layers.len()).rev() {
-            let (m, place) = (&mut slot.layers[index], slot.first + index);
-            self.feed_backward(place, m, scratch, gradients)?;
-            self.attention_backward(place, m, scratch, gradients)?;
-            if let Some(buckets) = &mut gradients.buckets {
-                buckets.add(self.probe, self.layout.layers[place].matrices())?;
-            }
-            self.look(gradients)?;
-        }
-        Ok(())
-    }
-
-    fn norm_backward(
-        &self,
-        at: &NormAt,
-        dy: B::View<'_>,
-        x: B::View<'_>,
-        stats: B::View<'_>,
-        dx: B::ViewMut<'_>,
-        gradients: &mut B::Buffer,
-    ) {
-        let b = self.backend;
-        let d = self.dims.hidden;
-        let shape = self.dims.normalise(self.dims.rows);
-        let gain = self.parameter(&at.gain);
-        timed(self.probe, Span::Other, || match &at.bias {
-            None => {
-                let dgain = b.view_mut(gradients, at.gain.clone());
-                b.norm_grad(shape, dy, x, gain, stats, dx, dgain, None);
-            }
-            Some(bias) => {
-                // Gain and bias are neighbours: one view, then two halves of it.
-                let both = b.view_mut(gradients, at.gain.start..bias.end);
-                let (dgain, dbias) = b.split_mut(both, bias.start - at.gain.start);
-                let (dgain, _) = b.split_mut(dgain, d);
-                b.norm_grad(shape, dy, x, gain, stats, dx, dgain, Some(dbias));
-            }
-        });
-    }
-
-    /// The backward pass of one linear layer: weights, bias where `dy` covers it, and input.
-    fn linear_backward(
-        &self,
-        at: &LinearAt,
-        input: usize,
-        x: B::View<'_>,
-        dy: B::View<'_>,
-        dx: B::ViewMut<'_>,
-        gradients: &mut Gradients<'_, '_, B>,
-    ) -> Result<(), CollectiveError> {
-        let b = self.backend;
-        let shape = self.shape(at, self.dims.rows, input);
-        timed(self.probe, Span::Matmul, || {
-            let dw = b.view_mut(gradients.buffer, at.weight.clone());
-            b.linear_grad_weight(shape, x, dy, dw, gradients.accumulate);
-        });
-        self.look(gradients)?;
-        timed(self.probe, Span::Matmul, || {
-            b.linear_grad_input(shape, dy, self.parameter(&at.weight), dx);
-        });
-        if let Some(bias) = &at.bias {
-            timed(self.probe, Span::Other, || {
-                let dbias = b.view_mut(gradients.buffer, bias.clone());
-                b.add_column_sums(shape.rows, shape.output, dy, dbias);
-            });
-        }
-        self.look(gradients)
-    }
-
-    /// Moves the reduction of gradients on, if one is under way.
-    fn look(&self, gradients: &mut Gradients<'_, '_, B>) -> Result<(), CollectiveError> {
-        match &mut gradients.buckets {
-            Some(buckets) => buckets.poll(self.backend, self.probe, gradients.buffer),
-            None => Ok(()),
-        }
-    }
-
-    fn feed_backward(
-        &self,
-        index: usize,
-        m: &mut LayerMemory<B>,
-        scratch: &mut Scratch<B>,
-        gradients: &mut Gradients<'_, '_, B>,
-    ) -> Result<(), CollectiveError> {
-        let (b, d) = (self.backend, self.dims);
-        let at = &self.layout.layers[index];
-        let (dy, dact) = (all(b, &scratch.gradient), all_mut(b, &mut scratch.dact));
-        self.linear_backward(&at.down, d.ffn, all(b, &m.act), dy, dact, gradients)?;
-        timed(self.probe, Span::Other, || {
-            let (up, dact) = (all_mut(b, &mut m.up), all(b, &scratch.dact));
-            if d.up == d.ffn { b.gelu_grad(up, dact) } else { b.swiglu_grad(d.ffn, up, dact) }
-        });
-        let (dup, da) = (all(b, &m.up), all_mut(b, &mut scratch.da));
-        self.linear_backward(&at.up, d.hidden, all(b, &m.a2), dup, da, gradients)?;
-        self.add_partial(all_mut(b, &mut scratch.da))?;
-        let (da, stats) = (all(b, &scratch.da), all(b, &m.stats2));
-        let dx = all_mut(b, &mut scratch.gradient);
-        self.norm_backward(&at.norm2, da, all(b, &m.mid), stats, dx, gradients.buffer);
-        self.look(gradients)
-    }
-
-    fn attention_backward(
-        &self,
-        index: usize,
-        m: &mut LayerMemory<B>,
-        scratch: &mut Scratch<B>,
-        gradients: &mut Gradients<'_, '_, B>,
-    ) -> Result<(), CollectiveError> {
-        let (b, d) = (self.backend, self.dims);
-        let at = &self.layout.layers[index];
-        let (dy, dattended) = (all(b, &scratch.gradient), all_mut(b, &mut scratch.dattended));
-        let (input, x) = (d.attention_width(), all(b, &m.attended));
-        self.linear_backward(&at.project, input, x, dy, dattended, gradients)?;
-        timed(self.probe, Span::Attention, || {
-            let (qkv, out, lse) = (all(b, &m.qkv), all(b, &m.attended), all(b, &m.lse));
-            let (dout, dqkv) = (all(b, &scratch.dattended), all_mut(b, &mut scratch.dqkv));
-            b.attention_grad(d.attention(), qkv, out, lse, dout, dqkv);
-        });
-        if let Some(table) = self.rotary {
-            timed(self.probe, Span::Other, || {
-                let dqkv = all_mut(b, &mut scratch.dqkv);
-                b.rotary(d.rotation(d.rows, true), all(b, table), self.positions, dqkv);
-            });
-        }
-        let (dqkv, da) = (all(b, &scratch.dqkv), all_mut(b, &mut scratch.da));
-        self.linear_backward(&at.qkv, d.hidden, all(b, &m.a1), dqkv, da, gradients)?;
-        self.add_partial(all_mut(b, &mut scratch.da))?;
-        let (da, stats) = (all(b, &scratch.da), all(b, &m.stats1));
-        let dx = all_mut(b, &mut scratch.gradient);
-        self.norm_backward(&at.norm1, da, all(b, &m.x), stats, dx, gradients.buffer);
-        self.look(gradients)
-    }
-
-    /// Adds the embedding's gradients, given that of its output in `scratch.gradient`.
-    pub fn embed_backward(&self, tokens: &[u32], scratch: &Scratch<B>, gradients: &mut B::Buffer) {
-        let (b, d) = (self.backend, self.dims.hidden);
-        let dy = || all(b, &scratch.gradient);
-        timed(self.probe, Span::Other, || {
-            if let Some(table) = &self.layout.embedding {
-                let to = b.view_mut(gradients, table.clone());
-                b.embed_grad(d, tokens, self.layout.vocab_offset, dy(), to);
-            }
-            if let Some(table) = &self.layout.positions {
-                let to = b.view_mut(gradients, table.clone());
-                b.embed_grad(d, self.positions, 0, dy(), to);
-            }
-        });
+        self.sum_rows(&mut scratch.branch)
     }
 }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use drumline_mesh::{Coords, ShardSpec};
-use drumline_spec::{Family, ModelConfig, Parallelism};
+use drumline_spec::{Family, ModelConfig, Parallelism, TrainingJob};
 use drumline_tensor::WeightLayout;
 
 use crate::error::EngineError;
@@ -30,9 +30,25 @@ pub struct Split {
     pub copy: usize,
     /// Parts of the layers that each stage holds: virtual stages, round the stages in turn.
     pub chunks: usize,
+    /// Whether each copy keeps the optimizer of its share of the parameters.
+    pub shards_optimizer: bool,
+    /// Whether the tensor group shares the rows between the matrix products.
+    pub shares_rows: bool,
 }
 
 impl Split {
+    /// Returns the place of the rank at `at` in a training run.
+    #[must_use]
+    pub fn of(job: &TrainingJob, at: Coords) -> Self {
+        let split = Self::new(job.parallelism, at);
+        Self {
+            chunks: job.virtual_stages.max(1) as usize,
+            shards_optimizer: job.memory.shard_optimizer && split.copies > 1,
+            shares_rows: job.memory.sequence_parallel && split.tensor > 1,
+            ..split
+        }
+    }
+
     /// Joins a split and a rank's coordinates in it.
     #[must_use]
     pub fn new(shape: Parallelism, at: Coords) -> Self {
@@ -44,13 +60,9 @@ impl Split {
             copies: shape.data as usize,
             copy: at.data as usize,
             chunks: 1,
+            shards_optimizer: false,
+            shares_rows: false,
         }
-    }
-
-    /// Gives each stage `chunks` parts of the layers.
-    #[must_use]
-    pub fn interleaved(self, chunks: u32) -> Self {
-        Self { chunks: chunks.max(1) as usize, ..self }
     }
 
     /// Returns whether this is the stage with the embedding.
@@ -82,8 +94,62 @@ pub struct Parameter {
     pub stride: usize,
     /// How it starts.
     pub init: Init,
+    /// Whether this rank speaks for its tensor group, where all ranks of it hold the same.
+    pub answers: bool,
     /// Whether this rank writes it to checkpoints: exactly one rank of a tensor's holders does.
     pub owner: bool,
+}
+
+impl Parameter {
+    /// Returns the parts that lie in `range` of the flat buffer, at most three rectangles, as they
+    /// lie in a buffer of that range alone.
+    #[must_use]
+    pub fn within(&self, range: &Range<usize>) -> Vec<Self> {
+        let total = self.rows * self.columns;
+        // The elements of this parameter, row-major, before a place of the buffer.
+        let before = |place: usize| {
+            let past = place.saturating_sub(self.start);
+            (past / self.stride * self.columns + (past % self.stride).min(self.columns)).min(total)
+        };
+        let place = |element: usize| (element / self.columns, element % self.columns);
+        let ((mut row, from), (last, to)) = (place(before(range.start)), place(before(range.end)));
+        let mut parts = Vec::new();
+        let mut part = |rows: Range<usize>, columns: Range<usize>| {
+            if rows.is_empty() || columns.is_empty() {
+                return;
+            }
+            let mut shard = self.shard.clone();
+            let (offset, shape) = (&mut shard.offset, &mut shard.shape);
+            match (offset.as_mut_slice(), shape.as_mut_slice()) {
+                ([row, column], [height, width]) => {
+                    (*row, *column) = (*row + rows.start, *column + columns.start);
+                    (*height, *width) = (rows.len(), columns.len());
+                }
+                ([column], [width]) => {
+                    (*column, *width) = (*column + columns.start, columns.len());
+                }
+                _ => unreachable!("parameters are matrices and vectors"),
+            }
+            parts.push(Self {
+                shard,
+                start: self.start + rows.start * self.stride + columns.start - range.start,
+                rows: rows.len(),
+                columns: columns.len(),
+                ..self.clone()
+            });
+        };
+        if row == last {
+            part(row..row + 1, from..to);
+            return parts;
+        }
+        if from > 0 {
+            part(row..row + 1, from..self.columns);
+            row += 1;
+        }
+        part(row..last, 0..self.columns);
+        part(last..last + 1, 0..to);
+        parts
+    }
 }
 
 /// Gain and bias of a normalisation.
@@ -105,6 +171,11 @@ pub struct LinearAt {
 }
 
 impl LayerAt {
+    /// Returns where gains and biases of the norms lie.
+    pub(crate) fn norms(&self) -> impl Iterator<Item = &NormAt> {
+        [&self.norm1, &self.norm2].into_iter()
+    }
+
     /// Returns where the matrices lie, one after the other.
     pub(crate) fn matrices(&self) -> Range<usize> {
         self.qkv.weight.start..self.down.weight.end
@@ -163,7 +234,19 @@ pub struct Layout {
     pub vocab_offset: usize,
 }
 
+impl NormAt {
+    /// Returns where gain and bias lie: they are neighbours.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.gain.start..self.bias.as_ref().unwrap_or(&self.gain).end
+    }
+}
+
 impl Layout {
+    /// Returns every norm of this stage.
+    pub(crate) fn norms(&self) -> impl Iterator<Item = &NormAt> {
+        self.layers.iter().flat_map(LayerAt::norms).chain(&self.final_norm)
+    }
+
     /// Lays out the parameters of one rank.
     ///
     /// # Errors
@@ -431,10 +514,11 @@ impl Builder {
         let (rows, columns) = match shard.shape.as_slice() {
             [rows, columns] => (*rows, *columns),
             [columns] => (1, *columns),
-            _ => (1, shard.elements()),
+            _ => unreachable!("parameters are matrices and vectors"),
         };
         let owner = answers && self.split.copy == 0;
-        self.parameters.push(Parameter { shard, start, rows, columns, stride, init, owner });
+        let place = Parameter { shard, start, rows, columns, stride, init, answers, owner };
+        self.parameters.push(place);
     }
 
     fn reserve(&mut self, elements: usize, decay: bool) -> Range<usize> {

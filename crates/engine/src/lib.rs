@@ -9,6 +9,7 @@
 //! this rank's share of it.
 
 pub mod activations;
+mod backward;
 pub mod bench;
 pub mod error;
 pub mod gradients;
@@ -20,8 +21,10 @@ pub mod layer;
 pub mod layout;
 pub mod memory;
 pub mod optimizer;
+mod pipeline;
 pub mod probe;
 pub mod shards;
+mod state;
 pub mod train;
 pub mod work;
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use drumline_mesh::ShardSpec;
 use drumline_tensor::Backend;
 
-use crate::layout::{Layout, Parameter};
+use crate::layout::Parameter;
 
 /// The prefix of a first moment's name.
 pub const FIRST_MOMENT: &str = "adam.m/";
@@ -32,14 +32,14 @@ impl Snapshot {
         self.values.len() * size_of::<f32>()
     }
 
-    /// Prepares the places for what `layout` owns, under each prefix, once.
-    pub(crate) fn plan(&mut self, layout: &Layout, prefixes: &[&str]) {
+    /// Prepares the places for what this rank owns of each list, under its prefix, once.
+    pub(crate) fn plan(&mut self, lists: &[(&str, &[Parameter])]) {
         if !self.shards.is_empty() {
             return;
         }
         let mut start = 0;
-        for prefix in prefixes {
-            for p in layout.parameters.iter().filter(|p| p.owner) {
+        for (prefix, list) in lists {
+            for p in list.iter().filter(|p| p.owner) {
                 let shard = prefixed(prefix, &p.shard);
                 let end = start + shard.elements();
                 self.shards.push((shard, start..end));
@@ -49,16 +49,16 @@ impl Snapshot {
         self.values.resize(start, 0.0);
     }
 
-    /// Copies one flat buffer's owned parts to the places from the `index`-th on; returns the
-    /// next index.
+    /// Copies what this rank owns of `list` out of its buffer to the places from the `index`-th on;
+    /// returns the next index.
     pub(crate) fn take<B: Backend>(
         &mut self,
         backend: &B,
-        layout: &Layout,
+        list: &[Parameter],
         buffer: &B::Buffer,
         mut index: usize,
     ) -> usize {
-        for p in layout.parameters.iter().filter(|p| p.owner) {
+        for p in list.iter().filter(|p| p.owner) {
             let to = &mut self.values[self.shards[index].1.clone()];
             gather(backend, p, buffer, to);
             index += 1;

@@ -1,6 +1,7 @@
-//! The training step of one rank: its instructions of the pipeline, the reduction of gradients,
-//! clipping and the optimizer.
+//! The training step of one rank: the pipeline, the reduction of gradients, clipping and the
+//! optimizer.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use drumline_collective::ReduceOp;
@@ -8,18 +9,17 @@ use drumline_mesh::{Coords, Instruction, ShardSpec};
 use drumline_spec::{Family, Precision, TrainingJob};
 use drumline_tensor::{Backend, Cpu, CpuOptions, MatmulPrecision};
 
-use crate::activations::{Dims, LayerMemory, Scratch, Slot, in_flight, rotary_table};
+use crate::activations::{Dims, Scratch, Slot, in_flight, rotary_table};
 use crate::error::EngineError;
-use crate::gradients::{Buckets, Gradients};
+use crate::gradients::Buckets;
 use crate::groups::Groups;
-use crate::head::Gradient;
-use crate::init;
-use crate::layer::{Stage, all_mut};
-use crate::layout::{Layout, Split};
+use crate::layer::all_mut;
+use crate::layout::{Layout, NormAt, Split};
 use crate::memory::{Memory, schedule};
 use crate::optimizer;
 use crate::probe::{NoProbe, Probe, Span, timed};
-use crate::shards::{FIRST_MOMENT, SECOND_MOMENT, Snapshot, prefixed, scatter};
+use crate::shards::Snapshot;
+use crate::state::State;
 
 /// One micro-batch: `micro_batch` sequences, one after the other. The target of a position is the
 /// token that follows it.
@@ -51,35 +51,31 @@ pub fn cpu(job: &TrainingJob, threads: usize) -> Result<Cpu, EngineError> {
         Precision::F32 => MatmulPrecision::F32,
         Precision::Bf16 => MatmulPrecision::Bf16,
     };
-    Ok(Cpu::with_options(CpuOptions { threads, matmul })?)
+    Ok(Cpu::with_options(CpuOptions { threads, matmul, deterministic: job.deterministic })?)
 }
 
 /// One rank of a training run.
 pub struct Trainer<B: Backend, P: Probe = NoProbe> {
-    backend: Arc<B>,
-    probe: P,
-    job: TrainingJob,
-    split: Split,
-    groups: Groups,
-    layout: Layout,
-    dims: Dims,
-    instructions: Vec<Instruction>,
-    state: State<B>,
+    pub(crate) backend: Arc<B>,
+    pub(crate) probe: P,
+    pub(crate) job: TrainingJob,
+    pub(crate) split: Split,
+    pub(crate) groups: Groups,
+    pub(crate) layout: Layout,
+    pub(crate) dims: Dims,
+    pub(crate) instructions: Vec<Instruction>,
+    pub(crate) state: State<B>,
     /// By chunk, then by micro-batch modulo their number.
-    slots: Vec<Vec<Slot<B>>>,
+    pub(crate) slots: Vec<Vec<Slot<B>>>,
     /// The other holder's gradients of a shared matrix.
     theirs: Vec<f32>,
-    scratch: Scratch<B>,
-    rotary: Option<B::Buffer>,
-    positions: Vec<u32>,
-}
-
-/// What a checkpoint holds, and the gradients.
-struct State<B: Backend> {
-    parameters: B::Buffer,
-    gradients: B::Buffer,
-    first: B::Buffer,
-    second: B::Buffer,
+    /// The gradients of the norms, on their way over the tensor group that shares the rows.
+    norms: Vec<f32>,
+    pub(crate) scratch: Scratch<B>,
+    pub(crate) rotary: Option<B::Buffer>,
+    pub(crate) positions: Vec<u32>,
+    /// The rows of each rank of the tensor group, where it shares them.
+    pub(crate) rows: Option<Vec<Range<usize>>>,
 }
 
 impl<B: Backend> Trainer<B> {
@@ -112,26 +108,29 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     ) -> Result<Self, EngineError> {
         groups.check(job.parallelism)?;
         check_shape(job)?;
-        let split = Split::new(job.parallelism, coords).interleaved(job.virtual_stages);
+        let split = Split::of(job, coords);
         let layout = Layout::new(&job.model, split)?;
         let (batch, sequence) = (job.micro_batch as usize, job.sequence as usize);
         let dims = Dims::new(&job.model, split, batch, sequence);
         let schedule = schedule(job)?;
         let instructions = schedule.stage(coords.pipeline).to_vec();
         let layers = layout.layers.len() / split.chunks;
+        let recompute = job.memory.recompute;
         let slots = (0..split.chunks)
             .map(|chunk| {
                 let last = split.is_last() && chunk + 1 == split.chunks;
                 let places = in_flight(&instructions, chunk as u32).max(1);
                 let own = chunk * layers..(chunk + 1) * layers;
-                (0..places).map(|_| Slot::new(&backend, dims, own.clone(), last)).collect()
+                (0..places)
+                    .map(|_| Slot::new(&backend, dims, recompute, own.clone(), last))
+                    .collect()
             })
             .collect::<Result<_, _>>()?;
         let theirs = match &layout.shared {
             Some(shared) if !split.is_last() => vec![0.0; shared.len()],
             _ => Vec::new(),
         };
-        let scratch = Scratch::new(&backend, dims, &layout)?;
+        let scratch = Scratch::new(&backend, dims, recompute, &layout)?;
         let rotary = if job.model.family == Family::Llama {
             let table = rotary_table(&job.model, sequence);
             let mut buffer = backend.alloc(table.len())?;
@@ -141,13 +140,16 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             None
         };
         let positions = (0..dims.rows).map(|row| (row % sequence) as u32).collect();
-        let state = State {
-            parameters: backend.alloc(layout.elements)?,
-            gradients: backend.alloc(layout.elements)?,
-            first: backend.alloc(layout.elements)?,
-            second: backend.alloc(layout.elements)?,
+        let state = State::new(&backend, &layout, split, job.seed)?;
+        let rows = dims
+            .shares_rows()
+            .then(|| drumline_collective::parts(dims.rows * dims.hidden, split.tensor, 1));
+        let norms = if dims.shares_rows() {
+            vec![0.0; layout.norms().map(|norm| norm.range().len()).sum()]
+        } else {
+            Vec::new()
         };
-        let mut trainer = Self {
+        Ok(Self {
             backend: Arc::new(backend),
             probe,
             job: job.clone(),
@@ -159,21 +161,12 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             state,
             slots,
             theirs,
+            norms,
             scratch,
             rotary,
             positions,
-        };
-        trainer.initialise();
-        Ok(trainer)
-    }
-
-    fn initialise(&mut self) {
-        let mut values = Vec::new();
-        for p in &self.layout.parameters {
-            values.resize(p.shard.elements(), 0.0);
-            init::fill(self.job.seed, p.init, &p.shard, &mut values);
-            scatter(&*self.backend, p, &values, &mut self.state.parameters);
-        }
+            rows,
+        })
     }
 
     /// Returns where this rank's parameters are.
@@ -187,28 +180,15 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     #[must_use]
     pub fn memory(&self) -> Memory {
         let b = &*self.backend;
-        let bytes = |buffer: &B::Buffer| b.elements(buffer) as u64 * 4;
-        let layer = |m: &LayerMemory<B>| {
-            let all = [&m.x, &m.a1, &m.stats1, &m.qkv, &m.attended, &m.lse, &m.mid, &m.a2];
-            let rest = [&m.stats2, &m.up, &m.act];
-            all.into_iter().chain(rest).map(bytes).sum::<u64>()
-        };
-        let slot = |slot: &Slot<B>| {
-            let last = slot.last.as_ref();
-            slot.layers.iter().map(layer).sum::<u64>()
-                + bytes(&slot.out)
-                + last.map_or(0, |m| bytes(&m.y) + bytes(&m.stats) + bytes(&m.dy))
-        };
-        let s = &self.scratch;
-        let shared = [&s.branch, &s.gradient, &s.da, &s.dqkv, &s.dattended, &s.dact, &s.row_values];
-        let optional = s.logits.iter().chain(&self.rotary);
-        let host = (s.host.len() + self.theirs.len()) as u64 * 4;
+        let [weights, gradients, optimizer] = self.state.bytes(b);
+        let rotary = self.rotary.as_ref().map_or(0, |table| b.elements(table) as u64 * 4);
+        let host = (self.theirs.len() + self.norms.len()) as u64 * 4;
         Memory {
-            weights: bytes(&self.state.parameters),
-            gradients: bytes(&self.state.gradients),
-            optimizer: bytes(&self.state.first) + bytes(&self.state.second),
-            activations: self.slots.iter().flatten().map(slot).sum(),
-            workspace: shared.into_iter().chain(optional).map(bytes).sum::<u64>() + host,
+            weights,
+            gradients,
+            optimizer,
+            activations: self.slots.iter().flatten().map(|slot| slot.bytes(b)).sum(),
+            workspace: self.scratch.bytes(b) + rotary + host,
         }
     }
 
@@ -240,26 +220,24 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     }
 
     fn run_step(&mut self, step: u64, micros: &[Batch]) -> Result<StepReport, EngineError> {
-        self.clear_gradients();
+        timed(&self.probe, Span::Other, || {
+            self.state.clear_gradients(&self.backend, &self.layout);
+        });
         let data = Arc::clone(&self.groups.data);
-        let mut buckets = (data.size() > 1).then(|| Buckets::new(&*data));
+        let shares = self.state.shared().map(<[_]>::to_vec);
+        let mut buckets = (data.size() > 1).then(|| Buckets::new(&*data, shares.as_deref()));
         let loss = self.run_pipeline(micros, buckets.as_mut())?;
+        self.add_norms()?;
         self.add_shared()?;
         if let Some(buckets) = buckets {
             let gradients = &mut self.state.gradients;
             buckets.finish(&*self.backend, &self.probe, gradients, self.layout.elements)?;
         }
         let b = &*self.backend;
-        let counted = timed(&self.probe, Span::Optimizer, || {
-            let square = |r: &std::ops::Range<usize>| {
-                b.sum_squares(b.view(&self.state.gradients, r.clone()))
-            };
-            self.layout.counted.iter().map(square).sum::<f64>()
-        });
+        let share = timed(&self.probe, Span::Optimizer, || self.state.sum_squares(b, &self.layout));
         // What was read so far is what the device made, or the step ends here.
         b.status()?;
-        // One exchange for both numbers: every copy has the same gradients, so copy 0 speaks.
-        let share = if self.split.copy == 0 { counted } else { 0.0 };
+        // One exchange for both numbers.
         let mut sums = [self.own_loss(loss) as f32, share as f32];
         if self.groups.world.size() > 1 {
             timed(&self.probe, Span::GradientComm, || {
@@ -273,133 +251,42 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         }
         let scale = optimizer::clip_scale(self.job.optimizer.clip_norm, grad_norm);
         let constants = optimizer::adamw(&self.job, step, scale);
-        timed(&self.probe, Span::Optimizer, || {
-            let state = &mut self.state;
-            let (decayed, all) = (self.layout.decayed, self.layout.elements);
-            for (range, decay) in [(0..decayed, constants.weight_decay), (decayed..all, 0.0)] {
-                let constants = drumline_tensor::AdamW { weight_decay: decay, ..constants };
-                b.adamw(
-                    constants,
-                    b.view_mut(&mut state.parameters, range.clone()),
-                    b.view(&state.gradients, range.clone()),
-                    b.view_mut(&mut state.first, range.clone()),
-                    b.view_mut(&mut state.second, range),
-                );
-            }
-        });
+        timed(&self.probe, Span::Optimizer, || self.state.update(b, &self.layout, constants));
+        if shares.is_some() {
+            timed(&self.probe, Span::GradientComm, || self.state.gather(b, &*data))?;
+        }
         Ok(StepReport { loss, grad_norm, learning_rate: constants.learning_rate })
     }
 
     /// Sums of losses exist on every tensor rank of the last stage; the first of them speaks.
-    fn own_loss(&self, loss: f64) -> f64 {
+    pub(crate) fn own_loss(&self, loss: f64) -> f64 {
         if self.split.is_last() && self.split.tensor_rank == 0 { loss } else { 0.0 }
     }
 
-    /// Vectors are added to and start from zero; matrices are replaced by the first micro-batch,
-    /// but for an embedding without a projection, which only rows are added to.
-    fn clear_gradients(&mut self) {
-        let (b, layout) = (&*self.backend, &self.layout);
-        timed(&self.probe, Span::Other, || {
-            let gradients = &mut self.state.gradients;
-            b.fill(b.view_mut(gradients, layout.decayed..layout.elements), 0.0);
-            if let Some(table) =
-                layout.embedding.as_ref().filter(|t| layout.head.as_ref() != Some(t))
-            {
-                b.fill(b.view_mut(gradients, table.clone()), 0.0);
-            }
-        });
-    }
-
-    fn run_pipeline<'g>(
-        &mut self,
-        micros: &[Batch],
-        mut buckets: Option<&mut Buckets<'g>>,
-    ) -> Result<f64, EngineError> {
-        let b = &*self.backend;
-        let stage = Stage {
-            backend: b,
-            probe: &self.probe,
-            tensor: &*self.groups.tensor,
-            dims: self.dims,
-            layout: &self.layout,
-            parameters: &self.state.parameters,
-            rotary: self.rotary.as_ref(),
-            positions: &self.positions,
-        };
-        let (pipeline, probe) = (&*self.groups.pipeline, &self.probe);
-        let scale = 1.0 / self.job.tokens_per_step() as f32;
-        let split = self.split;
-        let (before, after) = neighbours(split);
-        let mut loss = 0.0;
-        for instruction in &self.instructions {
-            match *instruction {
-                Instruction::RecvForward { micro, chunk } => {
-                    let slot = slot(&mut self.slots, micro, chunk);
-                    let x = all_mut(b, &mut slot.layers[0].x);
-                    timed(probe, Span::PipelineWait, || {
-                        b.on_host(x, |v| pipeline.recv(v, before))
-                    })?;
-                }
-                Instruction::Forward { micro, chunk } => {
-                    let slot = slot(&mut self.slots, micro, chunk);
-                    let batch = &micros[micro as usize];
-                    if split.is_first() && chunk == 0 {
-                        stage.embed(&batch.tokens, &mut slot.layers[0].x)?;
-                    }
-                    stage.forward(slot, &mut self.scratch)?;
-                    if let Some(last) = &mut slot.last {
-                        let gradient = Gradient {
-                            gradients: &mut self.state.gradients,
-                            scale,
-                            accumulate: micro > 0,
-                        };
-                        let scratch = &mut self.scratch;
-                        loss += stage.loss(&batch.targets, last, scratch, Some(gradient))?;
-                        // Nothing else is added to a projection of its own.
-                        if let (Some(buckets), Some(head)) = (&mut buckets, &self.layout.head)
-                            && micro as usize + 1 == micros.len()
-                            && self.layout.embedding.as_ref() != Some(head)
-                            && self.layout.shared.is_none()
-                        {
-                            buckets.add(probe, head.clone())?;
-                        }
-                    }
-                }
-                Instruction::SendForward { micro, chunk } => {
-                    let out = all_mut(b, &mut slot(&mut self.slots, micro, chunk).out);
-                    timed(probe, Span::PipelineSend, || {
-                        b.on_host(out, |v| pipeline.send(v, after))
-                    })?;
-                }
-                Instruction::RecvBackward { .. } => {
-                    let gradient = all_mut(b, &mut self.scratch.gradient);
-                    timed(probe, Span::PipelineWait, || {
-                        b.on_host(gradient, |v| pipeline.recv(v, after))
-                    })?;
-                }
-                Instruction::Backward { micro, chunk } => {
-                    let slot = slot(&mut self.slots, micro, chunk);
-                    let final_pass = micro as usize + 1 == micros.len();
-                    let mut gradients = Gradients {
-                        buffer: &mut self.state.gradients,
-                        accumulate: micro > 0,
-                        buckets: buckets.as_deref_mut().filter(|_| final_pass),
-                    };
-                    stage.backward(slot, &mut self.scratch, &mut gradients)?;
-                    if split.is_first() && chunk == 0 {
-                        let tokens = &micros[micro as usize].tokens;
-                        stage.embed_backward(tokens, &self.scratch, gradients.buffer);
-                    }
-                }
-                Instruction::SendBackward { .. } => {
-                    let gradient = all_mut(b, &mut self.scratch.gradient);
-                    timed(probe, Span::PipelineSend, || {
-                        b.on_host(gradient, |v| pipeline.send(v, before))
-                    })?;
-                }
-            }
+    /// Adds the gradients of the norms over the tensor group, where each rank has those of its rows.
+    fn add_norms(&mut self) -> Result<(), EngineError> {
+        if self.rows.is_none() {
+            return Ok(());
         }
-        Ok(loss)
+        let (b, values) = (&*self.backend, &mut self.norms);
+        let ranges = || self.layout.norms().map(NormAt::range);
+        let gradients = &mut self.state.gradients;
+        let mut at = 0;
+        for range in ranges() {
+            let len = range.len();
+            b.read(b.view(gradients, range), &mut values[at..at + len]);
+            at += len;
+        }
+        timed(&self.probe, Span::TensorComm, || {
+            self.groups.tensor.all_reduce(values, ReduceOp::Sum)
+        })?;
+        at = 0;
+        for range in ranges() {
+            let len = range.len();
+            b.write(&values[at..at + len], b.view_mut(gradients, range));
+            at += len;
+        }
+        Ok(())
     }
 
     /// Adds the gradients of a tied matrix over its two stages.
@@ -452,70 +339,17 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         backend.scope(|| self.run_evaluation(batches))
     }
 
-    fn run_evaluation(&mut self, batches: &[Batch]) -> Result<f32, EngineError> {
-        let b = &*self.backend;
-        let stage = Stage {
-            backend: b,
-            probe: &self.probe,
-            tensor: &*self.groups.tensor,
-            dims: self.dims,
-            layout: &self.layout,
-            parameters: &self.state.parameters,
-            rotary: self.rotary.as_ref(),
-            positions: &self.positions,
-        };
-        let (pipeline, split) = (&*self.groups.pipeline, self.split);
-        let (before, after) = neighbours(split);
-        let mut loss = 0.0;
-        for batch in batches {
-            for (chunk, slots) in self.slots.iter_mut().enumerate() {
-                let slot = &mut slots[0];
-                if split.is_first() && chunk == 0 {
-                    stage.embed(&batch.tokens, &mut slot.layers[0].x)?;
-                } else {
-                    let x = all_mut(b, &mut slot.layers[0].x);
-                    b.on_host(x, |v| pipeline.recv(v, before))?;
-                }
-                stage.forward(slot, &mut self.scratch)?;
-                match &mut slot.last {
-                    Some(last) => {
-                        loss += stage.loss(&batch.targets, last, &mut self.scratch, None)?;
-                    }
-                    None => {
-                        let out = all_mut(b, &mut slot.out);
-                        b.on_host(out, |v| pipeline.send(v, after))?;
-                    }
-                }
-            }
-        }
-        b.status()?;
-        let speaks = split.is_last() && split.tensor_rank == 0;
-        let tokens = if speaks { batches.len() * self.dims.rows } else { 0 };
-        let mut sums = [self.own_loss(loss) as f32, tokens as f32];
-        self.groups.world.all_reduce(&mut sums, ReduceOp::Sum)?;
-        Ok(if sums[1] > 0.0 { sums[0] / sums[1] } else { 0.0 })
-    }
-
     /// Copies this rank's own shards (weights, then both moments) to host memory, into `reuse`'s
     /// memory where that came from an earlier call.
     #[must_use]
     pub fn snapshot(&self, reuse: Option<Snapshot>) -> Snapshot {
-        let mut snapshot = reuse.unwrap_or_default();
-        snapshot.plan(&self.layout, &["", FIRST_MOMENT, SECOND_MOMENT]);
-        let (b, state) = (&*self.backend, &self.state);
-        let mut index = 0;
-        for buffer in [&state.parameters, &state.first, &state.second] {
-            index = snapshot.take(b, &self.layout, buffer, index);
-        }
-        snapshot
+        self.state.snapshot(&self.backend, &self.layout, reuse.unwrap_or_default())
     }
 
     /// Returns every shard that this rank needs to continue a run: those that it owns and those
     /// that others own too.
     pub fn needed(&self) -> impl Iterator<Item = ShardSpec> {
-        ["", FIRST_MOMENT, SECOND_MOMENT].into_iter().flat_map(|prefix| {
-            self.layout.parameters.iter().map(move |p| prefixed(prefix, &p.shard))
-        })
+        self.state.needed(&self.layout)
     }
 
     /// Fills every shard that this rank needs, weights and moments, from `source`.
@@ -524,45 +358,17 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     /// What `source` returns; the trainer is then half loaded.
     pub fn load<E>(
         &mut self,
-        mut source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
+        source: impl FnMut(&ShardSpec, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut values = Vec::new();
-        let state = &mut self.state;
-        for (prefix, buffer) in [
-            ("", &mut state.parameters),
-            (FIRST_MOMENT, &mut state.first),
-            (SECOND_MOMENT, &mut state.second),
-        ] {
-            for p in &self.layout.parameters {
-                values.resize(p.shard.elements(), 0.0);
-                source(&prefixed(prefix, &p.shard), &mut values)?;
-                scatter(&*self.backend, p, &values, buffer);
-            }
-        }
-        Ok(())
+        self.state.load(&*self.backend, &self.layout, source)
     }
 
     /// Copies the gradients that the last step left, before clipping, as a snapshot copies
-    /// weights: for tests and diagnosis.
+    /// moments: for tests and diagnosis.
     #[must_use]
     pub fn gradients(&self) -> Snapshot {
-        let mut snapshot = Snapshot::default();
-        snapshot.plan(&self.layout, &[""]);
-        snapshot.take(&*self.backend, &self.layout, &self.state.gradients, 0);
-        snapshot
+        self.state.snapshot_gradients(&self.backend)
     }
-}
-
-/// Returns the stages that hold the layers before and after, round the pipeline.
-fn neighbours(split: Split) -> (usize, usize) {
-    ((split.stage + split.stages - 1) % split.stages, (split.stage + 1) % split.stages)
-}
-
-/// Returns where a micro-batch keeps what a chunk needs of it.
-fn slot<B: Backend>(slots: &mut [Vec<Slot<B>>], micro: u32, chunk: u32) -> &mut Slot<B> {
-    let slots = &mut slots[chunk as usize];
-    let place = micro as usize % slots.len();
-    &mut slots[place]
 }
 
 fn check_shape(job: &TrainingJob) -> Result<(), EngineError> {
@@ -582,6 +388,11 @@ fn check_shape(job: &TrainingJob) -> Result<(), EngineError> {
         let message =
             format!("sequence {} is not within the context of {}", job.sequence, job.model.context);
         return split("sequence", message);
+    }
+    let (rows, ranks) = (job.micro_batch * job.sequence, job.parallelism.tensor);
+    if job.memory.sequence_parallel && !rows.is_multiple_of(ranks) {
+        let message = format!("{rows} rows are not divisible by tensor {ranks}");
+        return split("memory.sequence_parallel", message);
     }
     Ok(())
 }

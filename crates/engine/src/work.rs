@@ -27,7 +27,7 @@ impl Work {
     /// # Errors
     /// [`EngineError`] when the job cannot be split so.
     pub fn of(job: &TrainingJob, coords: Coords) -> Result<Self, EngineError> {
-        let split = Split::new(job.parallelism, coords).interleaved(job.virtual_stages);
+        let split = Split::of(job, coords);
         let layout = Layout::new(&job.model, split)?;
         let d = Dims::new(&job.model, split, job.micro_batch as usize, job.sequence as usize);
         let micros = f64::from(job.micro_batches());

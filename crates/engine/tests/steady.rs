@@ -5,7 +5,7 @@ mod support;
 use drumline_engine::Trainer;
 use drumline_engine::bench::{in_process, local_groups};
 use drumline_mesh::Mesh;
-use drumline_spec::{Family, Parallelism, TrainingJob};
+use drumline_spec::{Family, MemoryOptions, Parallelism, Recompute, TrainingJob};
 use drumline_tensor::Cpu;
 use support::{job, micros, split, tiny};
 
@@ -50,8 +50,16 @@ fn a_thousand_steps_of_one_rank_leave_no_byte_behind() {
 /// Allocations of a step with peers (plans, messages) are given back within it.
 #[test]
 fn a_thousand_steps_of_four_ranks_leave_no_byte_behind() {
-    for (shape, virtual_stages) in [(split(2, 2, 1), 2), (split(2, 1, 2), 1)] {
-        let job = TrainingJob { virtual_stages, ..short(Family::Llama, shape) };
+    let all = MemoryOptions {
+        recompute: Recompute::Full,
+        shard_optimizer: true,
+        sequence_parallel: true,
+    };
+    let none = MemoryOptions::default();
+    for (shape, virtual_stages, memory) in
+        [(split(2, 2, 1), 2, none), (split(2, 1, 2), 1, none), (split(2, 1, 2), 1, all)]
+    {
+        let job = TrainingJob { virtual_stages, memory, ..short(Family::Llama, shape) };
         let mesh = Mesh::new(shape);
         let left = in_process(mesh, |rank, groups| {
             let coords = mesh.coords(rank);

@@ -126,7 +126,10 @@ pub fn resolve(spec: &JobSpec, supply: &Supply, ranks_max: u32) -> Result<JobSpe
     let mut found: Vec<(Candidate, String)> = Vec::new();
     let mut refused: Option<PlanError> = None;
     for tensor in 1..=supply.per_node.iter().copied().max().unwrap_or(0) {
-        if !job.model.check(tensor, 1).is_empty() {
+        let shares_rows = job.memory.sequence_parallel && tensor > 1;
+        if !job.model.check(tensor, 1).is_empty()
+            || shares_rows && !job.sequence.is_multiple_of(tensor)
+        {
             continue;
         }
         let most = supply.groups(tensor).min(ranks_max / tensor);
@@ -134,8 +137,9 @@ pub fn resolve(spec: &JobSpec, supply: &Supply, ranks_max: u32) -> Result<JobSpe
             let pins = Pins {
                 tensor: Some(tensor),
                 micro_batch: micro,
+                sequence_parallel: Some(shares_rows),
                 manifest_only: true,
-                ..Pins::default()
+                ..crate::manifest::pins(job.memory)
             };
             let request =
                 Request { model: &model, machines: &machines, batch, pins, memory_fraction: 0.94 };

@@ -1,16 +1,44 @@
 //! Between plans and manifests: reads a model from a `TrainingJob`, writes the job of a plan.
 
-use drumline_spec::{JobSpec, Work};
+use drumline_spec::{JobSpec, MemoryOptions, Work};
 
 use crate::error::PlanError;
 use crate::model::{Family, Model};
-use crate::search::Candidate;
+use crate::search::{Candidate, Pins};
+use crate::split::Recompute;
 
-/// Reads the model of a manifest's first `TrainingJob`, and its sequence and global batch.
+/// What a plan takes from a manifest.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// The model, under the job's name.
+    pub model: Model,
+    /// Tokens in a sequence.
+    pub sequence: u32,
+    /// Sequences in a step.
+    pub global_batch: u32,
+    /// What the job asks for: only what differs from a field's default fixes anything.
+    pub pins: Pins,
+}
+
+/// Returns what a job's options fix.
+pub(crate) fn pins(memory: MemoryOptions) -> Pins {
+    Pins {
+        sequence_parallel: memory.sequence_parallel.then_some(true),
+        zero: memory.shard_optimizer.then_some(1),
+        recompute: match memory.recompute {
+            drumline_spec::Recompute::None => None,
+            drumline_spec::Recompute::Selective => Some(Recompute::Selective),
+            drumline_spec::Recompute::Full => Some(Recompute::Full),
+        },
+        ..Pins::default()
+    }
+}
+
+/// Reads a manifest's first `TrainingJob`.
 ///
 /// # Errors
 /// [`PlanError::Text`] with the first mistake of the manifest, or where it holds no training run.
-pub fn read(file: &str, text: &str) -> Result<(Model, u32, u32), PlanError> {
+pub fn read(file: &str, text: &str) -> Result<Wanted, PlanError> {
     let specs: Vec<JobSpec> = drumline_spec::manifest::parse(text, file).map_err(|mistakes| {
         let more = mistakes.len().saturating_sub(1);
         let first = mistakes.first();
@@ -30,7 +58,12 @@ pub fn read(file: &str, text: &str) -> Result<(Model, u32, u32), PlanError> {
         if let Work::TrainingJob(job) = spec.work {
             let mut model = Model::from(&job.model);
             model.name = spec.name;
-            return Ok((model, job.sequence, job.global_batch));
+            return Ok(Wanted {
+                model,
+                sequence: job.sequence,
+                global_batch: job.global_batch,
+                pins: pins(job.memory),
+            });
         }
     }
     Err(PlanError::Text {
@@ -73,6 +106,22 @@ pub fn emit(
     if split.context > 1 || split.expert > 1 {
         return Err(refuse("context or expert parallelism"));
     }
+    if split.zero > 1 {
+        return Err(refuse("ZeRO stages above 1"));
+    }
+    let mut memory = String::new();
+    for (wanted, line) in [
+        (split.recompute != Recompute::None, format!("recompute: {}", split.recompute)),
+        (split.zero == 1 && split.data > 1, "shardOptimizer: true".to_owned()),
+        (split.sequence_parallel && split.tensor > 1, "sequenceParallel: true".to_owned()),
+    ] {
+        if wanted {
+            memory.push_str(&format!("    {line}\n"));
+        }
+    }
+    if !memory.is_empty() {
+        memory.insert_str(0, "  memory:\n");
+    }
     let per_step = f64::from(candidate.global_batch) * f64::from(sequence);
     let steps = (tokens / per_step).ceil().max(1.0) as u64;
     // Peak rates of GPT-3's table 2.1 follow 0.003239 - 0.0001395 ln N (Kaplan et al. 2020, D.6).
@@ -102,7 +151,7 @@ pub fn emit(
          \x20 model:\n    family: {family}\n    layers: {layers}\n    hidden: {hidden}\n    ffn: {ffn}\n    heads: {heads}\n    kvHeads: {kv}\n    vocab: {vocab}\n    context: {sequence}\n    tieEmbeddings: {tie}\n\
          \x20 data:\n    # What `drumline data build` wrote; change it to yours.\n    path: data/{name}\n\
          \x20 parallelism:\n    tensor: {t}\n    pipeline: {p}\n    data: {d}\n\
-         \x20 batch:\n    global: {global}\n    micro: {micro}\n\
+         \x20 batch:\n    global: {global}\n    micro: {micro}\n{memory}\
          \x20 steps: {steps}\n\
          \x20 learningRate:\n    peak: {rate:.2e}\n    warmupSteps: {warmup}\n\
          \x20 checkpoint:\n    intervalSteps: {interval}\n\

@@ -75,8 +75,11 @@ pub fn layer_activation_bytes(model: &Model, split: &Split, batch: &Batch) -> f6
         return a * tokens * d / sp;
     }
     let mask = if batch.stack.dropout() { 1.0 } else { 0.0 };
+    // Our own engine computes the outputs of norms and non-linearity again.
+    let lean = split.recompute == Recompute::Selective && batch.stack == Stack::Native;
     // Norm inputs (2), inputs of the two column-parallel matmuls (2), dropout masks (2).
-    let whole = tokens * d * (4.0 * a + 2.0 * mask) / sp;
+    let inputs = if lean { 0.0 } else { 2.0 };
+    let whole = tokens * d * ((2.0 + inputs) * a + 2.0 * mask) / sp;
     // Queries, keys, values, and the context that enters the output projection.
     let (q, k, v) = model.mla.map_or((h * e, g * e, g * e), |m| {
         let [nope, rope, value] = [m.nope_dim, m.rope_dim, m.value_dim].map(f64::from);
@@ -93,7 +96,7 @@ pub fn layer_activation_bytes(model: &Model, split: &Split, batch: &Batch) -> f6
         tokens * h / t * f64::from(batch.sequence) * (2.0 * a + mask)
     };
     // Input of the non-linearity (two of them when gated) and input of the second matmul.
-    let copies = if model.gated { 3.0 } else { 2.0 };
+    let copies = if model.gated { 3.0 } else { 2.0 } - if lean { 1.0 } else { 0.0 };
     let feed_forward = match model.moe {
         None => tokens * a * copies * f64::from(model.ffn) / t,
         Some(moe) => {
@@ -196,7 +199,9 @@ pub fn stage_memory(
         // One layer's activations live at a time while it is computed again.
         let kept = Split { recompute: Recompute::None, ..*split };
         activations += layer_activation_bytes(model, &kept, batch);
-    } else if split.recompute == Recompute::Selective && !batch.stack.fused_attention() {
+    } else if split.recompute == Recompute::Selective
+        && (!batch.stack.fused_attention() || batch.stack == Stack::Native)
+    {
         let kept = Split { recompute: Recompute::None, ..*split };
         activations += layer_activation_bytes(model, &kept, batch) - per_layer;
     }

@@ -65,6 +65,8 @@ pub fn step_flops(model: &Model, recompute: Recompute, batch: &Batch) -> (f64, f
     let layers = f64::from(model.total_layers());
     let twice = match recompute {
         Recompute::None => 0.0,
+        // Our own engine keeps no scores; what it computes again has no products.
+        Recompute::Selective if batch.stack == Stack::Native => 0.0,
         Recompute::Selective => layers * 2.0 * sequence * model.score_and_value_width(),
         Recompute::Full => layers * model.layer_forward_flops_per_token(sequence),
     };

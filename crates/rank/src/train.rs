@@ -173,9 +173,11 @@ fn writer(
     run_dir: &Path,
     dataset: &Dataset,
 ) -> Result<Option<Writer<Saved>>, RankError> {
-    // The first copy of the model owns every shard.
+    // The first copy of the model owns every shard, but for the moments that the copies share.
     let mesh = Mesh::new(job.parallelism);
-    let writers: Vec<u32> = (0..mesh.size()).filter(|rank| mesh.coords(*rank).data == 0).collect();
+    let shared = job.memory.shard_optimizer;
+    let writes = |rank: &u32| shared || mesh.coords(*rank).data == 0;
+    let writers: Vec<u32> = (0..mesh.size()).filter(writes).collect();
     if !writers.contains(&context.rank) {
         return Ok(None);
     }

@@ -9,6 +9,7 @@ pub mod field;
 pub mod gang;
 pub mod job;
 pub mod manifest;
+pub mod memory;
 pub mod mistake;
 pub mod model;
 pub mod queue;
@@ -27,6 +28,7 @@ pub use gang::{
     Toleration, TopologyRule, WHOLE_DEVICE,
 };
 pub use job::{JobKind, JobSpec, SplitChoice, Work};
+pub use memory::{MemoryOptions, Recompute};
 pub use mistake::{Mistake, Place};
 pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};

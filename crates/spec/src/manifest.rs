@@ -6,6 +6,7 @@ use crate::command::CommandJob;
 use crate::document::{self, Node, Value};
 use crate::gang::{DeviceKind, GangSettings, Parallelism, RestartPolicy};
 use crate::job::{JobSpec, SplitChoice, Work};
+use crate::memory;
 use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
 use crate::queue::QueueSpec;
@@ -278,6 +279,7 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
     let sequence = sequence(walk, model.context);
     batch(walk, split);
     let virtual_stages = virtual_stages(walk, split, model.layers);
+    let (memory, deterministic) = memory::options(walk, split, sequence);
     let rate = learning_rate(walk);
     let wanted = if walk.text("spec.parallelism").is_some() { 0 } else { split.data };
     let (global, micro) = (walk.u32("spec.batch.global"), walk.u32("spec.batch.micro"));
@@ -304,6 +306,8 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
             "bf16" => Precision::Bf16,
             _ => Precision::F32,
         },
+        memory,
+        deterministic,
         steps: walk.u64("spec.steps")?,
         global_batch: walk.u32("spec.batch.global")?,
         micro_batch: walk.u32("spec.batch.micro")?,

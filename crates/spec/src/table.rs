@@ -2,6 +2,7 @@
 //! and the JSON schema all read it.
 
 use crate::field::{Field, Kind, Manifest, MapRule, Presence, TextRule};
+use crate::memory::{DETERMINISTIC_DOC, MEMORY};
 use crate::scheduling::{ELASTIC, QUEUE_SPEC, RESOURCES, SCHEDULING, TOPOLOGY};
 
 /// The `apiVersion` that this program reads.
@@ -208,6 +209,14 @@ const TRAINING: &[Field] = &[
         "The numbers that matrix products are computed with. Weights, gradients, activations and \
          the optimizer are f32 either way.",
     ),
+    optional(
+        "memory",
+        Kind::Object(MEMORY),
+        "its defaults",
+        "",
+        "What is given for needing less memory. None of it changes what is learned.",
+    ),
+    default("deterministic", Kind::Bool, "false", "", DETERMINISTIC_DOC),
     required("steps", int(1, STEPS_MAX), "steps", "Optimizer steps of the whole run."),
     default(
         "seed",

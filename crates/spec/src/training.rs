@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::gang::Parallelism;
+use crate::memory::MemoryOptions;
 use crate::model::ModelConfig;
 
 /// Where tokens come from.
@@ -90,6 +91,12 @@ pub struct TrainingJob {
     /// What matrix products are computed with.
     #[serde(default)]
     pub precision: Precision,
+    /// What is given for memory.
+    #[serde(default)]
+    pub memory: MemoryOptions,
+    /// Whether the bits of a run must not depend on how many threads its ranks get.
+    #[serde(default)]
+    pub deterministic: bool,
     /// Number of optimizer steps.
     pub steps: u64,
     /// Sequences in one optimizer step, over all ranks.

@@ -174,6 +174,36 @@ fn impossible_splits_name_the_numbers_and_the_nearest_that_works() {
             "job.yaml:8:3: spec.parallelism: tensor 1024 x pipeline 1024 x data 65536 = 68719476736 ranks; at most 65536 are allowed",
         ),
         (
+            "steps:",
+            "memory: {shardOptimizer: true}\n  steps:",
+            "job.yaml:8:12: spec.memory.shardOptimizer: the copies of the model share the optimizer, and data 1 is one copy; nearest that works: data 2, or leave it out",
+        ),
+        (
+            "steps:",
+            "memory: {sequenceParallel: true}\n  steps:",
+            "job.yaml:8:12: spec.memory.sequenceParallel: the ranks of a tensor group share the rows, and tensor 1 is one rank; nearest that works: tensor 2, or leave it out",
+        ),
+        (
+            "{global: 8}",
+            "{global: 8, sequence: 31}\n  parallelism: {tensor: 2}\n  memory: {sequenceParallel: true}",
+            "job.yaml:9:12: spec.memory.sequenceParallel: micro 1 x sequence 31 = 31 rows are not divisible by tensor 2",
+        ),
+        (
+            "steps:",
+            "memory: {recompute: some}\n  steps:",
+            "job.yaml:8:23: spec.memory.recompute: \"some\" is not one of none, selective, full",
+        ),
+        (
+            "steps:",
+            "deterministic: true\n  parallelism: auto\n  steps:",
+            "job.yaml:8:3: spec.deterministic: auto chooses by what is free, so that two runs may be split differently; give the split, as `drumline submit --dry-run` shows it",
+        ),
+        (
+            "steps:",
+            "deterministic: true\n  parallelism: {data: 2}\n  elastic: {least: 1, most: 4}\n  steps:",
+            "job.yaml:8:3: spec.deterministic: an elastic run adds in another order with every size; leave elastic out",
+        ),
+        (
             "family: llama",
             "family: gpt2, kvHeads: 2, ropeTheta: 5",
             "job.yaml:5:25: spec.model.kvHeads: gpt2 has no grouped queries: kvHeads 2 must equal heads 4",
@@ -182,6 +212,34 @@ fn impossible_splits_name_the_numbers_and_the_nearest_that_works() {
         let told = with(old, new);
         assert!(told.iter().any(|line| line == expected), "wanted {expected}\ngot {told:#?}");
     }
+}
+
+#[test]
+fn what_is_given_for_memory_is_read_and_absent_in_specs_from_before() {
+    use drumline_spec::{MemoryOptions, Recompute};
+    let text = TRAIN.replace(
+        "steps:",
+        "parallelism: {tensor: 2, data: 2}\n  memory: {recompute: full, shardOptimizer: true, \
+         sequenceParallel: true}\n  deterministic: true\n  steps:",
+    );
+    let spec = parse(&text, "x").unwrap().remove(0);
+    let Work::TrainingJob(job) = &spec.work else { panic!("{spec:?}") };
+    let all = MemoryOptions {
+        recompute: Recompute::Full,
+        shard_optimizer: true,
+        sequence_parallel: true,
+    };
+    assert_eq!((job.memory, job.deterministic), (all, true));
+    let mut json = serde_json::to_value(job).unwrap();
+    json.as_object_mut().unwrap().retain(|key, _| key != "memory" && key != "deterministic");
+    let old: drumline_spec::TrainingJob = serde_json::from_value(json).unwrap();
+    assert_eq!((old.memory, old.deterministic), (MemoryOptions::default(), false));
+    // One copy now, more of them when it grows.
+    let text = TRAIN.replace(
+        "steps:",
+        "memory: {shardOptimizer: true}\n  elastic: {least: 1, most: 2}\n  steps:",
+    );
+    assert!(parse(&text, "x").is_ok());
 }
 
 #[test]

@@ -35,7 +35,9 @@ fn main() {
     let mut arguments = std::env::args().skip(1).map(|a| a.parse::<usize>().unwrap());
     let threads = arguments.next().unwrap_or(1);
     let rounds = arguments.next().unwrap_or(9);
-    let backend = |matmul| Cpu::with_options(CpuOptions { threads, matmul }).unwrap();
+    let backend = |matmul| {
+        Cpu::with_options(CpuOptions { threads, matmul, ..CpuOptions::default() }).unwrap()
+    };
     let (f32s, bf16s) = (backend(MatmulPrecision::F32), backend(MatmulPrecision::Bf16));
     let start = Instant::now();
     let clock = || seconds(threads, start);

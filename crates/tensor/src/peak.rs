@@ -36,7 +36,8 @@ pub fn matmul(
     rounds: usize,
     mut seconds: impl FnMut() -> f64 + Send,
 ) -> Result<f64, TensorError> {
-    let cpu = Cpu::with_options(CpuOptions { threads, matmul: precision })?;
+    let cpu =
+        Cpu::with_options(CpuOptions { threads, matmul: precision, ..CpuOptions::default() })?;
     let (mut a, mut b, mut c) =
         (cpu.alloc(SIDE * SIDE)?, cpu.alloc(SIDE * SIDE)?, cpu.alloc(SIDE * SIDE)?);
     // Not zeros, so that no processor can take a short cut.

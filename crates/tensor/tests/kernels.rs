@@ -89,7 +89,11 @@ fn assert_bf16_bound(got: &[f32], exact: &[f32], magnitudes: &[f32], what: &str)
 #[test]
 fn bf16_linear_layers_round_their_factors_and_nothing_else() {
     for_seeds(40, |cpu, r, what| {
-        let options = CpuOptions { threads: cpu.threads(), matmul: MatmulPrecision::Bf16 };
+        let options = CpuOptions {
+            threads: cpu.threads(),
+            matmul: MatmulPrecision::Bf16,
+            ..CpuOptions::default()
+        };
         let cpu = Cpu::with_options(options).unwrap();
         let rows = if r.below(2) == 0 { 1 + r.below(18) } else { 1 + r.below(300) };
         let layout = [WeightLayout::OutIn, WeightLayout::InOut][r.below(2)];
@@ -121,14 +125,51 @@ fn bf16_linear_layers_round_their_factors_and_nothing_else() {
 }
 
 #[test]
+fn deterministic_products_repeat_bit_for_bit_on_any_number_of_threads() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    for matmul in [MatmulPrecision::F32, MatmulPrecision::Bf16] {
+        let backend = |threads| {
+            Cpu::with_options(CpuOptions { threads, matmul, deterministic: true }).unwrap()
+        };
+        let backends = [1, 2, 3, 5].map(backend);
+        let mut r = Random::new(5);
+        for (rows, input, output) in [(700, 600, 100), (90, 70, 300), (256, 1100, 130)] {
+            for layout in [WeightLayout::OutIn, WeightLayout::InOut] {
+                let s = Linear { rows, input, output, layout };
+                let (x, w, dy) =
+                    (r.values(rows * input), r.values(input * output), r.values(rows * output));
+                let run = |cpu: &Cpu| {
+                    let (mut y, mut dx) = (vec![0.0; rows * output], vec![0.0; rows * input]);
+                    let mut dw = vec![0.0; input * output];
+                    cpu.linear(s, &x, &w, None, &mut y);
+                    cpu.linear_grad_input(s, &dy, &w, &mut dx);
+                    cpu.linear_grad_weight(s, &x, &dy, &mut dw, false);
+                    (y, dx, dw)
+                };
+                let one = run(&backends[0]);
+                for cpu in &backends[1..] {
+                    assert!(run(cpu) == one, "{matmul:?} {s:?} on {} threads", cpu.threads());
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn bf16_linear_layers_repeat_bit_for_bit_on_any_number_of_threads() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     if simd::level() < Level::Avx512Bf16 {
         eprintln!("not tested: this processor has no AVX-512 BF16");
         return;
     }
-    let backend =
-        |threads| Cpu::with_options(CpuOptions { threads, matmul: MatmulPrecision::Bf16 }).unwrap();
+    let backend = |threads| {
+        Cpu::with_options(CpuOptions {
+            threads,
+            matmul: MatmulPrecision::Bf16,
+            ..CpuOptions::default()
+        })
+        .unwrap()
+    };
     let (one, three) = (backend(1), backend(3));
     let mut r = Random::new(3);
     for (rows, input, output) in [(700, 600, 100), (40, 70, 300), (1, 1300, 90)] {

@@ -245,7 +245,13 @@ pub(super) fn round(
     samples.kernels.resize(list.len(), Vec::new());
     let mut ranks = Vec::with_capacity(setting.at_once);
     for _ in 0..setting.at_once {
-        let cpu = |matmul| Cpu::with_options(CpuOptions { threads: setting.threads, matmul });
+        let cpu = |matmul| {
+            Cpu::with_options(CpuOptions {
+                threads: setting.threads,
+                matmul,
+                ..CpuOptions::default()
+            })
+        };
         ranks.push((cpu(MatmulPrecision::F32)?, cpu(MatmulPrecision::Bf16)?, Bench::new()));
     }
     let (gate, list) = (&Barrier::new(setting.at_once), &list);
@@ -334,6 +340,7 @@ pub(super) fn all_reduces(round_ms: u64) -> Options {
         sizes_bytes: (0..5).map(|step| 4096 << (3 * step)).collect(),
         rounds: 3,
         round_ms,
+        ..Options::default()
     }
 }
 

@@ -11,7 +11,7 @@ use drumline_engine::bench::{self, Preset, TrainingRate, Watch};
 use drumline_engine::{Groups, Memory, Span, Work};
 use drumline_mesh::Mesh;
 use drumline_rank::stopwatch::{Breakdown, Stopwatch};
-use drumline_spec::{Parallelism, Precision, TrainingJob};
+use drumline_spec::{MemoryOptions, Parallelism, Precision, Recompute, TrainingJob};
 use drumline_tensor::{MatmulPrecision, peak};
 
 use super::{Figure, Measured};
@@ -50,6 +50,18 @@ pub struct TrainArgs {
     /// What matrix products are computed with.
     #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
     pub precision: PrecisionArg,
+    /// What the backward pass computes again instead of keeping it.
+    #[arg(long, value_enum, default_value_t = RecomputeArg::None)]
+    pub recompute: RecomputeArg,
+    /// Each copy keeps the optimizer of its share of the parameters.
+    #[arg(long)]
+    pub shard_optimizer: bool,
+    /// The ranks of a tensor group share the rows between the matrix products.
+    #[arg(long)]
+    pub sequence_parallel: bool,
+    /// No bit depends on the number of threads.
+    #[arg(long)]
+    pub deterministic: bool,
     /// Where the ranks' data goes.
     #[arg(long, value_enum, default_value_t = Transport::Shm)]
     pub transport: Transport,
@@ -66,6 +78,17 @@ pub enum PrecisionArg {
     F32,
     /// Inputs rounded to bf16, sums in f32.
     Bf16,
+}
+
+/// What the backward pass computes again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RecomputeArg {
+    /// Nothing.
+    None,
+    /// What costs no matrix product.
+    Selective,
+    /// Everything but the input of each layer.
+    Full,
 }
 
 /// How ranks on one host talk.
@@ -96,6 +119,16 @@ pub(super) async fn run(args: &TrainArgs) -> Result<Measured, Failure> {
     );
     if job.virtual_stages > 1 {
         setting.push_str(&format!("{} virtual stages, ", job.virtual_stages));
+    }
+    if job.memory.recompute != Recompute::None {
+        setting.push_str(&format!("recompute {}, ", job.memory.recompute.as_str()));
+    }
+    for (wanted, what) in [
+        (job.memory.shard_optimizer, "sharded optimizer, "),
+        (job.memory.sequence_parallel, "sequence parallel, "),
+        (job.deterministic, "deterministic, "),
+    ] {
+        setting.push_str(if wanted { what } else { "" });
     }
     setting.push_str(&format!("{threads} threads a rank"));
     let (shared, breakdown) = (args.transport == Transport::Shm, args.breakdown);
@@ -135,7 +168,30 @@ fn job(args: &TrainArgs) -> Result<(Preset, TrainingJob), Failure> {
     };
     let steps = u64::from(args.steps);
     let virtual_stages = args.virtual_stages;
-    let job = TrainingJob { virtual_stages, precision, ..bench::job(&preset, split, micro, steps) };
+    let memory = MemoryOptions {
+        recompute: match args.recompute {
+            RecomputeArg::None => Recompute::None,
+            RecomputeArg::Selective => Recompute::Selective,
+            RecomputeArg::Full => Recompute::Full,
+        },
+        shard_optimizer: args.shard_optimizer,
+        sequence_parallel: args.sequence_parallel,
+    };
+    for (wanted, ranks, what, axis) in [
+        (memory.shard_optimizer, split.data, "--shard-optimizer", "--data"),
+        (memory.sequence_parallel, split.tensor, "--sequence-parallel", "--tensor"),
+    ] {
+        if wanted && ranks == 1 {
+            return Err(Failure::user(format!("{what} needs {axis} 2 or more")));
+        }
+    }
+    let job = TrainingJob {
+        virtual_stages,
+        precision,
+        memory,
+        deterministic: args.deterministic,
+        ..bench::job(&preset, split, micro, steps)
+    };
     // The other rule of interleaving: whole turns of micro-batches.
     Memory::plan(&job, Mesh::new(split).coords(0))
         .map_err(|error| Failure::user(error.to_string()))?;

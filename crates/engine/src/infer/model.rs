@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use drumline_mesh::{Coords, ShardSpec};
-use drumline_spec::{Family, ModelConfig, Parallelism};
+use drumline_spec::{Family, ModelConfig, Parallelism, Recompute};
 use drumline_tensor::{Backend, CachedAttention, CachedSegment, DType, KV_BLOCK};
 
 use super::batcher::{
@@ -277,6 +277,8 @@ impl<B: Backend, P: Probe> Model<B, P> {
             parameters: &self.weights.vectors,
             rotary: self.rotary.as_ref(),
             positions: &rows.positions,
+            recompute: Recompute::None,
+            rows: None,
         };
         let (pipeline, split, m) = (&*self.groups.pipeline, self.split, &mut self.memory);
         let width = n * dims.hidden;

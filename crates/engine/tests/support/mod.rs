@@ -7,8 +7,8 @@ use drumline_engine::bench::{batches, in_process};
 use drumline_engine::{Snapshot, StepReport, Trainer};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::{
-    Checkpointing, DataSource, Family, LearningRate, ModelConfig, Optimizer, Parallelism,
-    Precision, TrainingJob,
+    Checkpointing, DataSource, Family, LearningRate, MemoryOptions, ModelConfig, Optimizer,
+    Parallelism, Precision, TrainingJob,
 };
 use drumline_tensor::Cpu;
 
@@ -37,6 +37,8 @@ pub(crate) fn job(model: ModelConfig, parallelism: Parallelism) -> TrainingJob {
         parallelism,
         virtual_stages: 1,
         precision: Precision::F32,
+        memory: MemoryOptions::default(),
+        deterministic: false,
         steps: 20,
         global_batch: 8,
         micro_batch: 2,

@@ -135,6 +135,29 @@ fn training() -> Vec<Value> {
              batch.micro), must be divisible by parallelism.pipeline",
         ),
         rule(
+            "!self.memory.shardOptimizer || self.parallelism.data > 1 || has(self.elastic)",
+            ".memory.shardOptimizer",
+            "the copies of the model share the optimizer: parallelism.data must be at least 2",
+        ),
+        rule(
+            &format!("!self.memory.sequenceParallel || {TENSOR} > 1"),
+            ".memory.sequenceParallel",
+            "the ranks of a tensor group share the rows: parallelism.tensor must be at least 2",
+        ),
+        rule(
+            &format!(
+                "!self.memory.sequenceParallel || (self.batch.micro * (has(self.batch.sequence) ? \
+                 self.batch.sequence : self.model.context)) % {TENSOR} == 0"
+            ),
+            ".memory.sequenceParallel",
+            "batch.micro x batch.sequence must be divisible by parallelism.tensor",
+        ),
+        rule(
+            "!self.deterministic || !has(self.elastic)",
+            ".deterministic",
+            "an elastic run adds in another order with every size",
+        ),
+        rule(
             "self.model.family != 'gpt2' || !has(self.model.kvHeads) || self.model.kvHeads == self.model.heads",
             ".model.kvHeads",
             "gpt2 has no grouped queries: kvHeads must equal heads",

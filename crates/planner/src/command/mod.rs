@@ -15,6 +15,7 @@ pub use validate::validate;
 
 use crate::catalogue::{Catalogue, Dtype, Gpu};
 use crate::error::PlanError;
+use crate::manifest::Wanted;
 use crate::model::Model;
 use crate::profile::Profile;
 use crate::split::{Machines, Stack};
@@ -43,19 +44,19 @@ pub(crate) fn catalogue(inputs: &Inputs) -> Result<Catalogue, PlanError> {
     Ok(catalogue)
 }
 
-/// Finds the model: the given file's, or the catalogue's. With a manifest come its sequence and
-/// its global batch.
+/// Finds the model: the given file's, or the catalogue's. With a manifest comes what else it asks
+/// for.
 pub(crate) fn model(
     name: &str,
     inputs: &Inputs,
     catalogue: &Catalogue,
-) -> Result<(Model, Option<(u32, u32)>), PlanError> {
+) -> Result<(Model, Option<Wanted>), PlanError> {
     let Some(file) = &inputs.model else {
         return Ok((catalogue.model(name)?, None));
     };
     if file.text.contains("apiVersion") {
-        let (model, sequence, global) = crate::manifest::read(&file.name, &file.text)?;
-        return Ok((model, Some((sequence, global))));
+        let wanted = crate::manifest::read(&file.name, &file.text)?;
+        return Ok((wanted.model.clone(), Some(wanted)));
     }
     Ok((crate::hf::read(&file.name, &file.text)?, None))
 }

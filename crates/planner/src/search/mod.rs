@@ -180,9 +180,9 @@ fn scan(request: &Request<'_>, gpus: u32) -> Result<Scan, PlanError> {
             );
             for micro_batch in choose(pins.micro_batch, vec![1, 2, 4, 8, 16]) {
                 for recompute in Recompute::ALL {
-                    // A manifest has neither recomputation nor sequence parallelism.
-                    let pinned = pins.recompute.is_some_and(|r| r != recompute)
-                        || (pins.manifest_only && recompute != Recompute::None);
+                    // What costs time is for the user to ask for, where a job comes of it.
+                    let wanted = pins.recompute.or(pins.manifest_only.then_some(Recompute::None));
+                    let pinned = wanted.is_some_and(|r| r != recompute);
                     // With fused attention there is nothing selective to save.
                     let useless =
                         recompute == Recompute::Selective && batch.stack.fused_attention();

@@ -7,6 +7,8 @@
 //! these in f32.
 #![allow(unsafe_code, reason = "the gemm crate takes pointers; the thin kernel loads vectors")]
 
+use std::ops::Range;
+
 use super::GRAIN;
 #[cfg(target_arch = "x86_64")]
 use super::panels::{
@@ -24,6 +26,18 @@ use crate::shape::{Linear, WeightLayout};
 const THIN_ROWS: usize = 16;
 /// Outputs of a thin product that one task computes.
 const THIN_OUTPUTS: usize = 64;
+
+/// Rows or columns of a product that one task computes where no bit may depend on threads.
+const BAND: usize = 128;
+
+/// How products are made.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Products {
+    /// What factors are rounded to.
+    pub precision: MatmulPrecision,
+    /// Whether results must not depend on the number of threads.
+    pub deterministic: bool,
+}
 
 fn plain(values: &[f32], columns: usize) -> Operand<'_> {
     Operand { values, row: columns, column: 1 }
@@ -44,7 +58,8 @@ struct Product<'a> {
     accumulate: bool,
 }
 
-fn multiply(pool: &Pool, precision: MatmulPrecision, p: &Product<'_>, c: &mut [f32]) {
+fn multiply(pool: &Pool, how: Products, p: &Product<'_>, c: &mut [f32]) {
+    let precision = how.precision;
     let Product { m, n, k, a, b, .. } = *p;
     assert!(a.values.len() == m * k && b.values.len() == k * n && c.len() == m * n, "matmul");
     if m == 0 || n == 0 {
@@ -63,13 +78,13 @@ fn multiply(pool: &Pool, precision: MatmulPrecision, p: &Product<'_>, c: &mut [f
         }
     }
     match precision {
-        MatmulPrecision::F32 => by_gemm(pool, p, c),
+        MatmulPrecision::F32 => by_gemm(pool, how, p, c),
         MatmulPrecision::Bf16 => pool.scratch(m * k + k * n, |rounded| {
             let (x, w) = rounded.split_at_mut(m * k);
             round(pool, a.values, x);
             round(pool, b.values, w);
             let (a, b) = (Operand { values: x, ..a }, Operand { values: w, ..b });
-            by_gemm(pool, &Product { a, b, ..*p }, c);
+            by_gemm(pool, how, &Product { a, b, ..*p }, c);
         }),
     }
     if let Some(bias) = p.bias {
@@ -93,45 +108,69 @@ fn round(pool: &Pool, from: &[f32], to: &mut [f32]) {
     });
 }
 
-fn by_gemm(pool: &Pool, p: &Product<'_>, c: &mut [f32]) {
-    let Product { m, n, k, a, b, accumulate, .. } = *p;
-    let parallelism = if pool.threads() > 1 && m * n * k > 64 * 64 * 64 {
-        gemm::Parallelism::Rayon(pool.threads())
+fn by_gemm(pool: &Pool, how: Products, p: &Product<'_>, c: &mut [f32]) {
+    let Product { m, n, k, .. } = *p;
+    let out = Rows::new(c, 1);
+    if how.deterministic {
+        // The crate cuts a product by the number of threads; these bands know none of it.
+        let by_rows = m >= n;
+        let extent = if by_rows { m } else { n };
+        pool.split(extent.div_ceil(BAND), 1, |bands| {
+            for band in bands {
+                let band = band * BAND..extent.min((band + 1) * BAND);
+                let (rows, columns) = if by_rows { (band, 0..n) } else { (0..m, band) };
+                // SAFETY: the bands are disjoint parts of the product.
+                unsafe { part_by_gemm(p, rows, columns, out, gemm::Parallelism::None) };
+            }
+        });
+        return;
+    }
+    if pool.threads() > 1 && m * n * k > 64 * 64 * 64 {
+        let parallelism = gemm::Parallelism::Rayon(pool.threads());
+        // SAFETY: it is all one call's.
+        pool.install(|| unsafe { part_by_gemm(p, 0..m, 0..n, out, parallelism) });
     } else {
-        gemm::Parallelism::None
-    };
-    let call = |c: *mut f32| {
-        // SAFETY: `multiply` asserts that the factors and the product have these extents.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                c,
-                1,
-                n as isize,
-                accumulate,
-                a.values.as_ptr(),
-                a.column as isize,
-                a.row as isize,
-                b.values.as_ptr(),
-                b.column as isize,
-                b.row as isize,
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
-    };
-    match parallelism {
-        gemm::Parallelism::None => call(c.as_mut_ptr()),
-        gemm::Parallelism::Rayon(_) => {
-            let out = Rows::new(c, 1);
-            pool.install(|| call(out.as_ptr()));
-        }
+        // SAFETY: it is all one call's.
+        unsafe { part_by_gemm(p, 0..m, 0..n, out, gemm::Parallelism::None) };
+    }
+}
+
+/// Computes rows and columns of a product.
+///
+/// # Safety
+/// Nothing else touches this part of `c`, of `m * n` elements.
+unsafe fn part_by_gemm(
+    p: &Product<'_>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    c: Rows<'_>,
+    parallelism: gemm::Parallelism,
+) {
+    let Product { m, n, k, a, b, accumulate, .. } = *p;
+    debug_assert!(rows.end <= m && columns.end <= n);
+    // SAFETY: `multiply` asserts that the factors and the product have these extents.
+    unsafe {
+        gemm::gemm(
+            rows.len(),
+            columns.len(),
+            k,
+            c.as_ptr().add(rows.start * n + columns.start),
+            1,
+            n as isize,
+            accumulate,
+            a.values.as_ptr().add(rows.start * a.row),
+            a.column as isize,
+            a.row as isize,
+            b.values.as_ptr().add(columns.start * b.column),
+            b.column as isize,
+            b.row as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
     }
 }
 
@@ -144,7 +183,7 @@ fn check(s: Linear, x: usize, w: usize, y: usize) {
 
 pub(super) fn linear(
     pool: &Pool,
-    precision: MatmulPrecision,
+    how: Products,
     s: Linear,
     x: &[f32],
     w: &[f32],
@@ -153,7 +192,7 @@ pub(super) fn linear(
 ) {
     check(s, x.len(), w.len(), y.len());
     assert!(bias.is_none_or(|b| b.len() == s.output), "bias");
-    if s.rows <= THIN_ROWS && precision == MatmulPrecision::F32 {
+    if s.rows <= THIN_ROWS && how.precision == MatmulPrecision::F32 {
         thin(pool, s, x, w, y);
         if let Some(bias) = bias {
             add_bias(pool, s.rows, bias, y);
@@ -166,7 +205,7 @@ pub(super) fn linear(
     };
     let (m, n, k) = (s.rows, s.output, s.input);
     let p = Product { m, n, k, a: plain(x, k), b, bias, accumulate: false };
-    multiply(pool, precision, &p, y);
+    multiply(pool, how, &p, y);
 }
 
 #[inline(always)]
@@ -190,7 +229,7 @@ fn add_bias(pool: &Pool, rows: usize, bias: &[f32], y: &mut [f32]) {
 
 pub(super) fn linear_grad_input(
     pool: &Pool,
-    precision: MatmulPrecision,
+    how: Products,
     s: Linear,
     dy: &[f32],
     w: &[f32],
@@ -203,12 +242,12 @@ pub(super) fn linear_grad_input(
     };
     let (m, n, k) = (s.rows, s.input, s.output);
     let p = Product { m, n, k, a: plain(dy, k), b, bias: None, accumulate: false };
-    multiply(pool, precision, &p, dx);
+    multiply(pool, how, &p, dx);
 }
 
 pub(super) fn linear_grad_weight(
     pool: &Pool,
-    precision: MatmulPrecision,
+    how: Products,
     s: Linear,
     x: &[f32],
     dy: &[f32],
@@ -227,7 +266,7 @@ pub(super) fn linear_grad_weight(
             Product { m: i, n: o, k, a, b, bias: None, accumulate }
         }
     };
-    multiply(pool, precision, &p, dw);
+    multiply(pool, how, &p, dw);
 }
 
 /// Few rows: every weight is read once, by the task that owns its outputs.

@@ -13,7 +13,7 @@ use super::simd::{Level, level};
 use super::tile::{Tile, product};
 use super::{Cpu, CpuBuffer, matmul};
 use crate::backend::{Backend, TensorError};
-use crate::dtype::{DType, MatmulPrecision};
+use crate::dtype::DType;
 use crate::shape::{Linear, WeightLayout};
 
 /// A matrix in the order of the kernels.
@@ -131,7 +131,7 @@ impl CpuMatrix {
             Storage::AsItCame => {
                 let s = Linear { rows, input: k, output: n, layout: self.layout };
                 let w = self.values.as_slice();
-                matmul::linear(pool, MatmulPrecision::F32, s, x, w, bias, y);
+                matmul::linear(pool, matmul::Products::default(), s, x, w, bias, y);
                 return;
             }
         };

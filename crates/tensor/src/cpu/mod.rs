@@ -1,7 +1,8 @@
 //! The CPU backend: f32, vectorised for the processor that it finds, on a thread pool of its own.
 //!
 //! Results depend on shapes and values alone, not on the number of threads, except for the f32
-//! products that the `gemm` crate makes: these repeat bit for bit for a given number.
+//! products that the `gemm` crate makes: these repeat bit for bit for a given number, or with
+//! [`CpuOptions::deterministic`] for any.
 
 mod activation;
 mod attention;
@@ -66,12 +67,15 @@ pub struct CpuOptions {
     pub threads: usize,
     /// What matrix products of [`Backend::linear`] and its gradients round their factors to.
     pub matmul: MatmulPrecision,
+    /// Whether no bit may depend on the number of threads. It costs a few percent of the products
+    /// that the `gemm` crate makes.
+    pub deterministic: bool,
 }
 
 /// The CPU as a device: one rank's share of its cores.
 pub struct Cpu {
     pool: Pool,
-    matmul: MatmulPrecision,
+    products: matmul::Products,
 }
 
 impl Cpu {
@@ -80,7 +84,7 @@ impl Cpu {
     /// # Errors
     /// [`TensorError::Threads`].
     pub fn new(threads: usize) -> Result<Self, TensorError> {
-        Self::with_options(CpuOptions { threads, matmul: MatmulPrecision::F32 })
+        Self::with_options(CpuOptions { threads, ..CpuOptions::default() })
     }
 
     /// Creates a backend.
@@ -88,13 +92,15 @@ impl Cpu {
     /// # Errors
     /// [`TensorError::Threads`].
     pub fn with_options(options: CpuOptions) -> Result<Self, TensorError> {
-        Ok(Self { pool: Pool::new(options.threads)?, matmul: options.matmul })
+        let CpuOptions { threads, matmul, deterministic } = options;
+        let products = matmul::Products { precision: matmul, deterministic };
+        Ok(Self { pool: Pool::new(threads)?, products })
     }
 
     /// Returns what matrix products round their factors to.
     #[must_use]
     pub fn matmul_precision(&self) -> MatmulPrecision {
-        self.matmul
+        self.products.precision
     }
 
     /// Returns the number of threads that operations are spread over.
@@ -191,11 +197,11 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, s: Linear, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
-        matmul::linear(&self.pool, self.matmul, s, x, w, bias, y);
+        matmul::linear(&self.pool, self.products, s, x, w, bias, y);
     }
 
     fn linear_grad_input(&self, s: Linear, dy: &[f32], w: &[f32], dx: &mut [f32]) {
-        matmul::linear_grad_input(&self.pool, self.matmul, s, dy, w, dx);
+        matmul::linear_grad_input(&self.pool, self.products, s, dy, w, dx);
     }
 
     fn linear_grad_weight(
@@ -206,7 +212,7 @@ impl Backend for Cpu {
         dw: &mut [f32],
         accumulate: bool,
     ) {
-        matmul::linear_grad_weight(&self.pool, self.matmul, s, x, dy, dw, accumulate);
+        matmul::linear_grad_weight(&self.pool, self.products, s, x, dy, dw, accumulate);
     }
 
     fn alloc_matrix(&self, dtype: DType, s: Linear) -> Result<CpuMatrix, TensorError> {

@@ -132,8 +132,10 @@ fn prepare<'a>(
         Some(text) => parse("tokens", text)?,
         None => 20.0 * model.parameters(),
     };
-    let sequence =
-        args.sequence.or(from_manifest.map(|(s, _)| s)).unwrap_or_else(|| model.context.min(8192));
+    let sequence = args
+        .sequence
+        .or(from_manifest.as_ref().map(|m| m.sequence))
+        .unwrap_or_else(|| model.context.min(8192));
     if sequence == 0 || sequence > 1 << 26 {
         return Err(PlanError::invalid("sequence", format!("{sequence} is not from 1 to 2^26")));
     }
@@ -143,22 +145,24 @@ fn prepare<'a>(
         Some(other) => return Err(PlanError::unknown("emit", other, ["manifest"])),
     };
     let stack = super::stack(args.stack.as_deref(), inputs)?;
+    let asked = from_manifest.as_ref().map(|m| m.pins).unwrap_or_default();
+    let recompute = args.recompute.as_deref().map(Recompute::parse).transpose()?;
     let pins = Pins {
         tensor: args.tensor,
         pipeline: args.pipeline,
         virtual_stages: args.virtual_stages,
         context: args.context,
         expert: args.expert,
-        sequence_parallel: args.sequence_parallel,
-        zero: args.zero,
-        recompute: args.recompute.as_deref().map(Recompute::parse).transpose()?,
+        sequence_parallel: args.sequence_parallel.or(asked.sequence_parallel),
+        zero: args.zero.or(asked.zero),
+        recompute: recompute.or(asked.recompute),
         micro_batch: args.micro_batch,
         // Our own engine does what a manifest can say.
         manifest_only: emits || stack == Stack::Native,
     };
     let batch = Batch {
         sequence,
-        global: args.global_batch.or(from_manifest.map(|(_, b)| b)).unwrap_or(0),
+        global: args.global_batch.or(from_manifest.as_ref().map(|m| m.global_batch)).unwrap_or(0),
         dtype: super::dtype(args.dtype.as_deref(), &machines.gpu)?,
         stack,
     };

@@ -4,10 +4,11 @@ Usage: count_instructions.py KERNEL_TIMES [--update]
 
 KERNEL_TIMES is the example built by `cargo build --release -p drumline-tensor --example kernel_times`. Times are
 noisy where other work runs; instructions are not. The count of one call is the difference of two runs of different
-lengths. Callgrind up to 3.19 knows no AVX-512 and hides it from the program, so what is counted is the AVX2 path;
-it shares its sources with the AVX-512 path except for the inner kernels in `cpu/panels`.
+lengths. Counts are stored by the instruction set that the program found, as it says itself: callgrind up to 3.19 knows
+no AVX-512 and hides it, so that every x86-64 machine counts the AVX2 path there; a newer one counts what it has.
 
-Exits 1 when a count is more than 3% above the stored one; `--update` stores what it finds. Needs: valgrind.
+Exits 1 when a count is more than 3% above the stored one, or none is stored for a kernel on this instruction set;
+`--update` stores what it finds, beside those of other sets. Needs: valgrind.
 """
 
 import json
@@ -20,20 +21,26 @@ STORED = pathlib.Path(__file__).with_name("instructions.json")
 TOLERANCE = 0.03
 
 
-def count(program: str, name: str, times: int) -> int:
+def count(program: str, name: str, times: int) -> tuple[int, str]:
+    """Returns the instructions of a run and the instruction set that it used."""
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", program, name, str(times)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stderr
-    return int(re.search(r"Collected : (\d+)", told)[1])
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return int(re.search(r"Collected : (\d+)", run.stderr)[1]), run.stdout.strip()
 
 
 def main() -> int:
     program = sys.argv[1]
     names = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60).stdout.split()
-    found = {name: (count(program, name, 6) - count(program, name, 2)) // 4 for name in names}
-    if "--update" in sys.argv:
-        STORED.write_text(json.dumps(found, indent=2) + "\n")
-        return 0
+    found, kind = {}, ""
+    for name in names:
+        (few, kind), (more, _) = count(program, name, 2), count(program, name, 6)
+        found[name] = (more - few) // 4
     stored = json.loads(STORED.read_text())
+    if "--update" in sys.argv:
+        STORED.write_text(json.dumps({**stored, kind: found}, indent=2) + "\n")
+        return 0
+    stored = stored.get(kind, {})
+    print(f"instruction set: {kind}")
     worse = 0
     for name, instructions in found.items():
         before = stored.get(name)

@@ -1,5 +1,5 @@
-//! Runs one kernel a number of times, for counting instructions: `kernel_times NAME TIMES`. Without
-//! arguments, prints the names. `tests/peers/count_instructions.py` compares the counts with stored
+//! Runs one kernel a number of times, for counting instructions, and prints the instruction set in
+//! use: `kernel_times NAME TIMES`. Without arguments, prints the names. `tests/peers/count_instructions.py` compares the counts with stored
 //! ones.
 
 use drumline_tensor::reference::Random;
@@ -30,6 +30,7 @@ fn main() {
         return;
     };
     let times: usize = times.parse().expect("TIMES is a whole number");
+    println!("{}", Cpu::instructions());
     let cpu = Cpu::new(1).expect("one thread needs nothing");
     let mut r = Random::new(1);
     let a = Attention { batch: 1, sequence: 128, heads: 2, kv_heads: 2, head_dim: 64 };

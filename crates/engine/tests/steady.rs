@@ -40,10 +40,10 @@ fn a_thousand_steps_of_one_rank_leave_no_byte_behind() {
                 trainer.step(step, &batches).unwrap();
             }
         });
-        // Nothing of ours is allocated. The gemm crate packs some factors of small products in
-        // memory that it asks for and gives back within the call.
+        // Nothing of ours is allocated. The gemm crate packs one factor of small products, or on AVX2
+        // both, in memory that it asks for and gives back within the call.
         assert_eq!((seen.count_current, seen.bytes_current), (0, 0), "{family:?}: {seen:?}");
-        assert!(seen.count_max <= 1 && seen.bytes_max <= 4096, "{family:?}: {seen:?}");
+        assert!(seen.count_max <= 2 && seen.bytes_max <= 4096, "{family:?}: {seen:?}");
     }
 }
 

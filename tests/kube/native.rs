@@ -31,7 +31,7 @@ fn phase(status: &Value) -> &str {
 }
 
 /// Builds a small dataset in `folder`.
-fn dataset(folder: &Path) {
+pub(crate) fn dataset(folder: &Path) {
     let text: String =
         (0..4000).map(|n| format!("line {n} says {} and {}\n", n % 17, n * 7 % 31)).collect();
     let source = folder.join("corpus.txt");
@@ -41,7 +41,8 @@ fn dataset(folder: &Path) {
     drumline_data::build(&corpus, &folder.join("data"), &options, &mut |_| {}).unwrap();
 }
 
-fn training() -> Value {
+/// Returns a small run of two ranks.
+pub(crate) fn training() -> Value {
     json!({
         "model": { "family": "llama", "layers": 2, "hidden": 64, "ffn": 128, "heads": 4,
                    "vocab": 300, "context": 64 },
@@ -63,7 +64,7 @@ async fn operator(cluster: &Cluster, port: u16, identity: &str) -> Operator {
 }
 
 /// Waits until the run has a checkpoint on disk.
-async fn until_checkpoint(run: &Path) -> PathBuf {
+pub(crate) async fn until_checkpoint(run: &Path) -> PathBuf {
     for _ in 0..1200 {
         if let Ok(found) = drumline_checkpoint::latest(run)
             && let Some(checkpoint) = found.checkpoint
@@ -176,6 +177,7 @@ async fn gateway(admin: &Admin, port: u16, certificate: &str, account: &str) -> 
         control_ca: Some(certificate.to_owned()),
         credential: Credential::Fixed(token),
         keys: vec![Token::new(KEY).unwrap()],
+        in_pod: None,
     };
     // It ends with the test's runtime.
     tokio::spawn(drumline_gateway::run(options, ready, CancellationToken::new()));

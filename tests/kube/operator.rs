@@ -26,6 +26,7 @@ pub(crate) fn options(client: Config, identity: &str) -> Options {
             url: "https://127.0.0.1:7443".to_owned(),
             pod: String::new(),
         },
+        observe: None,
     }
 }
 

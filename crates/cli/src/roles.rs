@@ -2,7 +2,9 @@
 //! `run(Options)` to the state folder, to signals and to the process that started it.
 
 mod control;
+mod node_agent;
 mod operator;
+mod pod_gateway;
 
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -37,6 +39,12 @@ pub enum Role {
     /// The control plane of a Kubernetes cluster.
     #[command(hide = true)]
     Operator(operator::OperatorArgs),
+    /// What watches one node of a Kubernetes cluster.
+    #[command(hide = true)]
+    NodeAgent(node_agent::NodeAgentArgs),
+    /// The gateway of a Kubernetes cluster.
+    #[command(hide = true)]
+    PodGateway(pod_gateway::PodGatewayArgs),
     /// One rank of a gang that trains or serves.
     #[command(hide = true)]
     Rank,
@@ -210,14 +218,23 @@ impl Role {
     /// # Errors
     /// Failed, when it cannot start.
     pub async fn run(self, global: &Global) -> Result<(), Failure> {
-        if let Self::Operator(args) = self {
-            // Its state is the cluster's, and its identity the kubeconfig's or service account's.
-            return operator::run(args, stop_token(&Attached { attached: false })?).await;
-        }
+        // Their state is the cluster's, and their identity the kubeconfig's or service account's.
+        let this = match self {
+            Self::Operator(args) => {
+                return operator::run(args, stop_token(&Attached { attached: false })?).await;
+            }
+            Self::NodeAgent(args) => {
+                return node_agent::run(args, stop_token(&Attached { attached: false })?).await;
+            }
+            Self::PodGateway(args) => {
+                return pod_gateway::run(args, stop_token(&Attached { attached: false })?).await;
+            }
+            other => other,
+        };
         let access = global.access()?;
         let state = access.state.clone();
         state.create()?;
-        match self {
+        match this {
             Self::Control(args) => {
                 let stop = stop_token(&args.attached)?;
                 control::run(args, state, access.token()?, stop).await
@@ -258,6 +275,7 @@ impl Role {
                     control_ca: None,
                     credential: Credential::Fixed(token.clone()),
                     keys: vec![state.gateway_key_or_new()?, token],
+                    in_pod: None,
                 };
                 let (ready, listening) = oneshot::channel();
                 tokio::spawn(tell_gateway(state, listening));
@@ -266,6 +284,8 @@ impl Role {
                     .map_err(|error| Failure::failed(error.to_string()))
             }
             Self::Operator(_)
+            | Self::NodeAgent(_)
+            | Self::PodGateway(_)
             | Self::Rank
             | Self::BenchCollectiveWorker
             | Self::Supervise { .. }

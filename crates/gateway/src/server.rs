@@ -37,7 +37,7 @@ pub type FindControl = Arc<dyn Fn() -> Result<String, String> + Send + Sync>;
 /// What a gateway needs to know.
 #[derive(Clone)]
 pub struct Options {
-    /// Where to listen. Only loopback without TLS.
+    /// Where to listen. Only loopback without TLS, but in a pod.
     pub listen: SocketAddr,
     /// Further `HOST` or `HOST:PORT` under which clients may call.
     pub allow_hosts: Vec<String>,
@@ -49,6 +49,9 @@ pub struct Options {
     pub credential: Credential,
     /// Keys that clients may use.
     pub keys: Vec<Token>,
+    /// `Some` in a pod, where something before it ends TLS and any name may lead here: every address
+    /// may be listened on, and readers of the metrics show one of these tokens.
+    pub in_pod: Option<Vec<Token>>,
 }
 
 impl std::fmt::Debug for Options {
@@ -136,7 +139,9 @@ pub async fn run(
     ready: tokio::sync::oneshot::Sender<SocketAddr>,
     stop: CancellationToken,
 ) -> Result<(), GatewayError> {
-    drumline_web::plain_text_allowed(options.listen)?;
+    if options.in_pod.is_none() {
+        drumline_web::plain_text_allowed(options.listen)?;
+    }
     let failed = |source| GatewayError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
@@ -153,9 +158,15 @@ pub async fn run(
         gateway.meter.clone(),
         stop.child_token(),
     ));
-    let metric_keys = Some(gateway.keys.clone()).filter(|_| !address.ip().is_loopback());
+    let (metric_keys, guard) = match options.in_pod {
+        Some(keys) => (Some(Keys::new(keys)), None),
+        None => {
+            let keys = Some(gateway.keys.clone()).filter(|_| !address.ip().is_loopback());
+            (keys, Some(Guard::new(address, &options.allow_hosts)))
+        }
+    };
     let metrics = drumline_telemetry::http::router(registry, metric_keys, None);
-    let app = router(gateway, metrics, Guard::new(address, &options.allow_hosts));
+    let app = router(gateway, metrics, guard);
     let _ = ready.send(address);
     let served = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
@@ -184,14 +195,14 @@ fn control_client(options: &Options) -> impl Fn() -> Result<Control, String> + u
     }
 }
 
-fn router(gateway: Gateway, metrics: Router, guard: Guard) -> Router {
+fn router(gateway: Gateway, metrics: Router, guard: Option<Guard>) -> Router {
     let api = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
         .route_layer(middleware::from_fn_with_state(gateway.clone(), require_key));
-    Router::new()
+    let app = Router::new()
         .merge(api)
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
@@ -203,8 +214,11 @@ fn router(gateway: Gateway, metrics: Router, guard: Guard) -> Router {
         })
         .with_state(gateway)
         .merge(metrics)
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .layer(middleware::from_fn_with_state(guard, drumline_web::guard))
+        .layer(DefaultBodyLimit::max(BODY_MAX));
+    match guard {
+        Some(guard) => app.layer(middleware::from_fn_with_state(guard, drumline_web::guard)),
+        None => app,
+    }
 }
 
 async fn require_key(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {

@@ -15,6 +15,8 @@ pub mod gang;
 pub mod job;
 pub mod launch;
 pub mod lease;
+pub mod node;
+pub mod observe;
 pub mod pods;
 mod promise;
 pub mod quantity;
@@ -27,6 +29,7 @@ mod wake;
 
 pub use fleet::FleetRules;
 pub use lease::LeaseRules;
+pub use observe::Observe;
 pub use pods::PodRules;
 pub use ranks::RankRules;
-pub use service::{Options, ServiceError, run};
+pub use service::{Options, ServiceError, config_here, run};

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use drumline_spec::JobKind;
@@ -29,6 +30,7 @@ use crate::fleet::FleetRules;
 use crate::job::{resource, resource_named};
 use crate::launch::Writer;
 use crate::lease::{self, Leadership, LeaseRules};
+use crate::observe::{self, Observe};
 use crate::pods::PodRules;
 use crate::ranks::admit::{self, Admitted};
 use crate::ranks::callers::Callers;
@@ -57,6 +59,8 @@ pub struct Options {
     pub pods: PodRules,
     /// Where ranks and gateways are served.
     pub ranks: RankRules,
+    /// Where probes and metrics are served; `None`: nowhere.
+    pub observe: Option<Observe>,
 }
 
 /// Why the operator cannot start.
@@ -107,6 +111,17 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
         pods: watch(Api::<Pod>::all(client.clone()), (), &changed, &stop),
     };
     let leadership = Leadership::default();
+    let has_listed = Arc::new(AtomicBool::new(false));
+    if let Some(observe) = options.observe {
+        tokio::spawn(observe::serve(
+            observe,
+            stores.clone(),
+            options.fleet.clone(),
+            leadership.clone(),
+            has_listed.clone(),
+            stop.clone(),
+        ));
+    }
     let reporter =
         Reporter { controller: "drumline".into(), instance: Some(options.lease.identity.clone()) };
     let writer = Writer {
@@ -125,7 +140,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
         let (pod, leadership) = (options.ranks.pod, leadership.clone());
         tokio::spawn(place::keep(client, options.namespace, pod, leadership, stop.clone()));
     }
-    let mut following = Following { stores, rules: options.fleet, writer, keys, board, admitted };
+    let mut following =
+        Following { stores, rules: options.fleet, writer, keys, board, admitted, has_listed };
     following.run(&leadership, &changed, &stop).await;
     // Handing the lease back lets the next leader start at once.
     let _ = tokio::time::timeout(Duration::from_secs(3), lease).await;
@@ -140,6 +156,8 @@ struct Following {
     keys: Arc<Keys>,
     board: watch::Sender<Board>,
     admitted: mpsc::Receiver<Admitted>,
+    /// Set once every watch has shown all there is.
+    has_listed: Arc<AtomicBool>,
 }
 
 impl Following {
@@ -150,7 +168,10 @@ impl Following {
         loop {
             while !(is_listed && leadership.holds()) {
                 tokio::select! {
-                    () = &mut listed, if !is_listed => is_listed = true,
+                    () = &mut listed, if !is_listed => {
+                        is_listed = true;
+                        self.has_listed.store(true, Ordering::Release);
+                    }
                     () = tokio::time::sleep(FOLLOW) => {}
                     Some(one) = self.admitted.recv() => {
                         one.call.refuse(Status::unavailable("this operator does not lead"));
@@ -255,9 +276,17 @@ where
     store
 }
 
-fn now() -> Timestamp {
+pub(crate) fn now() -> Timestamp {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Timestamp(u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Returns the way to the API server: in a pod its service account, elsewhere the user's kubeconfig.
+///
+/// # Errors
+/// When neither is there.
+pub async fn config_here() -> Result<kube::Config, ServiceError> {
+    Ok(kube::Config::infer().await.map_err(kube::Error::InferConfig)?)
 }
 
 impl Options {
@@ -267,7 +296,7 @@ impl Options {
     /// # Errors
     /// When neither is there.
     pub async fn here(namespace: String, identity: String) -> Result<Self, ServiceError> {
-        let client = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+        let client = config_here().await?;
         Ok(Self {
             client,
             lease: LeaseRules { identity, duration: Duration::from_secs(15) },
@@ -279,6 +308,7 @@ impl Options {
                 pod: String::new(),
             },
             namespace,
+            observe: None,
         })
     }
 

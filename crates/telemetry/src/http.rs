@@ -57,6 +57,38 @@ pub async fn serve(
     axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
+/// Says whether a process can do its work now.
+pub type IsReady = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// Serves `/healthz` and `/readyz` to anyone, for the probes of whoever runs this process, and
+/// `/metrics` to holders of one of `keys`, on any address until `stop`. Without keys there are no
+/// metrics.
+///
+/// # Errors
+/// The system's, when the listener fails.
+pub async fn serve_probed(
+    listener: TcpListener,
+    registry: Registry,
+    keys: Option<Keys>,
+    refresh: Option<Refresh>,
+    is_ready: IsReady,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let ready = move || {
+        let answer = match is_ready() {
+            true => (StatusCode::OK, "ready\n"),
+            false => (StatusCode::SERVICE_UNAVAILABLE, "not ready yet\n"),
+        };
+        std::future::ready(answer)
+    };
+    let mut app =
+        Router::new().route("/healthz", get(|| async { "ok\n" })).route("/readyz", get(ready));
+    if keys.is_some() {
+        app = app.merge(router(registry, keys, refresh));
+    }
+    axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
 async fn metrics(State(exporter): State<Exporter>, request: Request) -> Response {
     if let Some(keys) = &exporter.keys
         && !keys.admit(request.headers(), None)
@@ -99,9 +131,13 @@ mod tests {
         let stop = CancellationToken::new();
         let _end = stop.clone().drop_guard();
         tokio::spawn(serve(listener, registry, keys, Some(refresh), stop.clone()));
+        ask(address, "/metrics", headers).await
+    }
+
+    async fn ask(address: std::net::SocketAddr, path: &str, headers: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let headers = headers.replace("HERE", &address.to_string());
-        let request = format!("GET /metrics HTTP/1.1\r\n{headers}Connection: close\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\n{headers}Connection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -121,5 +157,27 @@ mod tests {
         assert!(fetch(keys(), "Host: HERE\r\n").await.starts_with("HTTP/1.1 401"));
         let bearer = "Host: HERE\r\nAuthorization: Bearer 0123456789abcdef\r\n";
         assert!(fetch(keys(), bearer).await.starts_with("HTTP/1.1 200"));
+    }
+
+    #[tokio::test]
+    async fn probes_need_no_key_and_metrics_are_there_only_with_one() {
+        let keys = Keys::new(vec![Token::new("0123456789abcdef").unwrap()]);
+        for (keys, path, headers, status) in [
+            (None, "/healthz", "", "200"),
+            (None, "/readyz", "", "503"),
+            (None, "/metrics", "", "404"),
+            (Some(keys.clone()), "/metrics", "", "401"),
+            (Some(keys), "/metrics", "Authorization: Bearer 0123456789abcdef\r\n", "200"),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let stop = CancellationToken::new();
+            let _end = stop.clone().drop_guard();
+            let not_ready: IsReady = Arc::new(|| false);
+            let stop = stop.clone();
+            tokio::spawn(serve_probed(listener, Registry::new(), keys, None, not_ready, stop));
+            let answer = ask(address, path, &format!("Host: pod\r\n{headers}")).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+        }
     }
 }

@@ -37,11 +37,13 @@ pub enum Origin {
     Agent,
     /// The gateway.
     Gateway,
+    /// The operator of a Kubernetes cluster, beside what it shares with the control plane.
+    Operator,
 }
 
 impl Origin {
     /// Every origin, in the order of the reference.
-    pub const ALL: [Self; 3] = [Self::Control, Self::Agent, Self::Gateway];
+    pub const ALL: [Self; 4] = [Self::Control, Self::Agent, Self::Gateway, Self::Operator];
 
     /// Returns the word used in the reference.
     #[must_use]
@@ -50,6 +52,7 @@ impl Origin {
             Self::Control => "control plane",
             Self::Agent => "agent",
             Self::Gateway => "gateway",
+            Self::Operator => "operator",
         }
     }
 }

@@ -223,6 +223,18 @@ metrics! {
         GATEWAY_DURATION = "drumline_gateway_request_seconds", Kind::Histogram(TTFT_BUCKETS), "seconds", ["model"],
             "From the request's arrival to its last token.";
     }
+    Operator {
+        OPERATOR_LEADING = "drumline_operator_leading", Kind::Gauge, "", [],
+            "1 while this operator leads; what follows, and the control plane's metrics of nodes, devices and jobs, are told by the leader only.";
+        PENDING_LONGEST = "drumline_jobs_pending_longest_seconds", Kind::Gauge, "seconds", ["namespace", "reason"],
+            "How long the pending job that has waited longest has waited, since it was created or its last attempt was launched.";
+        NODE_DEVICES = "drumline_node_devices", Kind::Gauge, "", ["node", "kind"],
+            "Devices that a node offers.";
+        NODE_DEVICES_ALLOCATED = "drumline_node_devices_allocated", Kind::Gauge, "", ["node", "kind"],
+            "Devices of a node that pods of gangs hold.";
+        JOB_RESTARTS = "drumline_job_restarts", Kind::Gauge, "", ["job"],
+            "Restarts of a job so far.";
+    }
 }
 
 /// Returns the reference page of all metrics.

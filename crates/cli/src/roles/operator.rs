@@ -1,9 +1,12 @@
 //! `drumline operator`: the control plane of a Kubernetes cluster.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use drumline_operator::Options;
+use drumline_operator::{Observe, Options};
+use drumline_web::Keys;
+use drumline_wire::auth::Token;
 use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
@@ -53,6 +56,12 @@ pub struct OperatorArgs {
     /// User id that ranks run as; 0: as their image says.
     #[arg(long, default_value_t = 65_532)]
     pub run_as_user: i64,
+    /// Where probes and, with a token, metrics are served; without it, nowhere.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// File with the token that a reader of the metrics must show.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub metrics_token_file: Option<PathBuf>,
 }
 
 /// Runs until it is asked to stop.
@@ -89,5 +98,21 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
     if let Some(url) = args.ranks_url {
         options.ranks.url = url;
     }
+    if let Some(listen) = args.listen {
+        let keys = args.metrics_token_file.as_deref().map(read_key).transpose()?;
+        options.observe = Some(Observe { listen, keys });
+    }
     drumline_operator::run(options, stop).await.map_err(|error| Failure::failed(error.to_string()))
+}
+
+/// Reads the file of the token that readers of the metrics show.
+pub(super) fn read_key(path: &Path) -> Result<Keys, Failure> {
+    Ok(Keys::new(vec![read_token("--metrics-token-file", path)?]))
+}
+
+/// Reads the one token of the file that a flag names.
+pub(super) fn read_token(flag: &str, path: &Path) -> Result<Token, Failure> {
+    let told = |why: String| Failure::user(format!("{flag} {}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| told(error.to_string()))?;
+    Token::new(text.trim()).map_err(|error| told(error.to_string()))
 }

@@ -1,4 +1,5 @@
-//! What is applied to run the operator: its account, what it may do, and its Deployment.
+//! What is applied to run the operator: its account, what it may do, and its service. Its Deployment is
+//! the chart's.
 
 use serde_json::{Value, json};
 
@@ -76,9 +77,10 @@ pub fn lease_role(namespace: &str) -> Value {
     })
 }
 
-/// Returns everything but the custom resources, in the order in which it is applied.
+/// Returns what the operator is installed with beside the custom resources and its Deployment, which
+/// is the chart's.
 #[must_use]
-pub fn all(namespace: &str, image: &str) -> Vec<Value> {
+pub fn all(namespace: &str) -> Vec<Value> {
     let account = json!({ "kind": "ServiceAccount", "name": NAME, "namespace": namespace });
     let binding = |kind: &str, role: &str, metadata: Value| {
         json!({
@@ -90,7 +92,6 @@ pub fn all(namespace: &str, image: &str) -> Vec<Value> {
         })
     };
     let mut all = vec![
-        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }),
         json!({ "apiVersion": "v1", "kind": "ServiceAccount",
                 "metadata": { "name": NAME, "namespace": namespace, "labels": labels() } }),
         cluster_role(),
@@ -108,7 +109,6 @@ pub fn all(namespace: &str, image: &str) -> Vec<Value> {
     ];
     all.extend(admission::roles());
     all.extend(admission::all());
-    all.push(deployment(namespace, image));
     all
 }
 
@@ -140,54 +140,4 @@ pub fn service(namespace: &str) -> Value {
 
 fn labels() -> Value {
     json!({ "app.kubernetes.io/name": NAME, "app.kubernetes.io/part-of": "drumline" })
-}
-
-fn deployment(namespace: &str, image: &str) -> Value {
-    let selector = json!({ "app.kubernetes.io/name": NAME });
-    json!({
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": { "name": NAME, "namespace": namespace, "labels": labels() },
-        "spec": {
-            // One leads, the other takes over.
-            "replicas": 2,
-            "selector": { "matchLabels": selector },
-            "template": {
-                "metadata": { "labels": labels() },
-                "spec": {
-                    "serviceAccountName": NAME,
-                    "securityContext": {
-                        "runAsNonRoot": true, "runAsUser": 65_532,
-                        "seccompProfile": { "type": "RuntimeDefault" },
-                    },
-                    "containers": [{
-                        "name": "operator",
-                        "image": image,
-                        "args": ["operator", "--namespace", namespace, "--image", image],
-                        "env": [{ "name": "DRUMLINE_POD", "valueFrom": {
-                            "fieldRef": { "fieldPath": "metadata.name" } } }],
-                        "ports": [{ "name": "ranks", "containerPort": RANKS_PORT }],
-                        "resources": {
-                            "requests": { "cpu": "100m", "memory": "128Mi" },
-                            "limits": { "memory": "512Mi" },
-                        },
-                        "securityContext": {
-                            "allowPrivilegeEscalation": false,
-                            "readOnlyRootFilesystem": true,
-                            "capabilities": { "drop": ["ALL"] },
-                        },
-                    }],
-                    "affinity": { "podAntiAffinity": {
-                        "preferredDuringSchedulingIgnoredDuringExecution": [{
-                            "weight": 1,
-                            "podAffinityTerm": {
-                                "topologyKey": "kubernetes.io/hostname",
-                                "labelSelector": { "matchLabels": selector },
-                            },
-                        }],
-                    }},
-                },
-            },
-        },
-    })
 }

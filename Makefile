@@ -14,15 +14,20 @@ demo: setup-build
 
 # Passes the tests; what they need from the system is installed, or named, first.
 test: setup
-	@tests/kube/build || echo "tests/kube/build failed: the Kubernetes tests are skipped"
+	@tests/kube/build scale || echo "tests/kube/build failed: the Kubernetes tests are skipped"
 	@tests/gpu/nvrtc || echo "tests/gpu/nvrtc failed: kernels are not compiled for GPUs"
 	if command -v etcd >/dev/null; then export DRUMLINE_REQUIRE_ETCD=1; fi; \
 	$(CARGO) test --workspace $(CARGO_JOBS)
 
-# The Kubernetes tests at full length, on the real API server; nothing is skipped.
+# The Kubernetes tests at full length on the real components: 200 kills, 1,000 nodes of kwok, and a
+# real kubelet, for which it must be root. Nothing is skipped; figures are printed. About 30 minutes.
 test-kube: setup
+	@tests/setup kube
 	tests/kube/build all
-	DRUMLINE_REQUIRE_KUBE=1 DRUMLINE_KILLS=200 $(CARGO) test --package drumline-operator $(CARGO_JOBS)
+	$(CARGO) build --release --package drumline-cli $(CARGO_JOBS)
+	DRUMLINE_REQUIRE_KUBE=1 DRUMLINE_KILLS=200 DRUMLINE_KWOK=full DRUMLINE_REAL=1 \
+	DRUMLINE_BIN=$(CURDIR)/target/release/drumline \
+	$(CARGO) test --package drumline-operator $(CARGO_JOBS) -- --nocapture --test-threads 1
 
 # Checks that no compiler makes: formatting, lints, layers, licences.
 tidy:

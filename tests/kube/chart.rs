@@ -8,10 +8,10 @@ use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::Api;
 
-use crate::cluster::{ADMIN, Admin, cluster, programs_folder};
+use crate::cluster::{ADMIN, Admin, cluster, program, programs_folder, skipped};
 
 /// Runs helm, and returns what it said and whether it went well.
-fn helm(kubeconfig: &std::path::Path, args: &[&str]) -> (bool, String) {
+pub(crate) fn helm(kubeconfig: &std::path::Path, args: &[&str]) -> (bool, String) {
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../../helm/drumline");
     let args: Vec<&str> =
         args.iter().map(|arg| if *arg == "CHART" { chart } else { arg }).collect();
@@ -28,9 +28,8 @@ fn helm(kubeconfig: &std::path::Path, args: &[&str]) -> (bool, String) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_chart_installs_upgrades_and_leaves_only_the_custom_resources() {
     let Some(cluster) = cluster() else { return };
-    if !programs_folder().join("helm").exists() {
-        eprintln!("skipped: no helm; `tests/kube/build all` makes it");
-        return;
+    if let Err(why) = program("helm") {
+        return skipped(&why);
     }
     let _turn = cluster.turn.lock().await;
     let admin = Admin::start(cluster, "chart").await;
@@ -70,4 +69,31 @@ async fn the_chart_installs_upgrades_and_leaves_only_the_custom_resources() {
     assert!(roles.get_opt(deploy::NAME).await.unwrap().is_none());
     let crds: Api<CustomResourceDefinition> = Api::all(admin.client.clone());
     assert!(crds.get_opt("commandjobs.drumline.dev").await.unwrap().is_some());
+}
+
+/// The rendered chart is what an API server takes, whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubectl_applies_the_plain_manifests() {
+    let Some(cluster) = cluster() else { return };
+    let kubectl = match program("kubectl") {
+        Ok(kubectl) => kubectl,
+        Err(why) => return skipped(&why),
+    };
+    let _turn = cluster.turn.lock().await;
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = folder.path().join("kubeconfig");
+    let text = serde_json::to_string(&cluster.kubeconfig(ADMIN)).unwrap();
+    std::fs::write(&kubeconfig, text).unwrap();
+    let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../../k8s");
+    let out = Command::new(kubectl)
+        .args(["apply", "--server-side", "--force-conflicts", "--dry-run=server", "-k", manifests])
+        .env("KUBECONFIG", &kubeconfig)
+        .env("HOME", folder.path())
+        .output()
+        .expect("kubectl runs");
+    let told = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "{told}{}", String::from_utf8_lossy(&out.stderr));
+    for object in ["deployment.apps/drumline-operator", "daemonset.apps/drumline-agent"] {
+        assert!(told.contains(object), "{told}");
+    }
 }

@@ -1,5 +1,6 @@
 //! One API server for all tests of this binary, and what they ask of it.
 
+use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -35,18 +36,50 @@ pub(crate) struct Cluster {
     children: Vec<Child>,
 }
 
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // The last first: what calls the API server ends before it.
+        for child in self.children.iter_mut().rev() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// Returns the API server, or says why there is none.
 pub(crate) fn cluster() -> Option<&'static Cluster> {
     static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
     let cluster = CLUSTER.get_or_init(|| match programs() {
-        Ok((etcd, server)) => Some(kept(move || Cluster::start(&etcd, &server))),
+        Ok((etcd, server)) => Some(kept(move || Cluster::start(&etcd, &server, &Setup::default()))),
         Err(why) => {
-            assert!(std::env::var_os("DRUMLINE_REQUIRE_KUBE").is_none(), "{why}");
-            eprintln!("skipped: {why}");
+            skipped(&why);
             None
         }
     });
     cluster.as_ref()
+}
+
+/// How an API server differs from that of most tests.
+#[derive(Default)]
+pub(crate) struct Setup {
+    /// Addresses and names beside loopback under which it is called.
+    pub(crate) names: Vec<String>,
+    /// Further users: token, name, group.
+    pub(crate) users: Vec<(&'static str, String, &'static str)>,
+    /// Further flags.
+    pub(crate) flags: Vec<String>,
+}
+
+/// Returns an API server of the caller's own, or says why there is none.
+pub(crate) fn own(setup: Setup) -> Result<Cluster, String> {
+    let (etcd, server) = programs()?;
+    Ok(kept(move || Cluster::start(&etcd, &server, &setup)))
+}
+
+/// Says that a test is skipped, or fails where nothing may be.
+pub(crate) fn skipped(why: &str) {
+    assert!(std::env::var_os("DRUMLINE_REQUIRE_KUBE").is_none(), "{why}");
+    eprintln!("skipped: {why}");
 }
 
 /// Runs `start` on a thread that never ends: the children die with the thread that made them.
@@ -79,13 +112,23 @@ fn programs() -> Result<(PathBuf, PathBuf), String> {
     Ok((etcd.ok_or("no etcd in PATH; apt-get install etcd-server")?, server))
 }
 
+/// Returns a port that nothing listens on at this moment.
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("an address").port()
 }
 
+/// Returns a program that `tests/kube/build` makes, or says that it is missing.
+pub(crate) fn program(name: &str) -> Result<PathBuf, String> {
+    let program = programs_folder().join(name);
+    if program.exists() {
+        return Ok(program);
+    }
+    Err(format!("no {}; `tests/kube/build all` makes it (needs Go)", program.display()))
+}
+
 /// Starts a program that dies with this process.
-fn child(program: &Path, log: &Path, args: &[String]) -> Child {
+pub(crate) fn child(program: &Path, log: &Path, args: &[String]) -> Child {
     let log = std::fs::File::create(log).expect("a log file");
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--"])
@@ -99,7 +142,7 @@ fn child(program: &Path, log: &Path, args: &[String]) -> Child {
 }
 
 impl Cluster {
-    fn start(etcd: &Path, server: &Path) -> Self {
+    fn start(etcd: &Path, server: &Path, setup: &Setup) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         let text = |path: PathBuf| path.display().to_string();
@@ -116,21 +159,24 @@ impl Cluster {
                 format!("--initial-cluster=default=http://127.0.0.1:{peer}"),
             ],
         )];
-        let certificate = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let names = ["127.0.0.1".to_owned()].into_iter().chain(setup.names.iter().cloned());
+        let names: Vec<String> = names.collect();
+        let certificate = rcgen::generate_simple_self_signed(names).unwrap();
         let ca = certificate.cert.pem();
         std::fs::write(at("tls.crt"), &ca).unwrap();
         std::fs::write(at("tls.key"), certificate.signing_key.serialize_pem()).unwrap();
         let accounts = rcgen::KeyPair::generate().unwrap();
         std::fs::write(at("sa.key"), accounts.serialize_pem()).unwrap();
         std::fs::write(at("sa.pub"), accounts.public_key_pem()).unwrap();
-        let users = format!(
+        let mut users = format!(
             "{ADMIN},admin,1,\"system:masters\"\n{OPERATOR},drumline-operator,2,\"drumline\"\n"
         );
+        for (token, name, group) in &setup.users {
+            writeln!(users, "{token},{name},{name},\"{group}\"").unwrap();
+        }
         std::fs::write(at("tokens.csv"), users).unwrap();
-        children.push(child(
-            server,
-            &at("apiserver.log"),
-            &[
+        let flags = [
+            vec![
                 format!("--etcd-servers=http://127.0.0.1:{client}"),
                 "--bind-address=127.0.0.1".to_owned(),
                 "--advertise-address=127.0.0.1".to_owned(),
@@ -149,7 +195,11 @@ impl Cluster {
                 "--max-mutating-requests-inflight=0".to_owned(),
                 "--enable-priority-and-fairness=false".to_owned(),
             ],
-        ));
+            // The last of two flags of one name holds.
+            setup.flags.clone(),
+        ]
+        .concat();
+        children.push(child(server, &at("apiserver.log"), &flags));
         let mut cluster = Self {
             url: format!("https://127.0.0.1:{secure}"),
             ca,
@@ -212,7 +262,7 @@ impl Cluster {
         Api::all(admin.clone()).create(&params, &role).await.unwrap();
         let role: Role = serde_json::from_value(named(deploy::lease_role(SPACE))).unwrap();
         Api::namespaced(admin.clone(), SPACE).create(&params, &role).await.unwrap();
-        let all = deploy::all(SPACE, "test");
+        let all = deploy::all(SPACE);
         let of = |kind: &str| {
             let mut found = named(all.iter().find(|one| one["kind"] == kind).unwrap().clone());
             found["roleRef"]["name"] = json!("test-operator");
@@ -270,18 +320,51 @@ impl Cluster {
         }
     }
 
+    /// Returns the folder of its files and logs.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes a user's kubeconfig to a file, and returns where.
+    pub(crate) fn kubeconfig_file(&self, token: &str) -> PathBuf {
+        let path = self.folder.path().join(format!("{token}.kubeconfig"));
+        std::fs::write(&path, serde_json::to_string(&self.kubeconfig(token)).unwrap()).unwrap();
+        path
+    }
+
+    /// Writes a user's kubeconfig for callers that reach the API server at another address.
+    pub(crate) fn kubeconfig_from(&self, token: &str, address: &str) -> PathBuf {
+        let path = self.folder.path().join(format!("{token}-{address}.kubeconfig"));
+        let text = serde_json::to_string(&self.kubeconfig(token)).unwrap();
+        let text = text.replace("https://127.0.0.1:", &format!("https://{address}:"));
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Starts a program that belongs to the cluster, and dies with it.
+    pub(crate) fn run(&mut self, name: &str, program: &Path, args: &[String]) {
+        let log = self.folder.path().join(format!("{name}.log"));
+        let (program, args) = (program.to_owned(), args.to_vec());
+        self.children.push(kept(move || child(&program, &log, &args)));
+    }
+
     /// Returns a client of a user.
     pub(crate) async fn client(&self, token: &str) -> Client {
         Client::try_from(self.config(token).await).unwrap()
     }
 
-    /// Creates a namespace and the service account that its pods run as, which is otherwise the
-    /// controller manager's work.
-    pub(crate) async fn namespace(&self, client: &Client, name: &str) {
+    /// Creates a namespace where a controller manager does the rest.
+    pub(crate) async fn plain_namespace(&self, client: &Client, name: &str) {
         let namespaces: Api<Namespace> = Api::all(client.clone());
         let mut namespace = Namespace::default();
         namespace.metadata.name = Some(name.to_owned());
         namespaces.create(&PostParams::default(), &namespace).await.unwrap();
+    }
+
+    /// Creates a namespace and the service account that its pods run as, which is otherwise the
+    /// controller manager's work.
+    pub(crate) async fn namespace(&self, client: &Client, name: &str) {
+        self.plain_namespace(client, name).await;
         let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), name);
         let mut account = ServiceAccount::default();
         account.metadata.name = Some("default".to_owned());

@@ -2,6 +2,7 @@
 //! every gang whole, no device promised twice, no pod left.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,20 +24,30 @@ struct Process(Child);
 
 impl Process {
     fn start(kubeconfig: &str, number: u64) -> Self {
-        let program = std::env::current_exe().expect("this program");
         let log = std::env::temp_dir().join("drumline-killed-operator.log");
-        let log = std::fs::File::create(log).expect("a log");
-        let child = Command::new(program)
-            .args(["--exact", "killed::an_operator_to_be_killed", "--ignored", "--nocapture"])
-            .env("DRUMLINE_TEST_OPERATOR", kubeconfig)
-            .env("DRUMLINE_TEST_IDENTITY", format!("process-{number}"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a log"))
-            .stderr(log)
-            .spawn()
-            .expect("the operator starts");
-        Self(child)
+        Self(spawn_operator(kubeconfig, &format!("process-{number}"), Duration::from_secs(1), &log))
     }
+}
+
+/// Starts this test program in the part of an operator.
+pub(crate) fn spawn_operator(
+    kubeconfig: &str,
+    identity: &str,
+    lease: Duration,
+    log: &Path,
+) -> Child {
+    let program = std::env::current_exe().expect("this program");
+    let log = std::fs::File::create(log).expect("a log");
+    Command::new(program)
+        .args(["--exact", "killed::an_operator_to_be_killed", "--ignored", "--nocapture"])
+        .env("DRUMLINE_TEST_OPERATOR", kubeconfig)
+        .env("DRUMLINE_TEST_IDENTITY", identity)
+        .env("DRUMLINE_TEST_LEASE_MS", lease.as_millis().to_string())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a log"))
+        .stderr(log)
+        .spawn()
+        .expect("the operator starts")
 }
 
 impl Drop for Process {
@@ -58,11 +69,12 @@ async fn an_operator_to_be_killed() {
     let user = kube::config::KubeConfigOptions::default();
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &user);
     let mut options = options(config.await.unwrap(), &identity);
-    options.lease.duration = Duration::from_secs(1);
+    let lease = std::env::var("DRUMLINE_TEST_LEASE_MS").unwrap();
+    options.lease.duration = Duration::from_millis(lease.parse().unwrap());
     // The process dies by its parent's hand; this is for when the parent has died.
     let stop = tokio_util::sync::CancellationToken::new();
     let run = drumline_operator::run(options, stop);
-    let _ = tokio::time::timeout(Duration::from_secs(120), run).await;
+    let _ = tokio::time::timeout(Duration::from_secs(900), run).await;
 }
 
 /// Numbers from a seed: SplitMix64 (Steele, Lea and Flood 2014).

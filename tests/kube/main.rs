@@ -1,5 +1,7 @@
 //! The operator against a real API server: etcd and kube-apiserver on loopback, with certificates
 //! and RBAC, built by `tests/kube/build`. Without them each test says so and passes.
+//!
+//! Tier 1 (most files) has no kubelets, tier 2 (`scale`) has kwok's, tier 3 (`real`) has a real one.
 
 mod admission;
 mod chart;
@@ -8,9 +10,16 @@ mod containers;
 mod crds;
 mod faults;
 mod gangs;
+mod host;
 mod killed;
 mod kubelet;
+mod kwok;
 mod native;
 mod operator;
+mod packaging;
 mod preemption;
 mod proxy;
+mod real;
+mod scale;
+mod trained;
+mod witness;

@@ -68,17 +68,24 @@ impl Drop for Namespaces {
         // With the first process of a process namespace all others go.
         let _ = self.holder.kill();
         let _ = self.holder.wait();
-        std::thread::sleep(Duration::from_millis(500));
-        remove_cgroups(&self.cgroup);
+        // They are still in their cgroups for a moment.
+        for _ in 0..40 {
+            std::thread::sleep(Duration::from_millis(250));
+            if remove_cgroups(&self.cgroup) {
+                break;
+            }
+        }
     }
 }
 
-fn remove_cgroups(name: &str) {
-    let Ok(controllers) = std::fs::read_dir("/sys/fs/cgroup") else { return };
-    for controller in controllers.flatten() {
-        remove_tree(&controller.path().join(name));
-    }
-    remove_tree(&Path::new("/sys/fs/cgroup").join(name));
+/// Returns whether nothing is left of them.
+fn remove_cgroups(name: &str) -> bool {
+    let root = Path::new("/sys/fs/cgroup");
+    let controllers = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let all: Vec<PathBuf> =
+        controllers.map(|one| one.path().join(name)).chain([root.join(name)]).collect();
+    all.iter().for_each(|folder| remove_tree(folder));
+    !all.iter().any(|folder| folder.exists())
 }
 
 /// Removes a folder of cgroups: its children first, its files go with it.
@@ -318,8 +325,8 @@ impl Real {
             "mode": "iptables",
             "hostnameOverride": NODE,
             "clusterCIDR": format!("{}.0/24", addresses.pods),
-            "healthzBindAddress": "127.0.0.1:0",
-            "metricsBindAddress": "127.0.0.1:0",
+            "healthzBindAddress": "127.0.0.1:10256",
+            "metricsBindAddress": "127.0.0.1:10249",
             // Zero: leave what the kernel has, which a container may not change.
             "conntrack": { "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s",
                            "tcpCloseWaitTimeout": "0s" },

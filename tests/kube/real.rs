@@ -12,6 +12,7 @@ use drumline_operator::job::resource;
 use drumline_operator::node;
 use drumline_spec::JobKind;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{
     Api, DeleteParams, DynamicObject, ListParams, LogParams, Patch, PatchParams, PostParams,
@@ -61,7 +62,7 @@ fn images(folder: &Path) -> Result<Vec<PathBuf>, String> {
     let tools = ["/bin/sh", "/bin/sleep", "/usr/bin/getent"];
     let drumline = text(&drumline);
     let target = text(&two);
-    let mut args = vec!["drumline.test/drumline:1", &target, &drumline];
+    let mut args = vec!["drumline.test/drumline:test", &target, &drumline];
     args.extend(tools);
     run(&image, &args)?;
     Ok(vec![one, two])
@@ -107,10 +108,30 @@ impl Stage {
                         )
                     })
                     .collect();
-                panic!("not {what}: {missing}\n{told:#?}\n{}", self.real.log("kubelet"));
+                let mut logs = String::new();
+                for name in ["kubelet", "proxy", "dns"] {
+                    logs += &format!("--- {name}\n{}\n", self.real.log(name));
+                }
+                panic!("not {what}: {missing}\n{told:#?}\n{}{logs}", self.last_words().await);
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
+    }
+
+    /// Returns what the chart's containers said before they ended.
+    async fn last_words(&self) -> String {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), SPACE);
+        let all = pods.list(&ListParams::default()).await.map(|list| list.items);
+        let mut text = String::new();
+        for pod in all.unwrap_or_default() {
+            for previous in [true, false] {
+                let params = LogParams { previous, tail_lines: Some(20), ..LogParams::default() };
+                if let Ok(log) = pods.logs(&pod.name_any(), &params).await {
+                    text += &format!("--- {}\n{log}\n", pod.name_any());
+                }
+            }
+        }
+        text
     }
 
     pub(crate) fn jobs(&self, kind: JobKind) -> Api<DynamicObject> {
@@ -178,7 +199,7 @@ fn is_ready(pod: &Pod) -> bool {
 /// Values for a machine of two cores, and images that are there already.
 const VALUES: &[&str] = &[
     "--set=image.repository=drumline.test/drumline",
-    "--set=image.tag=1",
+    "--set=image.tag=test",
     "--set=image.pullPolicy=Never",
     "--set=fleet.cpuDeviceMilli=100",
     "--set=operator.resources.requests.cpu=20m",
@@ -333,22 +354,15 @@ async fn prometheus_reads_the_metrics(stage: &Stage) {
     let tokens = secrets.get("drumline-tokens").await.unwrap().data.unwrap();
     let folder = stage.folder.path();
     std::fs::write(folder.join("metrics-token"), &tokens["metrics"].0).unwrap();
-    // What the chart's ServiceMonitor says, in Prometheus' own words.
+    // What the chart's ServiceMonitor says, in Prometheus' own words. Debian's Prometheus cannot ask
+    // the API server for targets: the endpoints of the same services are looked up for it.
     let config = json!({
         "global": { "scrape_interval": "2s" },
         "scrape_configs": [{
             "job_name": "drumline",
             "honor_labels": true,
             "authorization": { "credentials_file": folder.join("metrics-token") },
-            "kubernetes_sd_configs": [{ "role": "endpoints", "kubeconfig_file": stage.kubeconfig,
-                                        "namespaces": { "names": [SPACE] } }],
-            "relabel_configs": [
-                { "source_labels": ["__meta_kubernetes_service_label_drumline_dev_metrics"],
-                  "regex": "true", "action": "keep" },
-                { "source_labels": ["__meta_kubernetes_endpoint_port_name"],
-                  "regex": "metrics", "action": "keep" },
-                { "source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod" },
-            ],
+            "static_configs": [{ "targets": metric_targets(stage).await }],
         }],
     });
     std::fs::write(folder.join("prometheus.yml"), config.to_string()).unwrap();
@@ -366,6 +380,10 @@ async fn prometheus_reads_the_metrics(stage: &Stage) {
         ("sum(drumline_devices_allocated{kind=\"cpu\"}) == 2", "two devices are held"),
         ("drumline_node_info{node=\"real-1\"}", "the agent tells of its node"),
         ("drumline_node_memory_total_bytes > 1e8", "the node has memory"),
+        (
+            "drumline_gateway_requests_total{model=\"demo\",outcome=\"ok\"} >= 1",
+            "a model was asked",
+        ),
     ] {
         let asked = || async {
             let answer = query_prometheus(port, query)?;
@@ -376,7 +394,22 @@ async fn prometheus_reads_the_metrics(stage: &Stage) {
     }
     let _ = prometheus.kill();
     let _ = prometheus.wait();
-    println!("Prometheus scraped operator and agent");
+    println!("Prometheus scraped operator, agent and gateway");
+}
+
+/// Returns where the pods behind the services of metrics are scraped.
+async fn metric_targets(stage: &Stage) -> Vec<String> {
+    let slices: Api<EndpointSlice> = Api::namespaced(stage.client.clone(), SPACE);
+    let which = ListParams::default().labels("drumline.dev/metrics=true");
+    let mut targets = Vec::new();
+    for slice in slices.list(&which).await.unwrap() {
+        let ports: Vec<i32> = slice.ports.iter().flatten().filter_map(|port| port.port).collect();
+        for address in slice.endpoints.iter().flat_map(|end| &end.addresses) {
+            targets.extend(ports.iter().map(|port| format!("{address}:{port}")));
+        }
+    }
+    assert!(targets.len() >= 3, "operator, agent and gateway: {targets:?}");
+    targets
 }
 
 fn query_prometheus(port: u16, query: &str) -> Result<Value, String> {

@@ -10,9 +10,10 @@ use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
 use crate::books::Books;
 use crate::check::{CheckedPlan, check_once};
 use crate::gang::{Given, check_gang};
-use crate::leave::{check_evictions, legal_size};
+use crate::leave::{Kept, check_evictions, legal_size};
 use crate::ledger::{Ledger, Standing};
 use crate::quota::{Charge, Quota};
+use crate::spares::check_spares;
 use crate::violation::Violation;
 
 /// Folds the changes that the scheduler is told, and judges each cycle by them.
@@ -66,7 +67,8 @@ impl Auditor {
     /// Checks what a cycle decided, and takes it as done when it breaks no rule.
     ///
     /// `kept` says for which job the scheduler keeps a device after the cycle
-    /// ([`drumline_cluster::NodeState::reserved`]); it is asked only when somebody is asked to leave.
+    /// ([`drumline_cluster::NodeState::reserved`]); it is asked only when somebody is asked to leave or
+    /// devices are kept ready.
     ///
     /// # Errors
     /// Every [`Violation`] found. The books are as they were, so the scheduler must take the cycle
@@ -77,8 +79,9 @@ impl Auditor {
         kept: impl Fn(&DeviceId) -> Option<JobId>,
     ) -> Result<CheckedPlan, Vec<Violation>> {
         let mut found = Vec::new();
-        self.check_starts(cycle, &mut found);
+        self.check_starts(cycle, &kept, &mut found);
         check_evictions(&self.ledger, cycle, &kept, &mut found);
+        check_spares(&self.ledger, cycle, &kept, &mut found);
         if !found.is_empty() {
             return Err(found);
         }
@@ -99,20 +102,15 @@ impl Auditor {
         Ok(CheckedPlan::new(cycle.plan.clone()))
     }
 
-    fn check_starts(&self, cycle: &Cycle, found: &mut Vec<Violation>) {
+    fn check_starts(&self, cycle: &Cycle, kept: &Kept<'_>, found: &mut Vec<Violation>) {
         let plan = &cycle.plan;
         check_once(plan, found);
         let starts: BTreeSet<&JobId> = plan.jobs.iter().map(|job| &job.job).collect();
-        let told: BTreeSet<&JobId> = cycle.told.iter().map(|(job, _)| job).collect();
-        for (job, _) in cycle.told.iter().chain(&plan.waiting) {
-            match self.ledger.jobs.get(job) {
-                None => found.push(Violation::UnknownJob { job: job.clone() }),
-                Some(_) if told.contains(job) => {
-                    if starts.contains(job) {
-                        found.push(Violation::JobTwice { job: job.clone() });
-                    }
-                }
-                Some(_) => {}
+        for (job, _) in &cycle.told {
+            if !self.ledger.jobs.contains_key(job) {
+                found.push(Violation::UnknownJob { job: job.clone() });
+            } else if starts.contains(job) {
+                found.push(Violation::JobTwice { job: job.clone() });
             }
         }
         let mut given = Given::default();
@@ -130,7 +128,32 @@ impl Auditor {
             quota.add(&entry.request.settings.queue, &charge(&self.ledger, gang, &devices));
         }
         if !plan.jobs.is_empty() {
-            found.extend(quota.broken());
+            let mut broken = quota.broken();
+            if broken.iter().any(Violation::is_about_lending) {
+                // What is kept for a waiting job of a queue is what the queue keeps.
+                self.count_kept(&mut quota, kept);
+                let still = quota.broken().iter().any(Violation::is_about_lending);
+                broken.retain(|violation| still || !violation.is_about_lending());
+            }
+            found.extend(broken);
+        }
+    }
+
+    /// Counts devices that are kept for waiting jobs as used by their queues.
+    fn count_kept(&self, quota: &mut Quota<'_>, kept: &Kept<'_>) {
+        for (name, machine) in &self.ledger.machines {
+            let devices = machine.node.iter().flat_map(|node| (0u32..).zip(&node.devices));
+            for (index, device) in devices {
+                let id = DeviceId { node: name.clone(), index };
+                let Some(entry) = kept(&id).and_then(|job| self.ledger.jobs.get(&job)) else {
+                    continue;
+                };
+                if matches!(entry.standing, Standing::Waiting { .. }) {
+                    let share = u64::from(entry.request.gang.share_milli);
+                    let charge = [((device.kind, device.model.clone()), share)].into();
+                    quota.add(&entry.request.settings.queue, &charge);
+                }
+            }
         }
     }
 

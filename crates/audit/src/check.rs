@@ -74,8 +74,7 @@ pub fn check(snapshot: &Snapshot, plan: &Plan) -> Result<CheckedPlan, Vec<Violat
 /// Checks that a job is named once.
 pub(crate) fn check_once(plan: &Plan, found: &mut Vec<Violation>) {
     let mut seen: BTreeSet<&JobId> = BTreeSet::new();
-    let starts = plan.jobs.iter().map(|job| &job.job);
-    for job in starts.chain(plan.waiting.iter().map(|(job, _)| job)) {
+    for job in plan.jobs.iter().map(|job| &job.job) {
         if !seen.insert(job) {
             found.push(Violation::JobTwice { job: job.clone() });
         }

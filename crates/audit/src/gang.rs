@@ -164,7 +164,7 @@ fn check_run(
 }
 
 /// Returns the names on the way to a node's domain of a level.
-fn domain<'n>(node: &'n Node, level: &str) -> Option<Vec<&'n str>> {
+pub(crate) fn domain<'n>(node: &'n Node, level: &str) -> Option<Vec<&'n str>> {
     let depth = node.topology.iter().position(|domain| domain.level == level)?;
     Some(node.topology[..=depth].iter().map(|domain| domain.name.as_str()).collect())
 }

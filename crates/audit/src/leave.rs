@@ -11,6 +11,7 @@ use crate::books::Books;
 use crate::gang::is_called;
 use crate::ledger::{Entry, Ledger, Standing};
 use crate::quota::{Charge, Quota};
+use crate::spares::{lost, may_borrow};
 use crate::violation::Violation;
 
 /// Says for whom a device is kept.
@@ -85,7 +86,10 @@ fn may_not(entry: &Entry, eviction: &Eviction, now: Timestamp) -> Option<String>
     match eviction.cause {
         // An emptied node asks nobody, and who changes its size gains by it.
         EvictionCause::Drained | EvictionCause::Resized => return None,
-        EvictionCause::Preempted | EvictionCause::Reclaimed | EvictionCause::Consolidated => {}
+        EvictionCause::Preempted
+        | EvictionCause::Reclaimed
+        | EvictionCause::Recalled
+        | EvictionCause::Consolidated => {}
     }
     if !settings.preemptible {
         return Some("is not preemptible".to_owned());
@@ -124,7 +128,10 @@ fn needless(
     };
     match eviction.cause {
         EvictionCause::Drained | EvictionCause::Resized => return None,
-        EvictionCause::Preempted | EvictionCause::Reclaimed | EvictionCause::Consolidated => {}
+        EvictionCause::Preempted
+        | EvictionCause::Reclaimed
+        | EvictionCause::Recalled
+        | EvictionCause::Consolidated => {}
     }
     let Some(id) = &eviction.beneficiary else {
         return told("no job gets its devices".to_owned());
@@ -135,8 +142,11 @@ fn needless(
     if starts.contains(id) {
         return told("that job starts without its devices".to_owned());
     }
-    if let Standing::Placed { .. } = gains.standing {
-        return told("that job holds devices already".to_owned());
+    if let Standing::Placed { devices, .. } = &gains.standing {
+        let recalls = eviction.cause == EvictionCause::Recalled;
+        if !recalls || !devices.iter().any(|device| lost(ledger, device)) {
+            return told("that job holds devices already".to_owned());
+        }
     }
     let (victim, gains) = (&entry.request, &gains.request);
     let (own, other) = (&victim.settings.queue, &gains.settings.queue);
@@ -144,6 +154,9 @@ fn needless(
     match eviction.cause {
         EvictionCause::Preempted if !outranked => {
             return told("its priority is not lower".to_owned());
+        }
+        EvictionCause::Recalled if !may_borrow(entry, ledger.jobs.get(id)) => {
+            return told("no device could have been lent to it".to_owned());
         }
         EvictionCause::Reclaimed if own == other => {
             return told("both are in the same queue".to_owned());
@@ -162,7 +175,8 @@ fn needless(
         _ => {}
     }
     // Its devices are kept for the beneficiary, unless what was short is quota.
-    let limited = limited(ledger, quota, other);
+    let recalled = eviction.cause == EvictionCause::Recalled;
+    let limited = !recalled && limited(ledger, quota, other);
     let used = devices.iter().any(|device| kept(device).as_ref() == Some(id));
     if !used && !limited {
         return told("none of its devices is kept for that job".to_owned());

@@ -14,6 +14,7 @@ mod gang;
 mod leave;
 mod ledger;
 mod quota;
+mod spares;
 
 pub use auditor::Auditor;
 pub use check::{CheckedJob, CheckedPlan, check};

@@ -108,12 +108,19 @@ impl<'l> Quota<'l> {
             let used = all(true);
             // Where nothing is kept at present, nothing that is kept can be taken; and jobs may hold
             // devices of nodes that are gone.
-            let roots = self.below.get(&None).into_iter().flatten();
-            let held: u64 = roots.map(|root| self.in_and_below(root, word, &counts, true)).sum();
+            let held = self.held(&counts);
             if used > has && used > all(false) && used > held {
                 found.push(Violation::LentTooMuch { class: word.to_owned(), used, has });
             }
         }
+    }
+
+    /// Returns what the jobs of all queues would hold, with the additions.
+    fn held(&self, counts: &dyn Fn(DeviceKind, &str) -> bool) -> u64 {
+        let known = |queue: &QueueName| self.ledger.queues.contains_key(queue);
+        let charges = self.ledger.used.iter().chain(&self.more).filter(|(queue, _)| known(queue));
+        let all = charges.flat_map(|(_, charge)| charge);
+        all.filter(|((kind, model), _)| counts(*kind, model)).map(|(_, amount)| amount).sum()
     }
 
     /// Returns what a queue takes from its parent: what it and those below use, or what it keeps.

@@ -300,4 +300,19 @@ pub enum Violation {
         /// What shows that there is no need.
         why: String,
     },
+    /// Devices are kept ready that could not serve, or that others use who may not.
+    #[error("devices are kept ready for {job} and {why}")]
+    WrongSpares {
+        /// The gang that they are kept for.
+        job: JobId,
+        /// What is wrong with them.
+        why: String,
+    },
+}
+
+impl Violation {
+    /// Returns whether it says that what a queue keeps for itself is used by others.
+    pub(crate) fn is_about_lending(&self) -> bool {
+        matches!(self, Self::LentTooMuch { .. })
+    }
 }

@@ -3,7 +3,7 @@
 use drumline_audit::{Auditor, Violation};
 use drumline_cluster::{Change, Device, Health, Node, Request, Revision, Snapshot, Taint};
 use drumline_mesh::Mesh;
-use drumline_placement::{Assignment, Cycle, Eviction, EvictionCause, JobPlan, Plan};
+use drumline_placement::{Assignment, Cycle, Eviction, EvictionCause, JobPlan, Plan, Spares};
 use drumline_spec::{
     DeviceKind, Elastic, Gang, GangSettings, Parallelism, QueueSpec, TopologyRule,
     gang::DisruptionBudget,
@@ -77,9 +77,10 @@ fn plan(request: &Request, devices: &[&str]) -> JobPlan {
 fn cycle(jobs: Vec<JobPlan>, evictions: Vec<Eviction>) -> Cycle {
     Cycle {
         now: NOW,
-        plan: Plan { parent: Revision(0), jobs, waiting: Vec::new() },
+        plan: Plan { parent: Revision(0), jobs },
         evictions,
         told: Vec::new(),
+        spares: Vec::new(),
         wake: None,
         considered: 0,
     }
@@ -217,13 +218,12 @@ fn a_start_out_of_turn_is_found() {
         let not_before = Timestamp(not_before);
         auditor.apply(&Change::Submitted { request, attempt: Attempt(1), not_before });
     };
-    let cases: [Spoil<'_>; 19] = [
+    let cases: [Spoil<'_>; 18] = [
         ("nothing", &|_, _| {}, &[]),
         ("attempt", &|c, _| c.plan.jobs[0].attempt = Attempt(7), &["WrongAttempt"]),
         ("unknown", &|c, _| c.plan.jobs[0].job = id("ghost"), &["UnknownJob"]),
         ("told unknown", &|c, _| c.told.push(told("ghost")), &["UnknownJob"]),
         ("told and started", &|c, _| c.told.push(told("job")), &["JobTwice"]),
-        ("waits and starts", &|c, _| c.plan.waiting.push(told("job")), &["JobTwice"]),
         ("held", &|_, a| a.apply(&Change::Held { job: id("job"), held: true }), &["NotYet"]),
         ("too early", &|_, a| submit(a, "default", NOW.0 + 1), &["NotYet"]),
         ("no queue", &|_, a| submit(a, "nowhere", 0), &["QueueClosed"]),
@@ -294,7 +294,7 @@ fn quotas_hold_with_what_may_be_borrowed_and_lent() {
     let other = request("other", "right", 0, gang(1));
     let limits = |devices: u32| Some([("gpu".to_owned(), devices)].into());
     type Queues<'a> = (&'a str, &'a dyn Fn(&mut [QueueSpec; 3]), &'a [&'a str]);
-    let cases: [Queues<'_>; 8] = [
+    let cases: [Queues<'_>; 10] = [
         ("borrows what it likes", &|_| {}, &[]),
         ("within its quota", &|q| q[1].quota = [("gpu".to_owned(), 4)].into(), &[]),
         ("may borrow two", &|q| q[1].borrowing_limit = limits(2), &[]),
@@ -320,6 +320,22 @@ fn quotas_hold_with_what_may_be_borrowed_and_lent() {
                 q[2].lending_limit = limits(0);
             },
             &["LentTooMuch"],
+        ),
+        (
+            "a queue below a root keeps all but two of the fleet",
+            &|q| {
+                (q[0].quota, q[2].quota) = (Default::default(), [("gpu".to_owned(), 14)].into());
+                q[2].lending_limit = limits(0);
+            },
+            &["LentTooMuch"],
+        ),
+        (
+            "a queue below a root keeps just so much that four are left",
+            &|q| {
+                (q[0].quota, q[2].quota) = (Default::default(), [("gpu".to_owned(), 12)].into());
+                q[2].lending_limit = limits(0);
+            },
+            &[],
         ),
         ("its parent is held", &|q| q[0].held = true, &["QueueClosed"]),
     ];
@@ -482,4 +498,91 @@ fn the_books_agree_with_the_fleet_after_nodes_and_jobs_come_and_go() {
     assert_eq!(found(&auditor, &made, &[]), [""; 0]);
     auditor.apply(&Change::Ended { job: id("job") });
     assert_eq!(found(&auditor, &made, &[]), ["UnknownJob"]);
+}
+
+#[test]
+fn spares_that_could_not_serve_or_are_lent_to_the_wrong_job_are_found() {
+    let mut owner = request("owner", "default", 3, gang(4));
+    owner.gang.spares = 2;
+    owner.gang.topology = vec![TopologyRule { ranks: 0, level: "rack".to_owned(), required: true }];
+    let guest = request("guest", "default", 3, gang(1));
+    type Spoil<'a> = (&'a dyn Fn(&mut Request, &mut Request, &mut Vec<DeviceId>), &'a str);
+    let lent = "one is lent to a job that cannot be ended at once for it";
+    let cases: [Spoil<'_>; 12] = [
+        (&|_, _, _| {}, ""),
+        (&|owner, _, _| owner.gang.spares = 1, "they are more than it asked for"),
+        (&|_, _, kept| kept[1] = device("b/0"), "a device is kept twice"),
+        (&|_, _, kept| kept[1] = device("a/0"), "it holds one of them itself"),
+        (&|_, _, kept| kept[1] = device("b/9"), "one of them does not exist"),
+        (&|_, _, kept| kept[1] = device("x/0"), "a node of theirs is gone"),
+        (
+            &|_, _, kept| kept[1] = device("c/0"),
+            "one of them is outside the domain that the gang must be in",
+        ),
+        (&|_, _, kept| kept[1] = device("b/4"), "one of them is of another model"),
+        (&|_, guest, _| guest.settings.preemptible = false, lent),
+        (&|_, guest, _| guest.settings.min_runtime_ms = 1, lent),
+        (
+            &|_, guest, _| {
+                guest.settings.disruptions = Some(DisruptionBudget { count: 9, per_ms: 1 });
+            },
+            lent,
+        ),
+        (&|_, guest, _| guest.settings.priority = 4, lent),
+    ];
+    for (spoil, expected) in cases {
+        let (mut owner, mut guest) = (owner.clone(), guest.clone());
+        let mut kept = vec![device("b/0"), device("b/1")];
+        spoil(&mut owner, &mut guest, &mut kept);
+        let mut auditor =
+            auditor(&[], &[(&owner, &["a/0", "a/1", "a/2", "a/3"]), (&guest, &["b/0"])]);
+        let mut made = cycle(Vec::new(), Vec::new());
+        made.spares = vec![Spares { job: id("owner"), devices: kept.clone() }];
+        let shown = kept.clone();
+        let judged = auditor.check(&made, |d| shown.contains(d).then(|| id("owner")));
+        let found: Vec<String> =
+            judged.err().into_iter().flatten().map(|v| v.to_string()).collect();
+        let told = format!("devices are kept ready for owner and {expected}");
+        let expected = if expected.is_empty() { Vec::new() } else { vec![told] };
+        assert_eq!(found, expected);
+    }
+    // Nobody keeps what the scheduler itself does not show as kept.
+    let mut auditor = auditor(&[], &[(&owner, &["a/0", "a/1", "a/2", "a/3"])]);
+    let mut made = cycle(Vec::new(), Vec::new());
+    made.spares = vec![Spares { job: id("owner"), devices: vec![device("b/0")] }];
+    assert!(auditor.check(&made, |_| None).is_err());
+}
+
+#[test]
+fn a_job_on_spares_is_asked_to_leave_only_when_their_owner_has_lost_something() {
+    let mut owner = request("owner", "default", 0, gang(4));
+    owner.gang.spares = 4;
+    let guest = request("guest", "default", 0, gang(4));
+    let on_c = ["c/0", "c/1", "c/2", "c/3"];
+    let rest = request("rest", "default", 0, gang(4));
+    let made = cycle(Vec::new(), vec![eviction("guest", EvictionCause::Recalled, Some("owner"))]);
+    let judged = |owner: &Request, guest: &Request, lost: bool| {
+        let mut auditor = auditor(
+            &[],
+            &[
+                (owner, &["a/0", "a/1", "a/2", "a/3"]),
+                (guest, &["b/0", "b/1", "b/2", "b/3"]),
+                (&rest, &on_c),
+            ],
+        );
+        if lost {
+            auditor.apply(&Change::NodeGone { node: "a".parse().unwrap() });
+        }
+        let kept = [("b/0", "owner"), ("b/1", "owner"), ("b/2", "owner"), ("b/3", "owner")];
+        found(&auditor, &made, &kept)
+    };
+    owner.gang.models = vec!["H100".to_owned()];
+    assert_eq!(judged(&owner, &guest, true), [""; 0]);
+    assert_eq!(judged(&owner, &guest, false), ["NeedlessVictim"]);
+    let mut none = owner.clone();
+    none.gang.spares = 0;
+    assert_eq!(judged(&none, &guest, true), ["NeedlessVictim"]);
+    let mut before = guest.clone();
+    before.settings.priority = 1;
+    assert_eq!(judged(&owner, &before, true), ["NeedlessVictim"]);
 }

@@ -5,10 +5,9 @@ use std::collections::BTreeSet;
 use drumline_audit::{Violation, check};
 use drumline_cluster::{Device, Health, Node, Snapshot, Taint};
 use drumline_mesh::Coords;
-use drumline_placement::{Plan, Seed, plan};
-use drumline_queue::{Admitted, Queues, Usage, Waiting, admit};
-use drumline_spec::{DeviceKind, Gang, GangSettings, Parallelism, RestartPolicy};
-use drumline_types::{Attempt, Bytes, DeviceId, RankIndex, Timestamp};
+use drumline_placement::{Constraints, JobPlan, Misfit, Plan, Seed, place};
+use drumline_spec::{DeviceKind, Gang, Parallelism};
+use drumline_types::{Attempt, Bytes, DeviceId, JobId, RankIndex};
 use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
@@ -52,52 +51,60 @@ fn fleet(machines: &[Machine]) -> Snapshot {
     snapshot
 }
 
-fn admitted(jobs: &[(u32, u32)]) -> Vec<Admitted> {
-    let waiting: Vec<Waiting> = jobs
-        .iter()
-        .enumerate()
-        .map(|(i, &(tensor, groups))| Waiting {
-            job: format!("job-{i}").parse().unwrap(),
-            attempt: Attempt(1),
-            gang: Gang {
-                ranks: tensor * groups,
-                node_group: tensor,
-                device: DeviceKind::Gpu,
-                ..Gang::default()
-            },
-            split: Parallelism { tensor, pipeline: groups, data: 1 },
-            settings: GangSettings {
-                queue: "default".parse().unwrap(),
-                priority: 0,
-                restarts: RestartPolicy { limit: 0, backoff_ms: 0 },
-                stall_timeout_ms: 0,
-                start_timeout_ms: 1000,
-                ..GangSettings::default()
-            },
-            submitted: Timestamp(i as u64),
-            held: false,
-            not_before: Timestamp(0),
-        })
-        .collect();
-    admit(&Queues::open(), &Usage::default(), &waiting, Timestamp(0)).admitted
+/// A gang of tensor groups, and its split.
+type Job = (JobId, Gang, Parallelism);
+
+/// Jobs from their tensor sizes and numbers of groups.
+fn jobs(sizes: &[(u32, u32)]) -> Vec<Job> {
+    let job = |(i, &(tensor, groups)): (usize, &(u32, u32))| {
+        let gang = Gang {
+            ranks: tensor * groups,
+            node_group: tensor,
+            device: DeviceKind::Gpu,
+            ..Gang::default()
+        };
+        let split = Parallelism { tensor, pipeline: groups, data: 1 };
+        (format!("job-{i}").parse().unwrap(), gang, split)
+    };
+    sizes.iter().enumerate().map(job).collect()
 }
 
-fn case() -> impl Strategy<Value = (Snapshot, Vec<Admitted>)> {
+/// Who did not fit, and why.
+type Waits = Vec<(Gang, Misfit)>;
+
+/// Places one job after the other on what those before it leave.
+fn plan(snapshot: &Snapshot, jobs: &[Job], seed: Seed) -> (Plan, Waits) {
+    let mut plan = Plan { parent: snapshot.revision(), jobs: Vec::new() };
+    let (mut fleet, mut waits) = (snapshot.clone(), Vec::new());
+    let constraints = Constraints { seed, ..Constraints::default() };
+    for (job, gang, split) in jobs {
+        match place(&fleet, gang, *split, &constraints) {
+            Ok(placed) => {
+                fleet.hold(placed.commitment(job, Attempt(1))).unwrap();
+                plan.jobs.push(JobPlan::new(job, Attempt(1), gang, placed));
+            }
+            Err(misfit) => waits.push((gang.clone(), *misfit)),
+        }
+    }
+    (plan, waits)
+}
+
+fn case() -> impl Strategy<Value = (Snapshot, Vec<Job>)> {
     let machines = prop::collection::vec(machine(), 1..8);
-    let jobs = prop::collection::vec((1u32..5, 1u32..5), 1..8);
-    (machines, jobs).prop_map(|(machines, jobs)| (fleet(&machines), admitted(&jobs)))
+    let sizes = prop::collection::vec((1u32..5, 1u32..5), 1..8);
+    (machines, sizes).prop_map(|(machines, sizes)| (fleet(&machines), jobs(&sizes)))
 }
 
 proptest! {
     #[test]
     fn the_audit_accepts_every_plan_and_no_gang_is_partial(
-        (snapshot, admitted) in case(),
+        (snapshot, jobs) in case(),
         seed in 0u64..4,
     ) {
-        let plan = plan(&snapshot, &admitted, Seed(seed));
+        let (plan, waits) = plan(&snapshot, &jobs, Seed(seed));
         let checked = check(&snapshot, &plan);
         prop_assert!(checked.is_ok(), "{:?}", checked.unwrap_err());
-        prop_assert_eq!(plan.jobs.len() + plan.waiting.len(), admitted.len());
+        prop_assert_eq!(plan.jobs.len() + waits.len(), jobs.len());
         let mut devices = BTreeSet::new();
         for job in &plan.jobs {
             prop_assert_eq!(job.assignments.len(), job.gang.ranks as usize);
@@ -108,21 +115,20 @@ proptest! {
     }
 
     #[test]
-    fn the_same_seed_gives_the_same_plan((snapshot, admitted) in case(), seed in 0u64..4) {
-        let first = plan(&snapshot, &admitted, Seed(seed));
-        prop_assert_eq!(plan(&snapshot.clone(), &admitted, Seed(seed)), first);
+    fn the_same_seed_gives_the_same_plan((snapshot, jobs) in case(), seed in 0u64..4) {
+        let first = plan(&snapshot, &jobs, Seed(seed));
+        prop_assert_eq!(plan(&snapshot.clone(), &jobs, Seed(seed)), first);
     }
 
     #[test]
-    fn a_job_waits_only_when_it_fits_nowhere((snapshot, admitted) in case()) {
-        let plan = plan(&snapshot, &admitted, Seed(0));
+    fn a_job_waits_only_when_it_fits_nowhere((snapshot, jobs) in case()) {
+        let (plan, waits) = plan(&snapshot, &jobs, Seed(0));
         let mut after = snapshot.clone();
         for job in &plan.jobs {
             let devices = job.assignments.iter().map(|a| a.device.clone()).collect();
             after.commit(&job.job, job.attempt, devices).unwrap();
         }
-        for (job, why) in &plan.waiting {
-            let gang = &admitted.iter().find(|a| a.waiting().job == *job).unwrap().waiting().gang;
+        for (gang, why) in waits {
             let room: usize = after
                 .nodes()
                 .filter(|n| n.node().ineligible().is_none())
@@ -134,11 +140,11 @@ proptest! {
 
     #[test]
     fn a_plan_that_is_spoiled_is_refused(
-        (snapshot, admitted) in case(),
+        (snapshot, jobs) in case(),
         spoil in 0usize..8,
         pick in 0usize..100,
     ) {
-        let good = plan(&snapshot, &admitted, Seed(1));
+        let good = plan(&snapshot, &jobs, Seed(1)).0;
         prop_assume!(!good.jobs.is_empty());
         let mut bad = good.clone();
         let at = pick % bad.jobs.len();
@@ -180,7 +186,7 @@ fn two_nodes() -> Snapshot {
 #[test]
 fn a_tensor_group_over_two_nodes_is_named_with_both() {
     let snapshot = two_nodes();
-    let mut plan = plan(&snapshot, &admitted(&[(2, 1)]), Seed(0));
+    let mut plan = plan(&snapshot, &jobs(&[(2, 1)]), Seed(0)).0;
     let second = &mut plan.jobs[0].assignments[1].device;
     let other = if second.node.as_str() == "node-0" { "node-1" } else { "node-0" };
     second.node = other.parse().unwrap();
@@ -191,7 +197,7 @@ fn a_tensor_group_over_two_nodes_is_named_with_both() {
 #[test]
 fn a_job_that_holds_devices_is_not_planned_again() {
     let mut snapshot = two_nodes();
-    let first = plan(&snapshot, &admitted(&[(2, 1)]), Seed(0));
+    let first = plan(&snapshot, &jobs(&[(2, 1)]), Seed(0)).0;
     let devices = first.jobs[0].assignments.iter().map(|a| a.device.clone()).collect();
     snapshot.commit(&first.jobs[0].job, Attempt(1), devices).unwrap();
     let mut again = first.clone();

@@ -38,6 +38,10 @@ pub fn job(view: &v1::JobView) -> Value {
     if let Some(exit) = &view.first_failure {
         entries.insert("first_failure".to_owned(), rank_exit(exit));
     }
+    if !view.spares.is_empty() {
+        let spare = |spare: &v1::SpareView| json!({"node": spare.node, "device": spare.device, "lent_to": spare.lent_to});
+        entries.insert("spares".to_owned(), view.spares.iter().map(spare).collect());
+    }
     if !view.events.is_empty() {
         entries.insert("events".to_owned(), view.events.iter().map(event).collect());
     }

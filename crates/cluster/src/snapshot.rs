@@ -113,8 +113,9 @@ pub struct Commitment {
 
 #[derive(Debug, Clone)]
 struct Held {
-    commitment: Commitment,
-    spots: Vec<(NodeAt, u32)>,
+    /// Shared with the copies of the snapshot.
+    commitment: Arc<Commitment>,
+    spots: Arc<[(NodeAt, u32)]>,
 }
 
 /// The fleet at one moment: nodes, their devices and who holds them.
@@ -235,13 +236,13 @@ impl Snapshot {
 
     /// Returns every commitment, by job.
     pub fn commitments(&self) -> impl ExactSizeIterator<Item = &Commitment> {
-        self.commitments.values().map(|held| &held.commitment)
+        self.commitments.values().map(|held| &*held.commitment)
     }
 
     /// Returns what a job holds.
     #[must_use]
     pub fn commitment(&self, job: &JobId) -> Option<&Commitment> {
-        self.commitments.get(job).map(|held| &held.commitment)
+        self.commitments.get(job).map(|held| &*held.commitment)
     }
 
     /// Returns who holds a device, also when its node is not part of the fleet at present; of
@@ -352,7 +353,8 @@ impl Snapshot {
         if let Some((_, at)) = last {
             self.refresh(at);
         }
-        self.commitments.insert(shared, Held { commitment, spots });
+        let held = Held { commitment: Arc::new(commitment), spots: spots.into() };
+        self.commitments.insert(shared, held);
         self.revision.0 += 1;
         Ok(())
     }
@@ -407,7 +409,7 @@ impl Snapshot {
             self.forget_if_empty(at);
         }
         self.revision.0 += 1;
-        Some(commitment)
+        Some(Arc::unwrap_or_clone(commitment))
     }
 
     /// Keeps devices for a job, whether or not others hold them now: they are not free for anybody

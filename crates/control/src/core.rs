@@ -89,6 +89,8 @@ pub(crate) struct Core {
     pub(crate) dirty: BTreeSet<JobId>,
     /// Jobs of which something has changed that readers see.
     pub(crate) stale: BTreeSet<JobId>,
+    /// Jobs beside which devices are kept ready.
+    pub(crate) spared: BTreeSet<JobId>,
     pub(crate) new: Vec<NewJobs>,
     pub(crate) sends: Vec<Send>,
     pub(crate) events: Vec<v1::EventView>,
@@ -120,6 +122,7 @@ impl Core {
             term,
             dirty: BTreeSet::new(),
             stale: BTreeSet::new(),
+            spared: BTreeSet::new(),
             new: Vec::new(),
             sends: Vec::new(),
             events: Vec::new(),

@@ -6,7 +6,7 @@ use drumline_cluster::{Change, Node, Snapshot};
 use drumline_placement::{Cycle, Seed};
 use drumline_scheduler::{Options, Saved, Scheduler};
 use drumline_spec::QueueSpec;
-use drumline_types::{DeviceId, Explanation, NodeName, Reason, Timestamp};
+use drumline_types::{DeviceId, Explanation, JobId, NodeName, Reason, Timestamp};
 
 /// What one look at the fleet led to.
 pub(crate) struct Decided {
@@ -110,29 +110,26 @@ impl Desk {
         }
     }
 
-    /// Says what a cycle would decide if these were submitted; nothing is kept.
-    pub(crate) fn preview(
+    /// Returns a copy of the scheduler with these queues, for a preview.
+    pub(crate) fn trial(
         &self,
         queues: Vec<QueueSpec>,
-        requests: &[drumline_cluster::Request],
         now: Timestamp,
-    ) -> Result<Cycle, drumline_cluster::ChangeError> {
-        if queues.is_empty() {
-            return Ok(self.scheduler.preview(requests, now));
-        }
+    ) -> Result<Scheduler, drumline_cluster::ChangeError> {
         let mut trial = self.scheduler.clone();
         for queue in queues {
             trial.apply(Change::Queue { queue: Box::new(queue) }, now)?;
         }
-        Ok(trial.preview(requests, now))
+        Ok(trial)
+    }
+
+    /// Returns what is kept ready beside a job, and to whom each device is lent.
+    pub(crate) fn spares(&self, job: &JobId) -> Vec<(DeviceId, Option<JobId>)> {
+        self.scheduler.spares(job)
     }
 
     /// Explains in full why a job waits.
-    pub(crate) fn explain(
-        &self,
-        job: &drumline_types::JobId,
-        now: Timestamp,
-    ) -> Option<Explanation> {
+    pub(crate) fn explain(&self, job: &JobId, now: Timestamp) -> Option<Explanation> {
         self.scheduler.explain(job, now)
     }
 

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use drumline_ports::store::Leadership;
+use drumline_spec::{JobSpec, QueueSpec};
 use drumline_types::{Clock, Timestamp};
+use drumline_wire::v1::SubmittedJob;
 use drumline_wire::v1::agent_up::Kind as Up;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +27,9 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 /// How often figures of the fleet are noted and old things forgotten.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
+/// Previews that are made at the same time, at most: each has a copy of all that is known.
+pub(crate) const PREVIEWS_MAX: usize = 2;
+
 /// One leader at work.
 pub(crate) struct Dispatcher {
     pub(crate) core: Core,
@@ -35,6 +40,8 @@ pub(crate) struct Dispatcher {
     pub(crate) heartbeat_ms: u64,
     /// Where states are kept from which a bad plan was made; `None`: nowhere.
     pub(crate) incidents: Option<PathBuf>,
+    /// Previews that may still be made at the same time.
+    pub(crate) previews: Arc<Semaphore>,
 }
 
 /// An answer that waits for what it says to be durable.
@@ -108,7 +115,7 @@ impl Dispatcher {
                     }
                 }
                 Input::Preview { specs, queues, reply } => {
-                    let _ = reply.send(self.core.preview(&specs, queues, now));
+                    self.preview(&specs, queues, reply, now);
                 }
                 Input::DeleteQueue { queue, reply } => match self.core.delete_queue(&queue, now) {
                     Ok(()) => answers.push(Answer::Done(reply)),
@@ -170,6 +177,28 @@ impl Dispatcher {
             }
         }
         answers
+    }
+
+    /// Looks at what would be decided, on a copy and beside everything else.
+    fn preview(
+        &self,
+        specs: &[JobSpec],
+        queues: Vec<QueueSpec>,
+        reply: Reply<Vec<SubmittedJob>>,
+        now: Timestamp,
+    ) {
+        let Ok(place) = Arc::clone(&self.previews).try_acquire_owned() else {
+            let message = format!("{PREVIEWS_MAX} previews are being made; ask again in a moment");
+            drop(reply.send(Err(ApiError::Exhausted(message))));
+            return;
+        };
+        match self.core.preview(specs, queues, now) {
+            Err(error) => drop(reply.send(Err(error))),
+            Ok(preview) => drop(tokio::task::spawn_blocking(move || {
+                let _place = place;
+                drop(reply.send(preview.look()));
+            })),
+        }
     }
 
     /// Decides, writes, publishes, acts and answers, in this order.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use drumline_lifecycle::{Note, State};
 use drumline_ports::store::Revision;
 use drumline_spec::{JobSpec, Parallelism, Work};
-use drumline_types::{NodeName, Timestamp};
+use drumline_types::{DeviceId, JobId, NodeName, Timestamp};
 use drumline_wire::v1;
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,8 @@ pub(crate) struct Job {
     pub(crate) serving: Serving,
     /// What its ranks use, by rank, of the present attempt.
     pub(crate) samples: BTreeMap<u32, v1::RankSample>,
+    /// Devices that are kept ready beside it, each with the job that it is lent to.
+    pub(crate) spares: Vec<(DeviceId, Option<JobId>)>,
 }
 
 /// How a training run stands, as its ranks report it.
@@ -118,6 +120,7 @@ impl Job {
             revision,
             serving: Serving::default(),
             samples: BTreeMap::new(),
+            spares: Vec::new(),
         }
     }
 

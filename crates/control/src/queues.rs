@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use drumline_cluster::Change;
 use drumline_lifecycle::Event;
-use drumline_spec::QueueSpec;
+use drumline_spec::{DeviceKind, QueueSpec};
 use drumline_types::{JobId, JobPhase, QueueName, Timestamp};
 use drumline_wire::v1;
 
@@ -76,7 +76,7 @@ impl Core {
                 self.queues.insert(name, queue);
             }
             None => {
-                self.desk.apply(Change::QueueGone { queue: name.clone() }, now);
+                self.desk.apply(gone(&name), now);
                 self.queues.remove(&name);
             }
         }
@@ -102,8 +102,9 @@ impl Core {
                 format!("job {job} is in queue {name}; cancel it, or wait until it has ended");
             return Err(ApiError::Invalid(message));
         }
-        let change = Change::QueueGone { queue: name.clone() };
-        self.desk.try_apply(change, now).map_err(|error| ApiError::Invalid(error.to_string()))?;
+        self.desk
+            .try_apply(gone(name), now)
+            .map_err(|error| ApiError::Invalid(error.to_string()))?;
         self.queues.remove(name);
         self.dirty_queues.insert(name.clone());
         Ok(())
@@ -154,6 +155,7 @@ impl Core {
         for id in &self.active {
             let job = &self.jobs[id];
             let (holds, devices) = (job.state().phase.holds_devices(), job.state().ranks.len());
+            let (own, leader) = (job.spec.device, job.spec.wishes.leader);
             // A tree that is too deep to be one ends here.
             let mut at = Some(&job.spec.settings.queue);
             for _ in 0..all.len() {
@@ -161,8 +163,15 @@ impl Core {
                 if let Some(view) = views.get_mut(&spec.name) {
                     if holds {
                         view.running += 1;
-                        let class = job.spec.device.as_str().to_owned();
-                        *view.used.entry(class).or_default() += devices as u32;
+                        let mut count = |kind: DeviceKind, devices: usize| {
+                            *view.used.entry(kind.as_str().to_owned()).or_default() +=
+                                devices as u32;
+                        };
+                        let leads = usize::from(leader.is_some() && devices > 0);
+                        count(own, devices - leads);
+                        if let Some(kind) = leader {
+                            count(kind, leads);
+                        }
                     } else {
                         view.pending += 1;
                     }
@@ -183,6 +192,16 @@ impl Core {
         let mut views: Vec<v1::QueueView> = views.into_values().collect();
         views.sort_by_cached_key(|view| depth(&view.name));
         views
+    }
+}
+
+/// Returns what it means that nobody's queue of this name exists any more: it is gone, or, for the
+/// one that jobs are in who name none, open again.
+fn gone(name: &QueueName) -> Change {
+    if *name == QueueName::default_queue() {
+        Change::Queue { queue: Box::new(QueueSpec::open(name.clone())) }
+    } else {
+        Change::QueueGone { queue: name.clone() }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Who starts, who leaves, and what is said to those who wait.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use drumline_lifecycle::{Event, Rendezvous};
-use drumline_placement::{Eviction, EvictionCause};
+use drumline_placement::{Eviction, EvictionCause, Spares};
+use drumline_scheduler::Scheduler;
 use drumline_spec::{JobSpec, QueueSpec, SplitChoice};
 use drumline_types::{Explanation, JobId, Reason, Timestamp};
 use drumline_wire::v1;
@@ -32,6 +34,7 @@ impl Core {
             self.incident = decided.incident;
             return;
         };
+        self.show_spares(&decided.cycle.spares);
         for eviction in decided.cycle.evictions {
             let why = eviction_reason(&eviction);
             let event = Event::Evicted { attempt: eviction.attempt, why };
@@ -43,6 +46,20 @@ impl Core {
             let id = job.plan().job.clone();
             self.apply(&id, Event::Planned { plan: job, rendezvous }, now);
             self.fleet.changed = true;
+        }
+    }
+
+    /// Lets readers see what is kept ready beside which job, and to whom it is lent.
+    fn show_spares(&mut self, all: &[Spares]) {
+        let kept: BTreeSet<JobId> = all.iter().map(|spares| spares.job.clone()).collect();
+        let before = std::mem::replace(&mut self.spared, kept.clone());
+        for id in before.union(&kept) {
+            let Some(job) = self.jobs.get_mut(id) else { continue };
+            let spares = self.desk.spares(id);
+            if job.spares != spares {
+                job.spares = spares;
+                self.stale.insert(id.clone());
+            }
         }
     }
 
@@ -59,15 +76,32 @@ impl Core {
         Rendezvous { secret: identity::secret(), master_addr, master_port }
     }
 
-    /// Says where jobs would go now if they were the only ones waiting. Nothing is kept.
+    /// Prepares to say where jobs would go now. Nothing is kept.
     pub(crate) fn preview(
         &self,
         specs: &[JobSpec],
         queues: Vec<QueueSpec>,
         now: Timestamp,
-    ) -> Result<Vec<v1::SubmittedJob>, ApiError> {
-        let specs = &self.choose_splits(specs.to_vec())?;
-        check_size(specs)?;
+    ) -> Result<Preview, ApiError> {
+        let specs = self.choose_splits(specs.to_vec())?;
+        check_size(&specs)?;
+        let trial =
+            self.desk.trial(queues, now).map_err(|error| ApiError::Invalid(error.to_string()))?;
+        Ok(Preview { specs, trial, now })
+    }
+}
+
+/// A look at what would be decided, apart from what is.
+pub(crate) struct Preview {
+    specs: Vec<JobSpec>,
+    trial: Scheduler,
+    now: Timestamp,
+}
+
+impl Preview {
+    /// Looks. With many jobs waiting it takes a while, and disturbs nobody.
+    pub(crate) fn look(self) -> Result<Vec<v1::SubmittedJob>, ApiError> {
+        let Self { specs, trial, now } = self;
         let id = |index: usize| -> Result<JobId, ApiError> {
             let name = format!("preview-{index}");
             name.parse().map_err(|_| ApiError::Invalid("too many jobs".to_owned()))
@@ -76,10 +110,7 @@ impl Core {
         for (index, spec) in specs.iter().enumerate() {
             asked.push(request(&id(index)?, spec, now));
         }
-        let cycle = self
-            .desk
-            .preview(queues, &asked, now)
-            .map_err(|error| ApiError::Invalid(error.to_string()))?;
+        let cycle = trial.into_preview(&asked, now);
         let mut answers = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let id = id(index)?;
@@ -125,7 +156,7 @@ fn placed(assignment: &drumline_placement::Assignment) -> v1::RankView {
 fn eviction_reason(eviction: &Eviction) -> Explanation {
     let reason = match eviction.cause {
         EvictionCause::Preempted => Reason::Preempted,
-        EvictionCause::Reclaimed => Reason::Reclaimed,
+        EvictionCause::Reclaimed | EvictionCause::Recalled => Reason::Reclaimed,
         EvictionCause::Consolidated | EvictionCause::Resized | EvictionCause::Drained => {
             Reason::Moved
         }

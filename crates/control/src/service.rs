@@ -253,6 +253,7 @@ async fn lead(
         inbox: inputs,
         heartbeat_ms,
         incidents: options.state_dir.as_ref().map(|folder| folder.join("incidents")),
+        previews: Arc::new(tokio::sync::Semaphore::new(crate::dispatch::PREVIEWS_MAX)),
     };
     dispatcher
         .run(leadership, stop, || drop(reign.send_replace(Some(Reign { inbox, board }))))

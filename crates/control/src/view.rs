@@ -2,7 +2,7 @@
 
 use drumline_lifecycle::{Note, RankState};
 use drumline_spec::Work;
-use drumline_types::{JobPhase, Timestamp};
+use drumline_types::{DeviceId, JobId, JobPhase, Timestamp};
 use drumline_wire::{convert, v1};
 
 use crate::job::Job;
@@ -41,6 +41,7 @@ pub(crate) fn job(job: &Job, gateway_url: &str, with_spec: bool) -> v1::JobView 
             ..v1::RankExitView::from(&failure.exit)
         }),
         device_kind: gang.device.as_str().to_owned(),
+        spares: job.spares.iter().map(spare).collect(),
         ..v1::JobView::default()
     };
     convert::explain(&mut view, &state.why);
@@ -67,6 +68,14 @@ pub(crate) fn event(job: &str, note: &Note) -> v1::EventView {
         job: job.to_owned(),
         node: String::new(),
         attempt: note.attempt.0,
+    }
+}
+
+fn spare((device, lent_to): &(DeviceId, Option<JobId>)) -> v1::SpareView {
+    v1::SpareView {
+        node: device.node.to_string(),
+        device: device.index,
+        lent_to: lent_to.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 

@@ -207,3 +207,29 @@ async fn an_elastic_gang_starts_with_what_fits() {
     assert!(ledger.launched[&(id, 1)].spec_json.contains("\"ranks\":5"));
     assert!(ledger.violations.is_empty());
 }
+
+/// A queue `default` that was made and deleted is the open one again, for those who show it and
+/// for those who decide, now and after a restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deleting_the_default_queue_opens_it_again() {
+    let mut cluster = cluster().await;
+    let client = &mut cluster.client;
+    submit(client, &queue("default", "quota: {cpu: 1}, borrowingLimit: {cpu: 0}")).await;
+    let waits = submit(client, &job("first", "default", 2, "")).await;
+    until(client, &waits[0], |view| view.reason == "ExceedsQuota").await;
+    let cancel = v1::CancelJobRequest { id: waits[0].clone(), user: String::new() };
+    client.cancel_job(cancel).await.unwrap();
+    until_phase(client, &waits[0], "cancelled").await;
+    let delete = v1::DeleteQueueRequest { name: "default".to_owned(), user: String::new() };
+    client.delete_queue(delete).await.unwrap();
+    let listed = queues(client).await;
+    let default = listed.iter().find(|queue| queue.name == "default").unwrap();
+    assert!(default.quota.is_empty(), "{default:?}");
+    let ids = submit(client, &job("second", "default", 3, "")).await;
+    until_phase(client, &ids[0], "running").await;
+    // One that was made together with one that cannot be is not left behind either.
+    let both = [queue("default", "held: true"), queue("lost", "parent: nowhere")].join("---\n");
+    assert!(refused(client, &both).await.contains("nowhere"));
+    let ids = submit(client, &job("third", "default", 3, "")).await;
+    until_phase(client, &ids[0], "running").await;
+}

@@ -79,6 +79,15 @@ fn facts(job: &v1::JobView, now_ms: u64) -> Markup {
             @if job.started_ms > 0 {
                 dt { "Running for" } dd { (format_duration_ms(end.saturating_sub(job.started_ms))) }
             }
+            @if !job.spares.is_empty() {
+                dt { "Spares" } dd {
+                    @for (at, spare) in job.spares.iter().enumerate() {
+                        @if at > 0 { ", " }
+                        (spare.node) "/" (spare.device)
+                        @if !spare.lent_to.is_empty() { " (lent to " (spare.lent_to) ")" }
+                    }
+                }
+            }
             dt { "Attempt" } dd { (job.attempt) ", restarts " (job.restarts) }
             @if let Some(service) = &job.service {
                 dt { "Model" } dd { (service.served_name) @if !service.gateway_url.is_empty() { " at " code { (service.gateway_url) "/v1" } } }

@@ -311,7 +311,7 @@ impl Desk {
 fn leaves(eviction: &Eviction) -> (JobId, Attempt, Explanation) {
     let reason = match eviction.cause {
         EvictionCause::Preempted => Reason::Preempted,
-        EvictionCause::Reclaimed => Reason::Reclaimed,
+        EvictionCause::Reclaimed | EvictionCause::Recalled => Reason::Reclaimed,
         EvictionCause::Consolidated | EvictionCause::Resized | EvictionCause::Drained => {
             Reason::Moved
         }
@@ -359,6 +359,7 @@ pub fn gang(spec: &JobSpec, cpu_device_milli: u64) -> Gang {
     let mut gang = spec.gang();
     gang.share_milli = WHOLE_DEVICE;
     gang.leader = None;
+    gang.spares = 0;
     if gang.device == DeviceKind::Cpu {
         gang.cpu_milli = gang.cpu_milli.max(cpu_device_milli);
     }

@@ -1,7 +1,7 @@
 //! What one look of the scheduler at the fleet decides: starts, evictions, and what it says to
 //! those who wait.
 
-use drumline_types::{Attempt, Explanation, JobId, Timestamp};
+use drumline_types::{Attempt, DeviceId, Explanation, JobId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Plan;
@@ -14,6 +14,8 @@ pub enum EvictionCause {
     Preempted,
     /// The queue that lent the devices needs them back.
     Reclaimed,
+    /// It runs on devices that were kept ready for a gang, which needs them now.
+    Recalled,
     /// It moves, so that a gang that is scattered otherwise fits.
     Consolidated,
     /// It starts again at another size.
@@ -40,6 +42,15 @@ pub struct Eviction {
     pub message: String,
 }
 
+/// The devices that are kept ready beside one gang that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spares {
+    /// The gang.
+    pub job: JobId,
+    /// The devices; some may be lent.
+    pub devices: Vec<DeviceId>,
+}
+
 /// What one cycle decides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cycle {
@@ -51,6 +62,9 @@ pub struct Cycle {
     pub evictions: Vec<Eviction>,
     /// Waiting jobs whose explanation is not the one told last, in the order of their ids.
     pub told: Vec<(JobId, Explanation)>,
+    /// Every device that is kept ready after it, by the gang that it is kept for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<Spares>,
     /// When the passing of time alone may change a decision: a backoff, a reservation, a cool-down.
     pub wake: Option<Timestamp>,
     /// Waiting jobs that were looked at (the others cannot have become placeable).

@@ -47,8 +47,8 @@ mod search;
 mod shape;
 mod survey;
 
-pub use cycle::{Cycle, Eviction, EvictionCause};
+pub use cycle::{Cycle, Eviction, EvictionCause, Spares};
 pub use misfit::Misfit;
 pub use place::{Placed, place, try_place};
-pub use plan::{Assignment, JobPlan, Plan, Seed, plan};
+pub use plan::{Assignment, JobPlan, Plan, Seed};
 pub use scoring::{Constraints, Scoring};

@@ -1,16 +1,12 @@
-//! The plan: what starts where, from which snapshot, and who waits for what.
+//! The plan: what starts where, and from which snapshot.
 
-use std::collections::BTreeMap;
-
-use drumline_cluster::{Commitment, Revision, Slice, Snapshot};
+use drumline_cluster::{Commitment, Revision, Slice};
 use drumline_mesh::{Coords, Mesh};
-use drumline_queue::Admitted;
 use drumline_spec::{Gang, Parallelism};
-use drumline_types::{Attempt, DeviceId, Explanation, JobId, RankIndex, Reason};
+use drumline_types::{Attempt, DeviceId, JobId, RankIndex};
 use serde::{Deserialize, Serialize};
 
-use crate::place::{Placed, place};
-use crate::scoring::Constraints;
+use crate::place::Placed;
 
 /// Decides among equals. The same seed and input give the same plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -43,15 +39,13 @@ pub struct JobPlan {
     pub assignments: Vec<Assignment>,
 }
 
-/// What starts now and what waits, in the order in which the jobs were considered.
+/// What starts now, in the order in which the jobs were considered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// The revision of the snapshot that it was made from.
     pub parent: Revision,
     /// The jobs that start.
     pub jobs: Vec<JobPlan>,
-    /// The admitted jobs that wait, each with its reason.
-    pub waiting: Vec<(JobId, Explanation)>,
 }
 
 impl JobPlan {
@@ -81,44 +75,6 @@ impl JobPlan {
             slice: Slice::of(&self.gang),
         }
     }
-}
-
-/// Places the admitted jobs one after the other, each as a whole or not at all.
-///
-/// A gang goes to the fewest nodes, inside the smallest topology domain that holds it, and of
-/// those where it leaves the least free devices behind; `seed` decides among equals. Tensor groups
-/// (`node_group` consecutive ranks) never span nodes. A job that cannot be placed holds nothing,
-/// and those behind it may still go.
-#[must_use]
-pub fn plan(snapshot: &Snapshot, admitted: &[Admitted], seed: Seed) -> Plan {
-    let mut plan = Plan { parent: snapshot.revision(), jobs: Vec::new(), waiting: Vec::new() };
-    let mut fleet = snapshot.clone();
-    let constraints = Constraints { seed, ..Constraints::default() };
-    // Devices only get fewer while a plan is made: a gang that did not fit once will not fit now.
-    let mut hopeless: BTreeMap<&Gang, Explanation> = BTreeMap::new();
-    for waiting in admitted.iter().map(Admitted::waiting) {
-        if let Some(why) = hopeless.get(&waiting.gang) {
-            plan.waiting.push((waiting.job.clone(), why.clone()));
-            continue;
-        }
-        let placed = place(&fleet, &waiting.gang, waiting.split, &constraints)
-            .map_err(|misfit| misfit.explanation())
-            .and_then(|placed| {
-                let held = fleet.hold(placed.commitment(&waiting.job, waiting.attempt));
-                held.map(|()| placed)
-                    .map_err(|error| Explanation::new(Reason::WaitingForDevices, error.to_string()))
-            });
-        match placed {
-            Ok(placed) => {
-                plan.jobs.push(JobPlan::new(&waiting.job, waiting.attempt, &waiting.gang, placed));
-            }
-            Err(why) => {
-                hopeless.insert(&waiting.gang, why.clone());
-                plan.waiting.push((waiting.job.clone(), why));
-            }
-        }
-    }
-    plan
 }
 
 /// Mixes the bits of a number (the finalizer of SplitMix64).

@@ -1,10 +1,9 @@
 //! Small fleets in, decisions and reasons out.
 
 use drumline_cluster::{Device, Health, Node, Snapshot};
-use drumline_placement::{Plan, Seed, plan};
-use drumline_queue::{Admitted, Queues, Usage, Waiting, admit};
-use drumline_spec::{DeviceKind, Gang, GangSettings, Parallelism, RestartPolicy};
-use drumline_types::{Attempt, Bytes, DeviceId, Reason, Timestamp};
+use drumline_placement::{Constraints, Misfit, Placed, Seed, place};
+use drumline_spec::{DeviceKind, Gang, Parallelism, TopologyRule};
+use drumline_types::{Attempt, Bytes, DeviceId, Reason};
 
 /// A fleet written as one line per node: name, rack, one letter per device (`.` free, `#` held,
 /// `x` failed), and `!` when it is cordoned.
@@ -37,79 +36,51 @@ fn fleet(lines: &[&str]) -> Snapshot {
     snapshot
 }
 
-/// Jobs as (tensor, groups).
-fn jobs(sizes: &[(u32, u32)]) -> Vec<Admitted> {
-    let job = |(i, &(tensor, groups)): (usize, &(u32, u32))| Waiting {
-        job: format!("job-{i}").parse().unwrap(),
-        attempt: Attempt(1),
-        gang: Gang {
-            ranks: tensor * groups,
-            node_group: tensor,
-            device: DeviceKind::Gpu,
-            ..Gang::default()
-        },
-        split: Parallelism { tensor, pipeline: groups, data: 1 },
-        settings: GangSettings {
-            queue: "default".parse().unwrap(),
-            priority: 0,
-            restarts: RestartPolicy { limit: 0, backoff_ms: 0 },
-            stall_timeout_ms: 0,
-            start_timeout_ms: 1000,
-            ..GangSettings::default()
-        },
-        submitted: Timestamp(i as u64),
-        held: false,
-        not_before: Timestamp(0),
+/// Looks for a place for `groups` tensor groups of `tensor` ranks each.
+fn seek(fleet: &Snapshot, (tensor, groups): (u32, u32), seed: u64) -> Result<Placed, Box<Misfit>> {
+    let gang = Gang {
+        ranks: tensor * groups,
+        node_group: tensor,
+        device: DeviceKind::Gpu,
+        ..Gang::default()
     };
-    let waiting: Vec<Waiting> = sizes.iter().enumerate().map(job).collect();
-    admit(&Queues::open(), &Usage::default(), &waiting, Timestamp(0)).admitted
+    let split = Parallelism { tensor, pipeline: groups, data: 1 };
+    place(fleet, &gang, split, &Constraints { seed: Seed(seed), ..Constraints::default() })
 }
 
-fn placed(plan: &Plan) -> Vec<String> {
-    plan.jobs
-        .iter()
-        .map(|job| {
-            let devices: Vec<_> = job.assignments.iter().map(|a| a.device.to_string()).collect();
-            format!("{}: {}", job.job, devices.join(" "))
-        })
-        .collect()
+fn devices(placed: &Placed) -> String {
+    placed.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
 
 #[test]
 fn a_gang_takes_the_node_that_it_fills_best() {
     let fleet = fleet(&["a r1 ........", "b r1 #####...", "c r2 ####...."]);
-    let plan = plan(&fleet, &jobs(&[(3, 1)]), Seed(0));
-    assert_eq!(placed(&plan), ["job-0: b/5 b/6 b/7"]);
+    assert_eq!(devices(&seek(&fleet, (3, 1), 0).unwrap()), "b/5 b/6 b/7");
 }
 
 #[test]
 fn a_gang_too_big_for_a_node_stays_in_one_rack() {
     let fleet = fleet(&["a r1 ....", "b r2 ....", "c r2 ..##", "d r1 #..."]);
-    let plan = plan(&fleet, &jobs(&[(2, 3)]), Seed(0));
+    let placed = seek(&fleet, (2, 3), 0).unwrap();
     // r1 has room for 2 + 1 groups and r2 for 2 + 1: both hold it, and either is whole.
-    let racks: std::collections::BTreeSet<bool> = plan.jobs[0]
-        .assignments
-        .iter()
-        .map(|a| ["a", "d"].contains(&a.device.node.as_str()))
-        .collect();
-    assert_eq!(racks.len(), 1, "{:?}", placed(&plan));
+    let in_first = |device: &DeviceId| ["a", "d"].contains(&device.node.as_str());
+    let racks: std::collections::BTreeSet<bool> = placed.devices.iter().map(in_first).collect();
+    assert_eq!(racks.len(), 1, "{}", devices(&placed));
 }
 
 #[test]
 fn a_rack_that_it_fills_goes_before_a_rack_with_more_room() {
     let fleet = fleet(&["a r1 ....", "b r1 ....", "c r2 ....", "d r2 ..##"]);
-    let plan = plan(&fleet, &jobs(&[(1, 6)]), Seed(3));
-    assert_eq!(placed(&plan), ["job-0: c/0 c/1 c/2 c/3 d/0 d/1"]);
+    assert_eq!(devices(&seek(&fleet, (1, 6), 3).unwrap()), "c/0 c/1 c/2 c/3 d/0 d/1");
 }
 
 #[test]
 fn two_gangs_that_could_each_hold_half_do_not() {
-    let fleet = fleet(&["a r1 ....", "b r1 ...."]);
-    let plan = plan(&fleet, &jobs(&[(1, 6), (1, 6)]), Seed(0));
-    assert_eq!(plan.jobs.len(), 1);
-    assert_eq!(plan.jobs[0].assignments.len(), 6);
-    let (job, why) = &plan.waiting[0];
-    assert_eq!((job.as_str(), why.reason), ("job-1", Reason::WaitingForDevices));
+    let mut fleet = fleet(&["a r1 ....", "b r1 ...."]);
+    let first = seek(&fleet, (1, 6), 0).unwrap();
+    assert_eq!(first.devices.len(), 6);
+    fleet.hold(first.commitment(&"first".parse().unwrap(), Attempt(1))).unwrap();
+    assert_eq!(seek(&fleet, (1, 6), 0).unwrap_err().reason(), Reason::WaitingForDevices);
 }
 
 #[test]
@@ -160,17 +131,13 @@ fn every_wait_has_its_reason_and_its_numbers() {
         ),
     ];
     for (lines, size, reason, message) in cases {
-        let plan = plan(&fleet(lines), &jobs(&[size]), Seed(0));
-        let (_, why) = &plan.waiting[0];
+        let why = seek(&fleet(lines), size, 0).unwrap_err().explanation();
         assert_eq!((why.reason, why.message.as_str()), (reason, message));
     }
 }
 
 #[test]
 fn a_gang_that_must_share_a_rack_waits_while_its_devices_are_scattered() {
-    use drumline_placement::{Constraints, place};
-    use drumline_spec::TopologyRule;
-
     let rule = |required| TopologyRule { ranks: 0, level: "rack".to_owned(), required };
     let gang = |required| Gang {
         ranks: 8,

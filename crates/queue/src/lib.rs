@@ -4,21 +4,15 @@
 //! It knows no node; where a gang fits is the business of `placement`, and what follows from both
 //! that of `scheduler`.
 
-pub mod admit;
 pub mod amounts;
 pub mod decay;
-pub mod limits;
 pub mod models;
 pub mod order;
 pub mod tree;
 pub mod turn;
-pub mod waiting;
 
-pub use admit::{Admission, admit};
 pub use amounts::{History, Share, Short};
-pub use limits::{QueueLimits, Queues, Usage};
 pub use models::{ModelId, Models, means};
 pub use order::Place;
 pub use tree::{Charge, Closed, QueueId, Tree};
 pub use turn::{Candidate, Turn};
-pub use waiting::{Admitted, Waiting};

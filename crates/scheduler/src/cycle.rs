@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use drumline_cluster::Snapshot;
-use drumline_mesh::Mesh;
-use drumline_placement::{Assignment, Constraints, Cycle, Eviction, JobPlan, Placed, Plan};
+use drumline_placement::{Constraints, Cycle, Eviction, JobPlan, Placed, Plan};
 use drumline_queue::{Candidate, Charge, Closed, Place, QueueId, Short, Tree, Turn};
 use drumline_spec::{DeviceKind, Gang};
-use drumline_types::{DeviceId, Explanation, JobId, QueueName, RankIndex, Reason, Timestamp};
+use drumline_types::{DeviceId, Explanation, JobId, QueueName, Reason, Timestamp};
 
 use crate::holds::Keep;
 use crate::job::{Stand, milli, sizes};
 use crate::lines::{By, ClassId, ShapeId, Standing};
+use crate::promise::Promise;
 use crate::scheduler::{Scheduler, Slot, slice};
 use crate::site;
 
@@ -49,6 +49,8 @@ struct Leaf {
     ready: BTreeSet<(Place, ClassId)>,
     /// Jobs that wait for quota: nobody behind them in line gets devices of that kind.
     barrier: BTreeMap<DeviceKind, Place>,
+    /// When the first of those will have quota, once somebody behind it has asked.
+    promised: BTreeMap<DeviceKind, Option<Promise>>,
     /// Without backfill, nobody behind the first job that waits gets anything.
     shut: Option<Place>,
 }
@@ -84,15 +86,18 @@ impl Scheduler {
         };
         self.correct_ends(now);
         self.rouse(&mut work);
+        self.review_spares(&mut work);
         self.review_holds(&mut work);
         self.start_nominated(&mut work);
         self.take_turns(&mut work);
+        self.stock_spares(&mut work);
         self.grow(&mut work);
         self.tell(&mut work);
         self.dirty = work.unfinished;
-        let plan = Plan { parent, jobs: work.jobs, waiting: Vec::new() };
+        let plan = Plan { parent, jobs: work.jobs };
         let (evictions, wake, considered) = (work.evictions, work.wake, work.considered);
-        Cycle { now, plan, evictions, told: work.told, wake, considered }
+        let spares = self.all_spares();
+        Cycle { now, plan, evictions, told: work.told, spares, wake, considered }
     }
 
     /// Moves the estimated ends of jobs that have run over.
@@ -210,7 +215,13 @@ impl Scheduler {
     }
 
     fn open_line(&mut self, queue: &QueueName, id: QueueId, work: &mut Work) -> Leaf {
-        let mut leaf = Leaf { id, ready: BTreeSet::new(), barrier: BTreeMap::new(), shut: None };
+        let mut leaf = Leaf {
+            id,
+            ready: BTreeSet::new(),
+            barrier: BTreeMap::new(),
+            promised: BTreeMap::new(),
+            shut: None,
+        };
         let Some(line) = self.lines.lines.get(queue) else { return leaf };
         let classes: Vec<ClassId> = line.classes.iter().copied().collect();
         for class_id in classes {
@@ -291,10 +302,13 @@ impl Scheduler {
     /// Tries the first job of a line.
     fn serve(&mut self, leaf: &mut Leaf, work: &mut Work) {
         let Some((place, class_id)) = leaf.ready.first().cloned() else { return };
-        if let Some(first) = leaf.behind(&place, self.kind(class_id)) {
+        let kind = self.kind(class_id);
+        if let Some(first) = leaf.behind(&place, kind).cloned()
+            && !self.fills_gap(leaf, kind, &first, &place, work.now)
+        {
             // Everyone from here on waits behind somebody.
-            let by_quota = leaf.shut.as_ref() != Some(first);
-            let why = behind_text(self.lines.class(class_id), first, by_quota);
+            let by_quota = leaf.shut.as_ref() != Some(&first);
+            let why = behind_text(self.lines.class(class_id), &first, by_quota);
             leaf.ready.remove(&(place, class_id));
             self.set_why(class_id, &why);
             return;
@@ -315,7 +329,6 @@ impl Scheduler {
             Err(refusal) => {
                 work.vain += 1;
                 leaf.ready.remove(&(place.clone(), class_id));
-                let kind = self.kind(class_id);
                 self.block(class_id, &refusal);
                 let nominated = self.wait_at_the_head(slot, class_id, leaf.id, &refusal, work);
                 if !nominated {
@@ -323,6 +336,27 @@ impl Scheduler {
                 }
             }
         }
+    }
+
+    /// Returns whether a job may go before the one that waits for quota: it is gone in time.
+    fn fills_gap(
+        &mut self,
+        leaf: &mut Leaf,
+        kind: DeviceKind,
+        first: &Place,
+        place: &Place,
+        now: Timestamp,
+    ) -> bool {
+        let Some(&slot) = self.ids.get(place.job()) else { return false };
+        if !self.options.backfill || leaf.shut.is_some() || self.job(slot).bound(now).is_none() {
+            return false;
+        }
+        if !leaf.promised.contains_key(&kind) {
+            let promise = self.promise_at(first, leaf.id, now);
+            leaf.promised.insert(kind, promise);
+        }
+        let promise = leaf.promised.get(&kind).and_then(Option::as_ref);
+        self.is_gone_by(slot, promise, now)
     }
 
     fn kind(&self, class: ClassId) -> DeviceKind {
@@ -366,6 +400,10 @@ impl Scheduler {
                     break;
                 }
                 Err((by, why)) => {
+                    if let Some(placed) = self.find_on_spares(slot, leaf, &chosen, most) {
+                        found = Some(placed);
+                        break;
+                    }
                     // What quota allows and devices do not is told before the reverse.
                     if refusal.as_ref().is_none_or(|r| r.short.is_some()) {
                         refusal = Some(Refusal { by, why, short: None });
@@ -375,7 +413,7 @@ impl Scheduler {
         }
         self.count_again(&own);
         if let Some(placed) = found {
-            return Ok(placed);
+            return Ok(self.beside_spares(slot, &gang, placed));
         }
         Err(refusal.unwrap_or_else(gone))
     }
@@ -421,15 +459,18 @@ impl Scheduler {
         let Err(short) = self.tree.check(leaf, charge) else { return Ok(()) };
         let job = self.job(slot);
         let (id, bound) = (job.id.clone(), job.bound(now));
-        let Some(bound) = bound else { return Err(short) };
-        let later: Vec<JobId> = self
+        let gang = job.request.gang.clone();
+        let mut later: Vec<JobId> = self
             .holds
             .iter()
             .filter(|(owner, hold)| {
-                **owner != *id && matches!(hold.keep, Keep::Reserved { start } if bound <= start)
+                **owner != *id
+                    && matches!(hold.keep, Keep::Reserved { start }
+                        if bound.is_some_and(|bound| bound <= start))
             })
             .map(|(owner, _)| owner.clone())
             .collect();
+        later.extend(self.lenders(slot, leaf, &gang));
         if later.is_empty() {
             return Err(short);
         }
@@ -532,11 +573,10 @@ impl Scheduler {
     /// Starts a job on devices that were found for it.
     pub(crate) fn start(&mut self, slot: Slot, placed: Placed, work: &mut Work) {
         let job = self.job(slot);
-        let (id, attempt, split) = (job.id.clone(), job.attempt, placed.split);
-        let ranks = placed.devices.len() as u32;
+        let (id, attempt) = (job.id.clone(), job.attempt);
         let gang_queue = job.request.settings.queue.clone();
         let mut gang = job.request.gang.clone();
-        gang.ranks = ranks;
+        gang.ranks = placed.devices.len() as u32;
         self.drop_hold(&id);
         self.leave(slot);
         if let Err(error) = self.fleet.hold(placed.commitment(&id, attempt)) {
@@ -546,6 +586,7 @@ impl Scheduler {
             return;
         }
         self.placed(slot, work.now, work.now, None, None);
+        self.settle_spares(slot, &placed.devices);
         // Who was disrupted once is left alone for a while when it runs again.
         let immune = self.left_alone(self.job(slot).past.lost_ms, work.now);
         let past = &mut self.job_mut(slot).past;
@@ -555,17 +596,8 @@ impl Scheduler {
         if let Some(queue) = self.tree.find(&gang_queue) {
             self.grew.extend(self.tree.path(queue));
         }
-        let mesh = Mesh::new(split);
-        let assignments = (0..ranks)
-            .zip(placed.devices)
-            .map(|(rank, device)| Assignment {
-                rank: RankIndex(rank),
-                coords: mesh.coords(rank),
-                device,
-            })
-            .collect();
-        let job = JobId::clone(&id);
-        work.jobs.push(JobPlan { job, attempt, gang, split, assignments });
+        work.jobs.push(JobPlan::new(&id, attempt, &gang, placed));
+        self.seek_spares(slot);
     }
 
     fn short_refusal(&self, leaf: QueueId, gang: &Gang, short: Short) -> Refusal {
@@ -639,6 +671,7 @@ impl Leaf {
             let first = self.barrier.entry(kind).or_insert_with(|| place.clone());
             if place < *first {
                 *first = place.clone();
+                self.promised.remove(&kind);
             }
         }
         if !backfill && self.shut.as_ref().is_none_or(|first| place < *first) {

@@ -21,6 +21,9 @@ pub enum Keep {
         /// The estimated start.
         start: Timestamp,
     },
+    /// It runs, and these are for when one of its own fails. Jobs that can be ended at once may use
+    /// them meanwhile.
+    Spare,
 }
 
 /// The devices kept for one job.
@@ -52,6 +55,11 @@ impl Holds {
 
     pub(crate) fn len(&self) -> usize {
         self.by_job.len()
+    }
+
+    /// Returns how many are reservations for later.
+    pub(crate) fn reserved(&self) -> usize {
+        self.by_job.values().filter(|hold| matches!(hold.keep, Keep::Reserved { .. })).count()
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&JobId, &Hold)> {

@@ -48,7 +48,8 @@ pub(crate) struct Placed {
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
     pub(crate) id: Arc<JobId>,
-    pub(crate) request: Box<Request>,
+    /// Shared with the copies that previews are made on.
+    pub(crate) request: Arc<Request>,
     pub(crate) attempt: Attempt,
     pub(crate) held: bool,
     pub(crate) stand: Stand,
@@ -89,7 +90,14 @@ impl Job {
             gang,
             length: self.remaining_ms().map(length),
             priority: self.priority(),
+            brief: self.ends_at_once(),
         }
+    }
+
+    /// Returns whether it can be ended for another at any moment, so that devices can be lent to it.
+    pub(crate) fn ends_at_once(&self) -> bool {
+        let settings = &self.request.settings;
+        settings.preemptible && settings.min_runtime_ms == 0 && settings.disruptions.is_none()
     }
 
     /// Returns how long it is still expected to run once started, if that is known.

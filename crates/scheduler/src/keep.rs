@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use drumline_spec::Gang;
 use drumline_types::{DeviceId, JobId};
 
 use crate::holds::{Hold, Keep};
@@ -58,14 +59,18 @@ impl Scheduler {
             return;
         }
         let Some(hold) = self.holds.of(job) else { return };
-        let count = hold.devices.len();
-        let first: Vec<DeviceId> = hold.devices.iter().take(2).cloned().collect();
+        let spare = hold.keep == Keep::Spare;
+        let kept = if spare { self.unlent(job) } else { Vec::new() };
+        let counted = if spare { &kept } else { &hold.devices };
+        let count = counted.len();
+        let first: Vec<DeviceId> = counted.iter().take(2).cloned().collect();
         let Some(owner) = self.known(job) else { return };
-        if owner.placed().is_some() {
+        if owner.placed().is_some() && !spare {
             // What a gang that shrinks will keep is charged already.
             return;
         }
-        let gang = owner.request.gang.clone();
+        let leader = owner.request.gang.leader.filter(|_| !spare);
+        let gang = Gang { leader, ..owner.request.gang.clone() };
         let Some(queue) = self.tree.find(&owner.request.settings.queue) else { return };
         let charge = self.charge_for(&gang, &first, count, self.now);
         self.tree.suppose(queue, &charge, true);

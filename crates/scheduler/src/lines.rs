@@ -25,6 +25,8 @@ pub(crate) struct Alike {
     /// About how long they are expected to run; `None`: unknown.
     pub(crate) length: Option<u32>,
     pub(crate) priority: i32,
+    /// Whether they can be ended at once, so that devices can be lent to them.
+    pub(crate) brief: bool,
 }
 
 /// What stands between a class and its devices.

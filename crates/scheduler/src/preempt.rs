@@ -278,7 +278,7 @@ impl Scheduler {
     }
 
     /// Returns by which rule a job may take the devices of another.
-    fn cause(
+    pub(crate) fn cause(
         &self,
         claimant: &Job,
         leaf: QueueId,
@@ -626,6 +626,10 @@ impl Scheduler {
     ) {
         let now = work.now;
         let Some(&slot) = self.ids.get(victim) else { return };
+        // Who is asked to leave has no use for spares.
+        if self.holds.of(victim).is_some_and(|hold| hold.keep == Keep::Spare) {
+            self.drop_hold(victim);
+        }
         let job = self.job_mut(slot);
         let attempt = job.attempt;
         let id = job.id.clone();

@@ -36,6 +36,7 @@ impl Scheduler {
             match keep {
                 Keep::Nominated { until } if until <= work.now => self.drop_hold(&id),
                 Keep::Nominated { until } => work.wake(until),
+                Keep::Spare => {}
                 Keep::Reserved { start } => {
                     if !doubted && start >= work.now {
                         continue;
@@ -58,9 +59,14 @@ impl Scheduler {
             Stand::InLine { class, place, .. } => (class, place),
             // A gang that leaves to come back, smaller or elsewhere, keeps what it will need.
             Stand::Placed(placed) => {
-                return placed.leaving.as_ref().is_some_and(|leaving| {
-                    leaving.resize_to.is_some() || leaving.cause == EvictionCause::Consolidated
-                });
+                return match (&placed.leaving, keep) {
+                    (Some(leaving), _) => {
+                        leaving.resize_to.is_some() || leaving.cause == EvictionCause::Consolidated
+                    }
+                    (None, Keep::Spare) => true,
+                    // The place of its next attempt, once the present one has lost a device.
+                    (None, _) => self.has_lost(id),
+                };
             }
             Stand::Aside { .. } => return nominated && !job.held,
         };
@@ -78,7 +84,7 @@ impl Scheduler {
         (!doubted || sound()) && (nominated || first())
     }
 
-    fn may_use(&self, device: &DeviceId, gang: &Gang) -> bool {
+    pub(crate) fn may_use(&self, device: &DeviceId, gang: &Gang) -> bool {
         self.fleet.node(&device.node).is_some_and(|state| {
             let node = state.node();
             let health = node.devices.get(device.index as usize).map(|device| &device.health);
@@ -172,7 +178,7 @@ impl Scheduler {
             && refusal.by != By::Quota
             && gang.ranks > 1
             && self.holds.of(&id).is_none()
-            && self.holds.len() < RESERVED_MAX;
+            && self.holds.reserved() < RESERVED_MAX;
         if first && self.consolidate(slot, gang, leaf, refusal, work) {
             return true;
         }

@@ -43,6 +43,10 @@ pub struct Scheduler {
     /// Jobs that hold devices, by queue and priority.
     pub(crate) placed: BTreeMap<QueueName, BTreeSet<(i32, Arc<JobId>)>>,
     pub(crate) holds: Holds,
+    /// Jobs that hold devices and have asked for spares.
+    pub(crate) spared: BTreeSet<Arc<JobId>>,
+    /// What had been freed when spares were last sought for a job.
+    pub(crate) sought: BTreeMap<Arc<JobId>, u64>,
     /// What is counted as used because it is kept; nothing between two cycles.
     pub(crate) supposed: Option<BTreeMap<JobId, (QueueId, Charge)>>,
     /// Grows whenever quota may have become free, or an order may have changed.
@@ -81,6 +85,8 @@ impl Scheduler {
             leaving: BTreeSet::new(),
             placed: BTreeMap::new(),
             holds: Holds::default(),
+            spared: BTreeSet::new(),
+            sought: BTreeMap::new(),
             supposed: None,
             loosened: 0,
             dirty: true,
@@ -225,7 +231,7 @@ impl Scheduler {
     ) -> Slot {
         let id = Arc::new(request.job.clone());
         let stand = Stand::Aside { not_before: Timestamp(0), told: None };
-        let request = Box::new(request);
+        let request = Arc::new(request);
         let job = Job { id: id.clone(), request, attempt, held, stand, past };
         let slot = self.free.pop().unwrap_or_else(|| {
             self.jobs.push(None);
@@ -287,6 +293,8 @@ impl Scheduler {
                 let (queue, priority) = (job.request.settings.queue.clone(), job.priority());
                 self.ends.remove(&(placed.ends, id.clone()));
                 self.leaving.remove(&id);
+                self.spared.remove(&id);
+                self.sought.remove(&id);
                 if let Some(set) = self.placed.get_mut(&queue) {
                     set.remove(&(priority, id.clone()));
                     if set.is_empty() {
@@ -375,6 +383,9 @@ impl Scheduler {
         self.ends.insert((ends, id.clone()));
         if leaving.is_some() {
             self.leaving.insert(id.clone());
+        }
+        if gang.spares > 0 {
+            self.spared.insert(id.clone());
         }
         let priority = self.job(slot).priority();
         self.placed.entry(queue).or_default().insert((priority, id));
@@ -486,6 +497,7 @@ impl Scheduler {
             if let Some(&slot) = self.ids.get(&job.job)
                 && self.job(slot).placed().is_some()
             {
+                self.drop_hold(&job.job);
                 self.leave(slot);
                 self.wait(slot, not_before, Some(told.clone()));
             }
@@ -508,7 +520,13 @@ impl Scheduler {
     /// Says where jobs would go now, and to whose cost, if they were submitted. Nothing is kept.
     #[must_use]
     pub fn preview(&self, requests: &[Request], now: Timestamp) -> Cycle {
-        let mut trial = self.clone();
+        self.clone().into_preview(requests, now)
+    }
+
+    /// As [`Self::preview`], on a copy that is made for it and used up.
+    #[must_use]
+    pub fn into_preview(mut self, requests: &[Request], now: Timestamp) -> Cycle {
+        let trial = &mut self;
         for request in requests {
             let request = Box::new(request.clone());
             let change =

@@ -123,32 +123,43 @@ impl Scheduler {
                         "the next cycle looks at it",
                     ));
                 };
+                let mut reason = why.reason;
                 let mut message = match class.standing {
                     // The evidence of today rather than of when it was tried.
-                    Standing::Blocked { by: By::Devices, freed }
-                        if freed == self.freed_for(&class.alike.gang)
-                            && self.holds.of(&job.id).is_none() =>
+                    Standing::Blocked { by: By::Devices | By::Kept | By::Outright, .. }
+                        if self.holds.of(&job.id).is_none() && is_about_devices(why.reason) =>
                     {
                         let (gang, bounds) = (&class.alike.gang, self.bounds(None));
-                        site::find(&self.fleet, gang, job.split(gang.ranks), &bounds)
-                            .err()
-                            .filter(|now| now.reason == why.reason)
-                            .map_or_else(|| why.message.clone(), |now| now.message)
+                        match site::find(&self.fleet, gang, job.split(gang.ranks), &bounds) {
+                            Err(now) => {
+                                reason = now.reason;
+                                now.message
+                            }
+                            // It fits since a moment ago: the next cycle starts it.
+                            Ok(_) => why.message.clone(),
+                        }
                     }
                     _ => why.message.clone(),
                 };
-                let mut reason = why.reason;
                 let before = class.places.range(..place).count();
                 if before > 0 {
                     message += &format!("; {before} like it are before it in its queue");
                 }
                 if let Some(hold) = self.holds.of(&job.id) {
                     match hold.keep {
-                        Keep::Reserved { start } => message += &self.start_text(start, hold, now),
                         Keep::Nominated { .. } => {
                             reason = Reason::WaitingForPreempted;
                             message = self.nominated_text(hold);
                         }
+                        // Its attempt has just ended; the next cycle looks for its place.
+                        Keep::Reserved { .. } | Keep::Spare => {}
+                    }
+                }
+                if let Some((start, after)) = self.estimated_start(&job.id, now) {
+                    let when = format_duration_ms(start.since_ms(now));
+                    message += &format!("; estimated start in {when}");
+                    if let Some(after) = after {
+                        message += &format!(", when {after} ends");
                     }
                 }
                 if matches!(class.standing, Standing::Blocked { by: By::Kept, .. }) {
@@ -156,21 +167,6 @@ impl Scheduler {
                 }
                 Some(Explanation::new(reason, message))
             }
-        }
-    }
-
-    /// Says when a job that has a reservation is estimated to start, and after whom.
-    fn start_text(&self, start: Timestamp, hold: &crate::holds::Hold, now: Timestamp) -> String {
-        let last = hold
-            .devices
-            .iter()
-            .filter_map(|device| self.fleet.holder(device))
-            .filter_map(|holder| Some((self.known(holder)?.placed()?.ends, holder)))
-            .max();
-        let when = format_duration_ms(start.since_ms(now));
-        match last {
-            Some((_, holder)) => format!("; estimated start in {when}, when {holder} ends"),
-            None => format!("; estimated start in {when}"),
         }
     }
 
@@ -188,6 +184,18 @@ impl Scheduler {
             names.join(", ")
         )
     }
+}
+
+/// Returns whether a reason follows from what the fleet has, rather than from quota or order.
+fn is_about_devices(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::WaitingForDevices
+            | Reason::TopologyDoesNotFit
+            | Reason::ExceedsCluster
+            | Reason::NodesNotReady
+            | Reason::NoMatchingDevice
+    )
 }
 
 /// Says why a job stands aside.

@@ -4,181 +4,13 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drumline_cluster::{Change, Health};
+use drumline_cluster::Change;
 use drumline_placement::{Cycle, EvictionCause};
 use drumline_scheduler::{Options, Saved, Scheduler, Stands};
-use drumline_types::{Attempt, JobId, Reason, Timestamp};
+use drumline_types::{JobId, Reason, Timestamp};
 use proptest::prelude::*;
+use support::play::{NODES, QUEUES, Step, play, step, world};
 use support::{Job, MINUTE, Queue, World};
-
-/// One thing that happens; numbers pick among what there is.
-#[derive(Debug, Clone)]
-enum Step {
-    Submit { queue: usize, ranks: u32, priority: i32, flags: u8, minutes: Option<u64> },
-    End(usize),
-    Crash(usize),
-    Hold(usize),
-    Checkpoint(usize),
-    Fail { node: usize, device: usize },
-    Cordon(usize),
-    Lose(usize),
-    Wait(u64),
-    Leave,
-    Reload,
-}
-
-const QUEUES: [&str; 5] = ["default", "one", "two", "deep", "limited"];
-const NODES: [&str; 6] = ["r1/a", "r1/b", "r1/c", "r2/d", "r2/e", "r2/f"];
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        8 => (0..QUEUES.len(), 1u32..13, 0i32..4, any::<u8>(), prop::option::of(1u64..60)).prop_map(
-            |(queue, ranks, priority, flags, minutes)| Step::Submit {
-                queue, ranks, priority: priority * 600, flags, minutes
-            }
-        ),
-        3 => any::<usize>().prop_map(Step::End),
-        1 => any::<usize>().prop_map(Step::Crash),
-        1 => any::<usize>().prop_map(Step::Hold),
-        1 => any::<usize>().prop_map(Step::Checkpoint),
-        1 => (0..NODES.len(), 0usize..4)
-            .prop_map(|(node, device)| Step::Fail { node, device }),
-        1 => (0..NODES.len()).prop_map(Step::Cordon),
-        1 => (0..NODES.len()).prop_map(Step::Lose),
-        3 => (1u64..40).prop_map(Step::Wait),
-        2 => Just(Step::Leave),
-        1 => Just(Step::Reload),
-    ]
-}
-
-fn world() -> World {
-    let mut world = World::new().nodes(&NODES.join(" "), 4);
-    world.queue(Queue::named("dept").quota("gpu", 14));
-    world.queue(Queue::named("one").below("dept").quota("gpu", 6).lends("gpu", 4));
-    world.queue(Queue::named("two").below("dept").quota("gpu", 8).weight(2));
-    world.queue(Queue::named("half").below("dept"));
-    world.queue(Queue::named("deep").below("half").borrows("gpu", 5));
-    world.queue(Queue::named("limited").quota("gpu", 4).borrows("gpu", 2));
-    world
-}
-
-fn job(at: usize, queue: usize, ranks: u32, priority: i32, flags: u8, minutes: Option<u64>) -> Job {
-    let mut job = Job::named(&format!("job-{at}"), ranks).queue(QUEUES[queue]).priority(priority);
-    if let Some(minutes) = minutes {
-        job = job.takes(minutes * MINUTE);
-    }
-    if flags & 1 > 0 && ranks.is_multiple_of(2) {
-        job = job.groups(2);
-    }
-    if flags & 2 > 0 {
-        job = job.in_one("rack");
-    }
-    if flags & 12 == 12 {
-        job = job.not_preemptible();
-    }
-    if flags & 16 > 0 && flags & 1 == 0 {
-        job = job.elastic(1.max(ranks / 2), ranks * 2);
-    }
-    if flags & 96 == 96 {
-        job = job.min_runtime(20 * MINUTE);
-    }
-    if flags & 128 > 0 {
-        job = job.disruptions(1, 120 * MINUTE);
-    }
-    job
-}
-
-/// What the world does with a step. Returns the changes, so that a twin can be given the same.
-fn play(world: &mut World, step: &Step, submitted: &mut usize) -> Vec<Change> {
-    let saved = world.scheduler.save();
-    let pick = |at: usize, running: bool| -> Option<JobId> {
-        let those: Vec<&JobId> = saved
-            .jobs
-            .iter()
-            .filter(|(_, job)| matches!(job.stands, Stands::Placed { .. }) == running)
-            .map(|(id, _)| id)
-            .collect();
-        (!those.is_empty()).then(|| those[at % those.len()].clone())
-    };
-    let next = |world: &mut World, job: &JobId| {
-        let next = world.attempts.entry(job.clone()).or_insert(1);
-        *next += 1;
-        Attempt(*next)
-    };
-    let requeued =
-        |job: JobId, attempt, ms| Change::Requeued { job, attempt, not_before: Timestamp(ms) };
-    let name = |at: usize| NODES[at].split_once('/').unwrap().1.parse().unwrap();
-    let mut changes = Vec::new();
-    match step {
-        Step::Submit { queue, ranks, priority, flags, minutes } => {
-            let mut job = job(*submitted, *queue, *ranks, *priority, *flags, *minutes).0;
-            *submitted += 1;
-            job.submitted = Timestamp(world.now);
-            let (attempt, not_before) = (Attempt(1), Timestamp(0));
-            changes.push(Change::Submitted { request: Box::new(job), attempt, not_before });
-        }
-        Step::End(at) => changes.extend(pick(*at, true).map(|job| Change::Ended { job })),
-        Step::Crash(at) => {
-            if let Some(job) = pick(*at, true) {
-                let attempt = next(world, &job);
-                changes.push(requeued(job, attempt, world.now + MINUTE));
-            }
-        }
-        Step::Hold(at) => {
-            if let Some(job) = pick(*at, false) {
-                let held = !saved.jobs[&job].held;
-                changes.push(Change::Held { job, held });
-            }
-        }
-        Step::Checkpoint(at) => {
-            changes.extend(pick(*at, true).map(|job| Change::Checkpointed { job }));
-        }
-        Step::Fail { node, device } => {
-            if let Some(state) = world.scheduler.fleet().node(&name(*node)) {
-                let mut node = Box::new(state.node().clone());
-                let health = &mut node.devices[*device].health;
-                *health = match health {
-                    Health::Healthy => Health::Failed("Xid 79".to_owned()),
-                    Health::Failed(_) => Health::Healthy,
-                };
-                changes.push(Change::Node { node });
-            }
-        }
-        Step::Cordon(at) => {
-            if let Some(state) = world.scheduler.fleet().node(&name(*at)) {
-                let mut node = Box::new(state.node().clone());
-                node.cordoned = !node.cordoned;
-                changes.push(Change::Node { node });
-            }
-        }
-        Step::Lose(at) => {
-            let mut fresh = World::new();
-            fresh.node(NODES[*at], 4, "H100");
-            let node = fresh.scheduler.fleet().node(&name(*at)).unwrap().node().clone();
-            changes.push(match world.scheduler.fleet().node(&name(*at)) {
-                Some(_) => Change::NodeGone { node: name(*at) },
-                None => Change::Node { node: Box::new(node) },
-            });
-        }
-        Step::Wait(minutes) => world.wait(minutes * MINUTE),
-        Step::Leave => {
-            for eviction in std::mem::take(&mut world.leaving) {
-                let there = saved.jobs.get(&eviction.job).is_some_and(|job| {
-                    matches!(&job.stands, Stands::Placed { leaving: Some(_), .. })
-                });
-                if there {
-                    let attempt = next(world, &eviction.job);
-                    changes.push(requeued(eviction.job, attempt, 0));
-                }
-            }
-        }
-        Step::Reload => {}
-    }
-    for change in &changes {
-        world.apply(change.clone());
-    }
-    changes
-}
 
 fn invariants(world: &World, cycle: &Cycle, before: &Saved) -> Result<(), TestCaseError> {
     let saved = world.scheduler.save();
@@ -223,6 +55,8 @@ fn invariants(world: &World, cycle: &Cycle, before: &Saved) -> Result<(), TestCa
         if eviction.cause == EvictionCause::Consolidated {
             prop_assert!(claimant.priority >= victim.priority);
             prop_assert!(saved.holds.contains_key(&eviction.job), "it has no place to go to");
+        } else if eviction.cause == EvictionCause::Recalled {
+            prop_assert!(claimant.priority >= victim.priority);
         } else if claimant.queue == victim.queue {
             prop_assert!(claimant.priority > victim.priority);
         }
@@ -361,6 +195,53 @@ proptest! {
                 if let drumline_scheduler::Keep::Reserved { start } = hold.keep {
                     let first = *promised.entry(job.clone()).or_insert(start.0);
                     prop_assert!(start.0 <= first, "{} moves from {} to {}", job, first, start.0);
+                }
+            }
+        }
+        prop_assert!(world.scheduler.counts() == (0, 0), "everybody ran");
+    }
+
+    /// As for devices: who is first in line for its queue's quota starts when it was told first, or
+    /// before, whoever fills the gap.
+    #[test]
+    fn a_wait_for_quota_is_never_prolonged_by_those_behind_while_estimates_hold(
+        jobs in prop::collection::vec((0u64..30, 1u32..9, 1u64..60), 1..40)
+    ) {
+        let mut world = World::new().nodes("a b c d", 4);
+        world.queue(Queue::named("team").quota("gpu", 8).borrows("gpu", 0));
+        let mut ends: BTreeSet<(u64, JobId)> = BTreeSet::new();
+        let mut promised: BTreeMap<JobId, u64> = BTreeMap::new();
+        let mut arrivals = jobs.clone();
+        arrivals.sort_unstable();
+        let mut next = 0;
+        loop {
+            let arrival = arrivals.get(next).map(|job| job.0 * MINUTE);
+            let end = ends.first().map(|(at, _)| *at);
+            let Some(now) = [arrival, end].into_iter().flatten().min() else { break };
+            world.now = now;
+            while let Some((at, id)) = ends.first().cloned() {
+                if at > now { break; }
+                ends.pop_first();
+                world.apply(Change::Ended { job: id });
+            }
+            while let Some(&(at, ranks, minutes)) = arrivals.get(next) {
+                if at * MINUTE > now { break; }
+                let job = Job::named(&format!("job-{next:02}"), ranks).queue("team");
+                world.submit(job.takes(minutes * MINUTE));
+                next += 1;
+            }
+            let cycle = world.decide();
+            for job in &cycle.plan.jobs {
+                let at: usize = job.job.as_str()[4..].parse().unwrap();
+                ends.insert((now + arrivals[at].2 * MINUTE, job.job.clone()));
+                if let Some(start) = promised.get(&job.job) {
+                    prop_assert!(now <= *start, "{} was promised {} and got {}", job.job, start, now);
+                }
+            }
+            for id in world.scheduler.save().jobs.keys() {
+                if let Some((start, _)) = world.scheduler.estimated_start(id, Timestamp(now)) {
+                    let first = *promised.entry(id.clone()).or_insert(start.0);
+                    prop_assert!(start.0 <= first, "{} moves from {} to {}", id, first, start.0);
                 }
             }
         }

@@ -92,7 +92,8 @@ fn a_borrowing_limit_is_kept_and_told() {
     assert_eq!(world.cycle(), ["one starts on a x2"]);
     assert_eq!(
         world.why("two"),
-        "WaitingForQuota: needs 2 gpu devices; queue team uses 2 of 3, so 1 are left"
+        "WaitingForQuota: needs 2 gpu devices; queue team uses 2 of 3, so 1 are left; estimated \
+         start in 1h00m, when one ends"
     );
     assert_eq!(
         world.why("huge"),
@@ -222,6 +223,63 @@ fn a_job_that_waits_for_quota_is_not_overtaken_in_its_queue() {
     world.wait(1);
     world.submit(Job::named("other", 1).queue("team"));
     assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
+fn short_jobs_fill_the_gap_before_one_that_waits_for_quota_and_long_ones_do_not() {
+    let mut world = World::new().nodes("a b", 8);
+    world.queue(Queue::named("team").quota("gpu", 8).borrows("gpu", 0));
+    world.submit(Job::named("runs", 5).queue("team").takes(30 * MINUTE));
+    world.submit(Job::named("stays", 1).queue("team").takes(90 * MINUTE));
+    assert_eq!(world.cycle().len(), 2);
+    world.wait(1);
+    world.submit(Job::named("big", 4).queue("team"));
+    world.wait(1);
+    world.submit(Job::named("long", 1).queue("team").takes(60 * MINUTE));
+    world.submit(Job::named("unsaid", 1).queue("team"));
+    world.submit(Job::named("short", 1).queue("team").takes(10 * MINUTE));
+    assert_eq!(world.cycle(), ["short starts on b x1"]);
+    let why = world.why("big");
+    assert_eq!(
+        why,
+        "WaitingForQuota: needs 4 gpu devices; queue team uses 6 of 8, so 2 are left; estimated \
+         start in 29m59s, when runs ends"
+    );
+    assert!(world.why("long").contains("big first in line"), "{}", world.why("long"));
+    assert!(world.why("unsaid").contains("big first in line"), "{}", world.why("unsaid"));
+    world.wait(30 * MINUTE);
+    world.end("short");
+    world.end("runs");
+    assert!(world.cycle().contains(&"big starts on b x4".to_owned()));
+}
+
+#[test]
+fn a_job_that_exceeds_its_queues_limit_keeps_nobody_waiting() {
+    let mut world = World::new().nodes("a", 8);
+    world.queue(Queue::named("team").quota("gpu", 4).borrows("gpu", 0));
+    world.submit(Job::named("never", 5).queue("team"));
+    world.wait(1);
+    world.submit(Job::named("small", 1).queue("team"));
+    assert_eq!(world.cycle(), ["small starts on a x1"]);
+    assert!(world.why("never").starts_with("ExceedsQuota"), "{}", world.why("never"));
+}
+
+#[test]
+fn a_held_and_a_resting_job_say_so_and_wait() {
+    use drumline_cluster::Change;
+    use drumline_types::Attempt;
+    let mut world = World::new().nodes("a", 8);
+    world.submit(Job::named("held", 1));
+    world.apply(Change::Held { job: "held".parse().unwrap(), held: true });
+    let request = Box::new(Job::named("rests", 1).0);
+    let (attempt, not_before) = (Attempt(1), Timestamp(2_000));
+    world.apply(Change::Submitted { request, attempt, not_before });
+    let cycle = world.decide();
+    assert_eq!((cycle.plan.jobs.len(), cycle.wake), (0, Some(Timestamp(2_000))));
+    assert_eq!(world.why("held"), "Held: held by a user");
+    assert_eq!(world.why("rests"), "BackingOff: attempt 1 starts in 2s");
+    world.wait(2_000);
+    assert_eq!(world.cycle(), ["rests starts on a x1"]);
 }
 
 #[test]

@@ -79,6 +79,7 @@ fn policy(name: &str, scale: f64, ending: Ending) -> PolicyReport {
         evictions: Evictions {
             preempted: 4,
             reclaimed: 2,
+            recalled: 0,
             consolidated: 1,
             resized: 0,
             drained: 0,

@@ -118,6 +118,9 @@ pub struct Gang {
     pub topology: Vec<TopologyRule>,
     /// The sizes that it may run at; `None`: only its own.
     pub elastic: Option<Elastic>,
+    /// Devices to keep ready beside the gang for when one of its own fails; lent meanwhile to jobs
+    /// that can be ended at once.
+    pub spares: u32,
     /// Taints that it endures.
     pub tolerations: Vec<Toleration>,
 }
@@ -136,6 +139,7 @@ impl Default for Gang {
             memory: Bytes(0),
             topology: Vec::new(),
             elastic: None,
+            spares: 0,
             tolerations: Vec::new(),
         }
     }

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::field::{Field, Kind, MapRule, TextRule};
 use crate::gang::{
-    DisruptionBudget, Elastic, Gang, GangSettings, Toleration, TopologyRule, WHOLE_DEVICE,
+    DeviceKind, DisruptionBudget, Elastic, Gang, GangSettings, Toleration, TopologyRule,
+    WHOLE_DEVICE,
 };
 use crate::queue::{QueueSpec, Reclaim};
 use crate::table::{HOUR_MS, default, int, optional};
@@ -59,6 +60,21 @@ pub(crate) const RESOURCES: Field = optional(
             "MiB",
             "Main memory set aside for each rank on its node.",
         ),
+        default(
+            "spares",
+            int(0, 65_536),
+            "0",
+            "devices",
+            "Devices kept ready beside the gang for when one of its own fails, in whole tensor \
+             groups. Jobs that can be ended at once use them meanwhile.",
+        ),
+        optional(
+            "leader",
+            Kind::Choice(&[("cpu", "A share of a node's cores."), ("gpu", "An NVIDIA GPU.")]),
+            "as every rank",
+            "",
+            "For a command whose rank 0 only leads: the kind of device that it gets, near its workers.",
+        ),
         optional(
             "tolerations",
             Kind::Texts { min: 1, max: 32 },
@@ -101,7 +117,16 @@ pub(crate) const TOPOLOGY: Field = optional(
             LEVEL,
             "no wish",
             "",
-            "A level: each copy of the model is inside one domain of it where that can be had.",
+            "A level: each copy of the model is inside one domain of it where that can be had. With \
+             the level above racks, the stages of a pipeline are in neighbouring racks.",
+        ),
+        optional(
+            "tensorRequired",
+            LEVEL,
+            "node",
+            "",
+            "The level, such as an NVLink domain of several nodes, that each tensor group must be in \
+             one domain of.",
         ),
     ]),
     "the smallest domain that holds the gang",
@@ -246,6 +271,10 @@ pub struct Wishes {
     pub cpu_milli: u64,
     /// Main memory for each rank.
     pub memory: Bytes,
+    /// Devices kept ready beside the gang.
+    pub spares: u32,
+    /// The kind of device that rank 0 gets, where it only leads.
+    pub leader: Option<DeviceKind>,
     /// Taints that it endures.
     pub tolerations: Vec<Toleration>,
     /// The level that must hold the whole gang.
@@ -256,6 +285,8 @@ pub struct Wishes {
     pub copy_required: Option<String>,
     /// The level that had better hold each copy.
     pub copy_preferred: Option<String>,
+    /// The level that must hold each tensor group, where that is not a node.
+    pub tensor_required: Option<String>,
     /// Sizes in copies; a command's copies are its ranks.
     pub elastic: Option<Elastic>,
 }
@@ -274,14 +305,18 @@ impl Wishes {
             let level = level.clone()?;
             Some(TopologyRule { ranks, level, required })
         };
+        let tensor = self.tensor_required.as_ref().filter(|level| *level != "node").cloned();
         let topology = [
             rule(0, &self.required, true),
             rule(0, &self.preferred, false),
             rule(copy, &self.copy_required, true),
             rule(copy, &self.copy_preferred, false),
+            rule(gang.node_group, &tensor, true).filter(|rule| rule.ranks > 1),
         ];
         let ranks = |copies: u32| copies.saturating_mul(copy);
         Gang {
+            node_group: if tensor.is_some() { 1 } else { gang.node_group },
+            leader: self.leader,
             models: self.models.clone(),
             share_milli: self.share_milli.unwrap_or(WHOLE_DEVICE),
             cpu_milli: self.cpu_milli,
@@ -292,6 +327,7 @@ impl Wishes {
                 most: ranks(sizes.most),
                 step: ranks(sizes.step),
             }),
+            spares: self.spares,
             tolerations: self.tolerations.clone(),
             ..gang
         }
@@ -306,6 +342,7 @@ pub(crate) fn wishes(
     divides: impl Fn(u32) -> Result<(), String>,
 ) -> Wishes {
     let elastic = elastic(walk, copies, divides);
+    let spares = spares(walk);
     let text = |walk: &Walk<'_>, path: &str| walk.text(path);
     let toleration = |text: &String| match text.split_once('=') {
         Some((key, value)) => Toleration { key: key.to_owned(), value: Some(value.to_owned()) },
@@ -316,13 +353,43 @@ pub(crate) fn wishes(
         share_milli: walk.u32("spec.resources.share").filter(|share| *share != WHOLE_DEVICE),
         cpu_milli: walk.u64("spec.resources.cpu").unwrap_or(0),
         memory: Bytes(walk.u64("spec.resources.memory").unwrap_or(0) << 20),
+        spares,
+        leader: leader(walk),
         tolerations: walk.list("spec.resources.tolerations").iter().map(toleration).collect(),
         required: text(walk, "spec.topology.required"),
         preferred: text(walk, "spec.topology.preferred"),
         copy_required: text(walk, "spec.topology.copyRequired"),
         copy_preferred: text(walk, "spec.topology.copyPreferred"),
+        tensor_required: text(walk, "spec.topology.tensorRequired"),
         elastic,
     }
+}
+
+/// Reads on what a leader runs: only a command has one.
+fn leader(walk: &mut Walk<'_>) -> Option<DeviceKind> {
+    let kind = match walk.text("spec.resources.leader")?.as_str() {
+        "gpu" => DeviceKind::Gpu,
+        _ => DeviceKind::Cpu,
+    };
+    if walk.u32("spec.ranks").is_none() {
+        let message = "only a CommandJob has a rank that leads; every rank of this kind works";
+        walk.wrong_field("spec.resources.leader", message.to_owned());
+    }
+    Some(kind)
+}
+
+/// Reads how many devices are kept ready: whole tensor groups, for a group is lost as a whole.
+fn spares(walk: &mut Walk<'_>) -> u32 {
+    let spares = walk.u32("spec.resources.spares").unwrap_or(0);
+    let group = walk.u32("spec.parallelism.tensor").unwrap_or(1).max(1);
+    if !spares.is_multiple_of(group) {
+        let message = format!(
+            "{spares} spares are no whole tensor groups of {group}; {} are",
+            spares.next_multiple_of(group)
+        );
+        walk.wrong_field("spec.resources.spares", message);
+    }
+    spares
 }
 
 fn elastic(

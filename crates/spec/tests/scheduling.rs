@@ -1,7 +1,7 @@
 //! Where a gang may run, at which sizes, and who may use how much.
 
 use drumline_spec::manifest::{Manifests, parse, parse_all};
-use drumline_spec::{Elastic, Gang, Reclaim, TopologyRule};
+use drumline_spec::{DeviceKind, Elastic, Gang, Reclaim, TopologyRule};
 
 fn all(text: &str) -> Manifests {
     let told = |mistakes: Vec<_>| panic!("{mistakes:?}");
@@ -27,7 +27,7 @@ fn training(more: &str) -> String {
 #[test]
 fn a_gang_carries_every_wish_of_its_manifest() {
     let text = training(
-        "  resources: {device: gpu, models: [h100, a100], cpu: 4000, memory: 1024, \
+        "  resources: {device: gpu, models: [h100, a100], cpu: 4000, memory: 1024, spares: 8, \
          tolerations: [dedicated=training, flaky]}\n  topology: {required: zone, copyPreferred: rack}\n  \
          elastic: {least: 1, most: 8, step: 1}\n",
     );
@@ -36,11 +36,43 @@ fn a_gang_carries_every_wish_of_its_manifest() {
     let text = text.replace("most: 8, step: 1", "most: 2");
     let gang: Gang = all(&text).jobs[0].gang();
     assert_eq!(gang.models, ["h100", "a100"]);
-    assert_eq!((gang.cpu_milli, gang.memory.0), (4000, 1 << 30));
+    assert_eq!((gang.cpu_milli, gang.memory.0, gang.spares), (4000, 1 << 30, 8));
     assert_eq!(gang.tolerations.len(), 2);
     let rule = |ranks, level: &str, required| TopologyRule { ranks, level: level.into(), required };
     assert_eq!(gang.topology, [rule(0, "zone", true), rule(4, "rack", false)]);
     assert_eq!(gang.elastic, Some(Elastic { least: 4, most: 8, step: 4 }), "in ranks");
+}
+
+#[test]
+fn a_tensor_group_may_share_a_domain_of_several_nodes_instead_of_one() {
+    let text = training("  topology: {tensorRequired: nvlink, copyPreferred: spine}\n");
+    let gang: Gang = all(&text).jobs[0].gang();
+    assert_eq!(gang.node_group, 1);
+    let rule = |ranks, level: &str, required| TopologyRule { ranks, level: level.into(), required };
+    assert_eq!(gang.topology, [rule(4, "spine", false), rule(2, "nvlink", true)]);
+    let plain: Gang = all(&training("  topology: {tensorRequired: node}\n")).jobs[0].gang();
+    assert_eq!((plain.node_group, plain.topology), (2, Vec::new()));
+}
+
+#[test]
+fn only_a_command_has_a_leader() {
+    let command = "apiVersion: drumline.dev/v1alpha1\nkind: CommandJob\nmetadata: {name: c}\n\
+                   spec: {argv: [x], ranks: 5, resources: {device: gpu, leader: cpu}}\n";
+    let gang: Gang = all(command).jobs[0].gang();
+    assert_eq!((gang.device, gang.leader), (DeviceKind::Gpu, Some(DeviceKind::Cpu)));
+    let wrong = told(&training("  resources: {leader: cpu}\n"));
+    assert!(wrong[0].contains("only a CommandJob"), "{wrong:?}");
+}
+
+#[test]
+fn spares_are_whole_tensor_groups() {
+    let with = |spares: u32| told(&training(&format!("  resources: {{spares: {spares}}}\n")));
+    assert!(
+        with(3)[0].contains("3 spares are no whole tensor groups of 2; 4 are"),
+        "{:?}",
+        with(3)
+    );
+    assert!(with(4).is_empty(), "{:?}", with(4));
 }
 
 #[test]

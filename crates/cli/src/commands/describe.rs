@@ -70,6 +70,7 @@ fn text(job: &v1::JobView) -> String {
         )
     };
     line("ranks", split);
+    line("spares", spares(&job.spares));
     line("attempt", format!("{}, after {} restarts", job.attempt, job.restarts));
     line("submitted", format!("{} ago", told::ago(now, job.created_ms)));
     if job.started_ms > 0 {
@@ -128,6 +129,14 @@ fn text(job: &v1::JobView) -> String {
         }
     }
     text
+}
+
+fn spares(spares: &[v1::SpareView]) -> String {
+    let one = |spare: &v1::SpareView| match spare.lent_to.as_str() {
+        "" => format!("{}/{}", spare.node, spare.device),
+        lent_to => format!("{}/{} (lent to {lent_to})", spare.node, spare.device),
+    };
+    spares.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn ranks(ranks: &[v1::RankView]) -> String {

@@ -3,8 +3,7 @@
 use drumline_audit::{CheckedJob, check};
 use drumline_cluster::{Device, Node, Snapshot};
 use drumline_lifecycle::{Action, Event, Join, Rendezvous, Report, State, Told, step};
-use drumline_placement::{Seed, plan};
-use drumline_queue::{Queues, Usage, Waiting, admit};
+use drumline_placement::{Constraints, JobPlan, Plan, place};
 use drumline_spec::{DeviceKind, JobSpec, Parallelism, manifest};
 use drumline_types::{Attempt, Bytes, JobId, NodeName, RankExit, RankIndex, RankPhase, Timestamp};
 
@@ -69,18 +68,9 @@ pub(crate) fn checked(spec: &JobSpec, attempt: u32) -> CheckedJob {
             Parallelism { data: command.ranks, ..Parallelism::SINGLE }
         }
     };
-    let waiting = Waiting {
-        job: id(),
-        attempt: Attempt(attempt),
-        gang,
-        split,
-        settings: spec.settings.clone(),
-        submitted: Timestamp(0),
-        held: false,
-        not_before: Timestamp(0),
-    };
-    let admission = admit(&Queues::open(), &Usage::default(), &[waiting], Timestamp(0));
-    let plan = plan(&fleet, &admission.admitted, Seed(1));
+    let placed = place(&fleet, &gang, split, &Constraints::default()).unwrap();
+    let job = JobPlan::new(&id(), Attempt(attempt), &gang, placed);
+    let plan = Plan { parent: fleet.revision(), jobs: vec![job] };
     let checked = check(&fleet, &plan).unwrap();
     checked.jobs().next().unwrap()
 }

@@ -1,10 +1,12 @@
 //! A small world around the scheduler: a cluster in, decisions out, every cycle checked.
 #![allow(dead_code)]
 
+pub(crate) mod play;
+
 use std::collections::BTreeMap;
 
 use drumline_audit::Auditor;
-use drumline_cluster::{Change, Device, Node, Request};
+use drumline_cluster::{Change, Device, Health, Node, Request};
 use drumline_placement::{Cycle, Eviction};
 use drumline_scheduler::{Options, Scheduler};
 use drumline_spec::{
@@ -67,6 +69,12 @@ impl Job {
 
     pub(crate) fn elastic(mut self, least: u32, most: u32) -> Self {
         self.0.gang.elastic = Some(Elastic { least, most, step: 1 });
+        self
+    }
+
+    /// Devices kept ready beside it.
+    pub(crate) fn spares(mut self, devices: u32) -> Self {
+        self.0.gang.spares = devices;
         self
     }
 
@@ -190,6 +198,48 @@ impl World {
 
     pub(crate) fn wait(&mut self, ms: u64) {
         self.now += ms;
+    }
+
+    /// A node is gone with everything on it: the attempts that were on it are over.
+    pub(crate) fn lose(&mut self, node: &str) {
+        let name = node.parse().unwrap();
+        self.apply(Change::NodeGone { node: name });
+    }
+
+    /// A device fails.
+    pub(crate) fn fail(&mut self, node: &str, device: usize) {
+        let state = self.scheduler.fleet().node(&node.parse().unwrap()).unwrap();
+        let mut node = state.node().clone();
+        node.devices[device].health = Health::Failed("Xid 79".to_owned());
+        self.apply(Change::Node { node: Box::new(node) });
+    }
+
+    /// A job's attempt is over, and it waits for the next.
+    pub(crate) fn crash(&mut self, job: &str) {
+        let job: JobId = job.parse().unwrap();
+        let next = self.attempts.entry(job.clone()).or_insert(1);
+        *next += 1;
+        let (attempt, not_before) = (Attempt(*next), Timestamp(0));
+        self.apply(Change::Requeued { job, attempt, not_before });
+    }
+
+    /// The nodes that a job holds devices of.
+    pub(crate) fn on(&self, job: &str) -> Vec<String> {
+        let held = self.scheduler.fleet().commitment(&job.parse().unwrap());
+        let mut nodes: Vec<String> =
+            held.iter().flat_map(|h| &h.devices).map(|d| d.node.to_string()).collect();
+        nodes.dedup();
+        nodes
+    }
+
+    /// What is kept ready for a job, and to whom it is lent.
+    pub(crate) fn spares(&self, job: &str) -> Vec<String> {
+        let spares = self.scheduler.spares(&job.parse().unwrap());
+        let one = |(device, to): (drumline_types::DeviceId, Option<JobId>)| match to {
+            Some(to) => format!("{device} lent to {to}"),
+            None => device.to_string(),
+        };
+        spares.into_iter().map(one).collect()
     }
 
     /// Everyone who was asked to leave has left.

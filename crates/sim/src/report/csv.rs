@@ -33,7 +33,7 @@ fn summary(report: &Report) -> String {
     let mut text = "policy,arrived,finished,running,waiting,impossible,wait_mean_s,wait_p50_s,wait_p90_s,\
                     wait_p99_s,completion_mean_s,completion_p50_s,completion_p90_s,completion_p99_s,\
                     makespan_h,allocation,utilization,fragmentation,effective_time,fairness,preempted,\
-                    reclaimed,consolidated,resized,drained,restarts,node_failures,device_failures,\
+                    reclaimed,recalled,consolidated,resized,drained,restarts,node_failures,device_failures,\
                     software_failures,cycles\n"
         .to_owned();
     for policy in &report.policies {
@@ -63,6 +63,7 @@ fn summary(report: &Report) -> String {
         let whole = [
             evictions.preempted,
             evictions.reclaimed,
+            evictions.recalled,
             evictions.consolidated,
             evictions.resized,
             evictions.drained,

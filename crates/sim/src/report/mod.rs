@@ -108,6 +108,8 @@ pub struct Evictions {
     pub preempted: u64,
     /// For the queue that lent the devices.
     pub reclaimed: u64,
+    /// From devices that were kept ready for another gang.
+    pub recalled: u64,
     /// So that a scattered gang fits.
     pub consolidated: u64,
     /// To start at another size.
@@ -120,7 +122,12 @@ impl Evictions {
     /// Returns all of them.
     #[must_use]
     pub fn all(&self) -> u64 {
-        self.preempted + self.reclaimed + self.consolidated + self.resized + self.drained
+        self.preempted
+            + self.reclaimed
+            + self.recalled
+            + self.consolidated
+            + self.resized
+            + self.drained
     }
 }
 
@@ -258,6 +265,7 @@ pub(crate) fn summary(report: &PolicyReport) -> Vec<(&'static str, String)> {
         ("evictions", report.evictions.all().to_string()),
         ("  preempted", report.evictions.preempted.to_string()),
         ("  reclaimed", report.evictions.reclaimed.to_string()),
+        ("  recalled", report.evictions.recalled.to_string()),
         ("  moved", report.evictions.consolidated.to_string()),
         ("  resized", report.evictions.resized.to_string()),
         (

@@ -221,6 +221,7 @@ fn gang(draw: &mut Draw, class: &Class, ranks: u32) -> Gang {
             most: sizes(elastic.most.0),
             step: group,
         }),
+        spares: class.spares,
         ..Gang::default()
     }
 }

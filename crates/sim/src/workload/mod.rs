@@ -208,6 +208,9 @@ pub struct Class {
     /// Time from its start in which it is left alone.
     #[serde(default)]
     pub min_runtime: Duration,
+    /// Devices kept ready beside it.
+    #[serde(default)]
+    pub spares: u32,
 }
 
 /// How long jobs work.

@@ -113,6 +113,7 @@ impl Tally {
         *match cause {
             EvictionCause::Preempted => &mut self.evictions.preempted,
             EvictionCause::Reclaimed => &mut self.evictions.reclaimed,
+            EvictionCause::Recalled => &mut self.evictions.recalled,
             EvictionCause::Consolidated => &mut self.evictions.consolidated,
             EvictionCause::Resized => &mut self.evictions.resized,
             EvictionCause::Drained => &mut self.evictions.drained,

@@ -1,0 +1,160 @@
+//! Spares: kept beside a gang, lent meanwhile, taken back at once; a cluster in, decisions out.
+
+mod support;
+
+use drumline_scheduler::Scheduler;
+use drumline_types::Timestamp;
+use support::{Job, MINUTE, Queue, World};
+
+#[test]
+fn a_gang_that_loses_a_node_starts_on_its_spares_and_who_ran_there_leaves() {
+    let mut world = World::new().nodes("a b c", 4);
+    world.submit(Job::named("gang", 8).spares(4).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    let (on, spares) = (world.on("gang"), world.spares("gang"));
+    let spare = ["a", "b", "c"].into_iter().find(|node| !on.contains(&(*node).to_owned())).unwrap();
+    assert_eq!(spares, (0..4).map(|at| format!("{spare}/{at}")).collect::<Vec<_>>());
+    // Work that can be ended at once uses them meanwhile; other work waits.
+    world.submit(Job::named("firm", 2).not_preemptible());
+    world.submit(Job::named("guest", 2));
+    assert_eq!(world.cycle(), [format!("guest starts on {spare} x2")]);
+    assert_eq!(world.spares("gang").iter().filter(|s| s.contains("lent to guest")).count(), 2);
+    assert!(world.why("firm").starts_with("WaitingForDevices"), "{}", world.why("firm"));
+    world.lose(&on[1]);
+    assert_eq!(world.cycle(), ["guest is recalled for gang"]);
+    world.crash("gang");
+    assert_eq!(world.cycle(), Vec::<String>::new(), "the guest has not left yet");
+    assert!(world.why("gang").contains("guest leave"), "{}", world.why("gang"));
+    world.all_leave();
+    assert_eq!(world.cycle().len(), 1);
+    let mut now = world.on("gang");
+    now.sort();
+    let mut wanted = vec![on[0].clone(), spare.to_owned()];
+    wanted.sort();
+    assert_eq!(now, wanted);
+    assert_eq!(world.spares("gang"), Vec::<String>::new(), "nothing is left to keep");
+    // What comes back goes to those who wait, as they stand before it.
+    world.node(&on[1], 4, "H100");
+    assert_eq!(world.cycle().len(), 2);
+    assert_eq!(world.spares("gang"), Vec::<String>::new());
+}
+
+#[test]
+fn spares_are_kept_again_when_devices_are_idle() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("gang", 4).spares(4));
+    assert_eq!(world.cycle().len(), 1);
+    let first = world.on("gang");
+    world.lose(&first[0]);
+    world.crash("gang");
+    assert_eq!(world.cycle().len(), 1);
+    assert_ne!(world.on("gang"), first);
+    assert_eq!(world.spares("gang"), Vec::<String>::new());
+    world.node("c", 4, "H100");
+    world.cycle();
+    assert_eq!(world.spares("gang"), ["c/0", "c/1", "c/2", "c/3"]);
+}
+
+#[test]
+fn a_device_that_fails_is_replaced_while_the_attempt_still_ends() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("gang", 4).spares(2).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    let first = world.on("gang");
+    world.submit(Job::named("small", 2).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.spares("gang").len(), 2);
+    world.fail(&first[0], 1);
+    assert_eq!(world.cycle(), Vec::<String>::new(), "nobody has to leave for one device");
+    world.submit(Job::named("thief", 2).priority(9).not_preemptible());
+    assert_eq!(world.cycle(), Vec::<String>::new(), "its place is kept for it");
+    world.crash("gang");
+    assert_eq!(world.cycle().len(), 1);
+    let held = world.scheduler.fleet().commitment(&"gang".parse().unwrap()).unwrap();
+    let stayed = held.devices.iter().filter(|device| device.node.as_str() == first[0]).count();
+    assert_eq!((held.devices.len(), stayed), (4, 3));
+}
+
+#[test]
+fn a_crash_without_a_loss_comes_back_to_its_own_devices() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("gang", 4).spares(4).not_preemptible());
+    world.submit(Job::named("guest", 4));
+    assert_eq!(world.cycle().len(), 2);
+    let first = world.on("gang");
+    world.crash("gang");
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.on("gang"), first, "and the guest stays on the spares");
+    assert_eq!(world.spares("gang"), Vec::<String>::new());
+}
+
+#[test]
+fn spares_are_on_nodes_of_their_own_in_the_domain_of_the_gang() {
+    let mut world = World::new().nodes("r1/a r1/b r2/c r2/d r2/e", 4);
+    // The first rack holds the gang, but not its spares.
+    world.submit(Job::named("gang", 8).spares(4).in_one("rack"));
+    assert_eq!(world.cycle(), ["gang starts on c x4, d x4"]);
+    assert_eq!(world.spares("gang"), ["e/0", "e/1", "e/2", "e/3"]);
+    world.submit(Job::named("small", 2).spares(2).in_one("rack"));
+    assert_eq!(world.cycle().len(), 1);
+    let spares = world.spares("small");
+    let held = world.scheduler.fleet().commitment(&"small".parse().unwrap()).unwrap();
+    let node = held.devices[0].node.to_string();
+    assert_eq!(spares.len(), 2);
+    assert!(spares.iter().all(|spare| !spare.starts_with(&node)), "{spares:?} beside {node}");
+}
+
+#[test]
+fn a_better_claim_takes_spares_for_good() {
+    let mut world = World::new().nodes("a b", 4);
+    world.queue(Queue::named("mine").quota("gpu", 4));
+    world.queue(Queue::named("theirs").quota("gpu", 4));
+    world.submit(Job::named("gang", 4).spares(4).queue("mine"));
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.spares("gang").len(), 4);
+    // Within its own quota, it does not depend on what others keep beyond theirs.
+    world.submit(Job::named("rightful", 3).queue("theirs").not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.on("rightful").len(), 1);
+    assert_eq!(world.spares("gang").len(), 1, "{:?}", world.spares("gang"));
+    let first = world.on("gang");
+    world.lose(&first[0]);
+    world.crash("gang");
+    assert_eq!(world.cycle(), Vec::<String>::new(), "it is not asked to leave for it");
+    assert!(world.why("gang").contains("needs 4"), "{}", world.why("gang"));
+}
+
+#[test]
+fn spares_count_in_the_quota_of_their_queue() {
+    let mut world = World::new().nodes("a b c", 4);
+    world.queue(Queue::named("team").quota("gpu", 8).borrows("gpu", 0));
+    world.submit(Job::named("gang", 4).spares(4).queue("team").not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.spares("gang").len(), 4);
+    world.submit(Job::named("firm", 2).queue("team").not_preemptible());
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert!(world.why("firm").starts_with("WaitingForQuota"), "{}", world.why("firm"));
+    world.queue(Queue::named("team").quota("gpu", 10).borrows("gpu", 0));
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.on("firm").len(), 1);
+    assert_eq!(world.spares("gang").len(), 4);
+}
+
+#[test]
+fn a_saved_state_keeps_spares_and_decides_the_same() {
+    let mut world = World::new().nodes("a b c", 4);
+    world.submit(Job::named("gang", 8).spares(4));
+    world.cycle();
+    world.submit(Job::named("guest", 3));
+    world.cycle();
+    let json = serde_json::to_string(&world.scheduler.save()).unwrap();
+    let mut twin = Scheduler::restore(serde_json::from_str(&json).unwrap()).unwrap();
+    world.wait(MINUTE);
+    let node = world.on("gang").remove(0);
+    let gone = drumline_cluster::Change::NodeGone { node: node.parse().unwrap() };
+    twin.apply(gone, Timestamp(world.now)).unwrap();
+    world.lose(&node);
+    let (ours, theirs) = (world.decide(), twin.cycle(Timestamp(world.now)));
+    assert_eq!(ours.evictions, theirs.evictions);
+    assert_eq!(support::lines(&theirs), ["guest is recalled for gang"]);
+}

@@ -45,7 +45,7 @@ fn a_device_that_is_not_there_is_named() {
     support::on_device("a_device_that_is_not_there_is_named", |_| {
         let mut options = support::device_options();
         options.ordinal = 77;
-        let error = Device::open(&options).err().expect("there is no such device");
+        let error = Device::open(&options).expect_err("there is no such device");
         assert!(error.to_string().starts_with("there is no GPU 77"), "{error}");
     });
 }
@@ -55,7 +55,7 @@ fn memory_that_runs_out_is_an_error_with_its_numbers() {
     let fault = Some("memory=50000000");
     support::on_device_with("memory_that_runs_out_is_an_error_with_its_numbers", fault, |_| {
         let cuda = opened().expect("the workspace fits");
-        let error = cuda.alloc(10_000_000).err().expect("40 MB do not fit beside it");
+        let error = cuda.alloc(10_000_000).expect_err("40 MB do not fit beside it");
         let text = error.to_string();
         assert!(text.contains("[10000000] f32") && text.contains("40000000 bytes"), "{text}");
         assert_eq!(cuda.status(), Ok(()), "the device goes on");

@@ -6,6 +6,7 @@
 
 pub mod context;
 pub mod cores;
+pub mod gpu;
 pub mod host;
 pub mod record;
 pub mod serve;
@@ -15,7 +16,7 @@ pub mod world;
 
 use std::process::ExitCode;
 
-use drumline_spec::{DeviceKind, Work};
+use drumline_spec::Work;
 use drumline_wire::line::Credential;
 
 use crate::context::Context;
@@ -36,6 +37,9 @@ pub enum RankError {
     /// The engine refused or lost a peer.
     #[error(transparent)]
     Engine(#[from] drumline_engine::EngineError),
+    /// The GPU cannot be used.
+    #[error(transparent)]
+    Gpu(#[from] drumline_cuda::CudaError),
     /// A peer is gone, silent or out of step.
     #[error(transparent)]
     Collective(#[from] drumline_collective::CollectiveError),
@@ -119,14 +123,6 @@ fn work(runtime: &tokio::runtime::Runtime) -> Result<(), RankError> {
         Host::open(&context)?
     };
     let outcome = match &context.spec.work {
-        // Never on the processor in its place: a GPU was asked for and is held.
-        Work::TrainingJob(_) | Work::ModelService(_)
-            if context.spec.gang().device == DeviceKind::Gpu =>
-        {
-            let why = "native ranks cannot use a GPU yet; `drumline doctor` shows what this \
-                       machine has, and a CommandJob may use it";
-            Err(RankError::Refused(why.to_owned()))
-        }
         Work::TrainingJob(job) => train::run(&context, job, &host, runtime.handle()),
         Work::ModelService(service) => serve::run(&context, service, &host, runtime.handle()),
         Work::CommandJob(_) => {

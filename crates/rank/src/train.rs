@@ -10,14 +10,15 @@ use drumline_collective::Collective;
 use drumline_data::{Batches, Dataset};
 use drumline_engine::{Batch, Snapshot, Span, StepReport, Trainer, Work};
 use drumline_mesh::{Mesh, ShardSpec};
-use drumline_spec::TrainingJob;
-use drumline_tensor::Cpu;
+use drumline_spec::{DeviceKind, Precision, TrainingJob};
+use drumline_tensor::{Backend, MatmulPrecision};
 use drumline_wire::v1;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use crate::RankError;
 use crate::context::Context;
+use crate::gpu;
 use crate::host::Host;
 use crate::record::Record;
 use crate::stopwatch::{Breakdown, Stopwatch};
@@ -49,7 +50,7 @@ struct Start {
     error: Option<String>,
 }
 
-/// Trains until the job's last step.
+/// Trains until the job's last step, on the kind of device that the job asks for.
 ///
 /// # Errors
 /// [`RankError`]; the gang's attempt is over then.
@@ -59,9 +60,30 @@ pub fn run(
     host: &Host,
     runtime: &Handle,
 ) -> Result<(), RankError> {
+    match context.spec.gang().device {
+        DeviceKind::Cpu => {
+            let backend = drumline_engine::train::cpu(job, context.threads)?;
+            run_on(backend, context, job, host, runtime)
+        }
+        DeviceKind::Gpu => {
+            let matmul = match job.precision {
+                Precision::F32 => MatmulPrecision::F32,
+                Precision::Bf16 => MatmulPrecision::Bf16,
+            };
+            run_on(gpu::open(context, matmul)?, context, job, host, runtime)
+        }
+    }
+}
+
+fn run_on<B: Backend>(
+    backend: B,
+    context: &Context,
+    job: &TrainingJob,
+    host: &Host,
+    runtime: &Handle,
+) -> Result<(), RankError> {
     let dataset = Arc::new(Dataset::open(&context.resolve(&job.data.path))?);
     let batches = Batches::of_job(Arc::clone(&dataset), job)?;
-    let backend = drumline_engine::train::cpu(job, context.threads)?;
     let World { coords, groups, .. } =
         runtime.block_on(world::join(context, host, job.parallelism, String::new()))?;
     let all = Arc::clone(&groups.world);
@@ -201,14 +223,14 @@ fn writer(
     })?))
 }
 
-struct Rank<'a> {
+struct Rank<'a, B: Backend> {
     job: &'a TrainingJob,
     host: &'a Host,
     leads: bool,
     copy: u32,
     batches: Batches,
     work: Work,
-    trainer: Trainer<Cpu, Stopwatch>,
+    trainer: Trainer<B, Stopwatch>,
     writer: Option<Writer<Saved>>,
     record: Option<Record>,
     last_report: Option<Instant>,
@@ -216,7 +238,7 @@ struct Rank<'a> {
     validation: Option<f64>,
 }
 
-impl Rank<'_> {
+impl<B: Backend> Rank<'_, B> {
     fn load(&mut self, start: &Start) -> Result<(), RankError> {
         let Some(path) = &start.checkpoint else { return Ok(()) };
         let checkpoint = Checkpoint::open(path)?;

@@ -9,7 +9,7 @@ use drumline_engine::EngineError;
 use drumline_engine::infer::{
     Admission, Event, Follower, Leader, Limits, Load, Model, Request, RequestId,
 };
-use drumline_tensor::Cpu;
+use drumline_tensor::Backend;
 use drumline_wire::{now_ms, v1};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::error::TrySendError;
@@ -105,8 +105,8 @@ impl Shared {
 ///
 /// # Errors
 /// [`RankError`] when a rank is lost: all of the gang's requests end then.
-pub fn lead(
-    model: Model<Cpu>,
+pub fn lead<B: Backend>(
+    model: Model<B>,
     inbox: mpsc::Receiver<Command>,
     shared: &Shared,
     host: &Host,
@@ -149,15 +149,15 @@ pub fn lead(
 ///
 /// # Errors
 /// [`RankError`] when a rank is lost.
-pub fn follow(model: Model<Cpu>) -> Result<(), RankError> {
+pub fn follow<B: Backend>(model: Model<B>) -> Result<(), RankError> {
     let mut follower = Follower::new(model);
     while follower.step()? {}
     Ok(())
 }
 
 /// The model's leader and the clients that wait for its events.
-struct Desk {
-    leader: Leader<Cpu>,
+struct Desk<B: Backend> {
+    leader: Leader<B>,
     inbox: mpsc::Receiver<Command>,
     clients: BTreeMap<RequestId, Client>,
     /// Requests that have no place in the batch yet, in their order.
@@ -175,7 +175,7 @@ struct Client {
     prefill_ms: Option<f64>,
 }
 
-impl Desk {
+impl<B: Backend> Desk<B> {
     /// Takes what has come; waits a little when there is nothing else to do. False once nobody can
     /// send any more.
     fn take_commands(&mut self, runtime: &Handle) -> bool {

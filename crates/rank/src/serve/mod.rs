@@ -13,14 +13,15 @@ use drumline_checkpoint::{ModelSource, open_model};
 use drumline_data::Tokenizer;
 use drumline_engine::EngineError;
 use drumline_engine::infer::{Model, ModelOptions};
-use drumline_spec::{ModelService, WeightStorage};
-use drumline_tensor::{Cpu, DType};
+use drumline_spec::{DeviceKind, ModelService, WeightStorage};
+use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
 use drumline_wire::auth::Token;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 
 use crate::RankError;
 use crate::context::Context;
+use crate::gpu;
 use crate::host::Host;
 use crate::serve::leader::Shared;
 use crate::world::{self, World};
@@ -32,11 +33,30 @@ const PREFILL_TOKENS: usize = 128;
 /// enough that a token takes no more than a few times what it takes alone.
 const PREFILL_BESIDE_DECODE: usize = 64;
 
-/// Serves until the gang is stopped.
+/// Serves until the gang is stopped, on the kind of device that the service asks for.
 ///
 /// # Errors
 /// [`RankError`]; the gang's attempt is over then.
 pub fn run(
+    context: &Context,
+    service: &ModelService,
+    host: &Host,
+    runtime: &Handle,
+) -> Result<(), RankError> {
+    match context.spec.gang().device {
+        DeviceKind::Cpu => {
+            let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
+            run_on(backend, context, service, host, runtime)
+        }
+        DeviceKind::Gpu => {
+            let backend = gpu::open(context, MatmulPrecision::F32)?;
+            run_on(backend, context, service, host, runtime)
+        }
+    }
+}
+
+fn run_on<B: Backend>(
+    backend: B,
     context: &Context,
     service: &ModelService,
     host: &Host,
@@ -69,7 +89,6 @@ pub fn run(
             WeightStorage::Int8 => DType::I8,
         },
     };
-    let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
     let mut model =
         Model::new(&source.model, service.parallelism, coords, groups, backend, options)?;
     let reader = source.reader;
@@ -110,11 +129,11 @@ impl Front {
         Ok(Self { url, listener, tokenizer })
     }
 
-    fn lead(
+    fn lead<B: Backend>(
         self,
         secret: Token,
         host: &Host,
-        model: Model<Cpu>,
+        model: Model<B>,
         runtime: &Handle,
     ) -> Result<(), RankError> {
         let shared = Arc::new(Shared::new(model.limits()));

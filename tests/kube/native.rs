@@ -76,6 +76,19 @@ pub(crate) async fn until_checkpoint(run: &Path) -> PathBuf {
     panic!("no checkpoint in {}", run.display());
 }
 
+/// Waits until a rank's log says something: it does so a moment after it has joined.
+async fn until_told(log: &Path, words: &str) {
+    let mut text = String::new();
+    for _ in 0..600 {
+        text = std::fs::read_to_string(log).unwrap_or_default();
+        if text.contains(words) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{words:?} is not in {}: {text}", log.display());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_training_job_meets_trains_resumes_and_is_served() {
     let Some(cluster) = cluster() else { return };
@@ -97,8 +110,7 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
         .wait(T, "demo", "running again", |s| phase(s) == "running" && s["attempt"] == 2)
         .await;
     assert_eq!(again["restarts"], 1);
-    let log = std::fs::read_to_string(folder.path().join("pods/demo-t2-0/log")).unwrap();
-    assert!(log.contains("continues from step"), "{log}");
+    until_told(&folder.path().join("pods/demo-t2-0/log"), "continues from step").await;
 
     // The operator is replaced in the middle of the run: the gang does not notice.
     first.stop().await;

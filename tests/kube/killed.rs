@@ -12,7 +12,7 @@ use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
 
 use crate::cluster::{Admin, OPERATOR, cluster};
-use crate::kubelet::Kubelets;
+use crate::kubelet::{Kubelets, try_finish};
 use crate::operator::options;
 
 const C: JobKind = JobKind::CommandJob;
@@ -90,10 +90,15 @@ impl Draws {
     }
 }
 
+fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
 /// Watches from outside: no node ever has more GPUs promised than it has.
 fn check(pods: &[Pod], per_node: u32) {
     let mut taken: BTreeMap<&str, u32> = BTreeMap::new();
-    for pod in pods {
+    for pod in pods.iter().filter(|pod| !has_ended(pod)) {
         if let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) {
             *taken.entry(node).or_default() += 1;
         }
@@ -128,7 +133,10 @@ async fn an_operator_killed_at_random_points_leaves_no_partial_gang_and_no_orpha
                 0 if jobs.len() < 8 => {
                     let name = format!("j{kill}-{}", draws.below(1_000_000));
                     let ranks = 1 + draws.below(6);
-                    let spec = json!({ "argv": ["x"], "ranks": ranks,
+                    // Some are urgent: gangs that run leave for them.
+                    let priority = [0, 0, 5000][draws.below(3) as usize];
+                    let spec = json!({ "argv": ["x"], "ranks": ranks, "priority": priority,
+                                       "restarts": { "limit": 3, "backoff": "100ms" },
                                        "resources": { "device": "gpu" } });
                     if admin.apply(C, &name, spec).await.is_ok() {
                         jobs.push(name);
@@ -137,6 +145,15 @@ async fn an_operator_killed_at_random_points_leaves_no_partial_gang_and_no_orpha
                 1 if jobs.len() > 3 => {
                     let name = jobs.swap_remove(draws.below(jobs.len() as u64) as usize);
                     admin.jobs(C).delete(&name, &DeleteParams::default()).await.unwrap();
+                }
+                2 if jobs.len() > 2 => {
+                    let name = &jobs[draws.below(jobs.len() as u64) as usize];
+                    // Now and then: all of its ranks finish, or one of them fails.
+                    match draws.below(12) {
+                        0 => end_ranks(&admin, name, 0).await,
+                        1 => end_ranks(&admin, name, 3).await,
+                        _ => {}
+                    }
                 }
                 _ => {}
             }
@@ -155,6 +172,20 @@ async fn an_operator_killed_at_random_points_leaves_no_partial_gang_and_no_orpha
         let Some(fault) = fault else { break };
         assert!(Instant::now() < deadline, "seed {seed}: {fault}");
         tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Ends the running ranks of a job: all of them with success, or one of them without.
+async fn end_ranks(admin: &Admin, job: &str, exit_code: i32) {
+    let theirs = ListParams::default().labels(&format!("drumline.dev/job={job}"));
+    let pods = admin.pods().list(&theirs).await.unwrap().items;
+    let running = pods.iter().filter(|pod| {
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        phase == Some("Running") && pod.metadata.deletion_timestamp.is_none()
+    });
+    for pod in running.take(if exit_code == 0 { usize::MAX } else { 1 }) {
+        // It may have been deleted at the same moment.
+        let _ = try_finish(&admin.pods(), pod.metadata.name.as_ref().unwrap(), exit_code).await;
     }
 }
 
@@ -189,15 +220,19 @@ async fn unsettled(admin: &Admin, pods: &[Pod], jobs: &[String]) -> Option<Strin
             pod.metadata.labels.as_ref().and_then(|all| all.get("drumline.dev/job-uid"))
                 == Some(&uid)
         });
-        let theirs = theirs.count() as u64;
-        counted += theirs;
+        let theirs: Vec<&Pod> = theirs.collect();
+        counted += theirs.len() as u64;
+        let alive = theirs.iter().filter(|pod| !has_ended(pod)).count();
         let is_good = match phase.as_str() {
-            "running" => theirs == ranks,
-            "pending" => theirs == 0 && job.data["status"]["reason"] == "WaitingForDevices",
+            "running" => theirs.len() as u64 == ranks && alive > 0,
+            "pending" => alive == 0 && job.data["status"]["reason"] == "WaitingForDevices",
+            "succeeded" => theirs.len() as u64 == ranks && alive == 0,
+            "failed" => alive == 0,
             _ => false,
         };
         if !is_good {
-            return Some(format!("{name} is {phase} with {theirs} of {ranks} pods"));
+            let status = &job.data["status"];
+            return Some(format!("{name}: {alive} of {ranks} pods are alive, {status}"));
         }
     }
     (counted != pods.len() as u64).then(|| "there are pods without a job".to_owned())

@@ -28,7 +28,7 @@ pub(crate) struct Faults {
     pub(crate) has_conflicts: AtomicBool,
     updated: Mutex<BTreeSet<String>>,
     compacted: Mutex<BTreeSet<String>>,
-    /// Requests that reached the proxy.
+    /// Requests that reached the proxy, and connections that were cut at once.
     pub(crate) requests: AtomicU64,
     /// Answers that were made up.
     pub(crate) injected: AtomicU64,
@@ -60,6 +60,7 @@ impl Proxy {
         tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 if shared.is_away.load(Ordering::SeqCst) {
+                    shared.requests.fetch_add(1, Ordering::SeqCst);
                     continue;
                 }
                 let (client, faults) = (client.clone(), shared.clone());

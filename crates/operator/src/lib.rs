@@ -25,6 +25,7 @@ pub mod ranks;
 pub mod service;
 pub mod status;
 pub mod step;
+mod waits;
 mod wake;
 
 pub use fleet::FleetRules;

@@ -16,7 +16,8 @@ use kube::api::{Api, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::{self, Store};
-use kube::runtime::watcher::{self, DefaultBackoff};
+use kube::runtime::utils::ResetTimerBackoff;
+use kube::runtime::watcher;
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, mpsc, watch};
@@ -38,6 +39,7 @@ use crate::ranks::keys::{Keys, KeysError};
 use crate::ranks::serve::{CALLS_MAX, ServeError, serve};
 use crate::ranks::services::{Board, Services};
 use crate::ranks::{RankRules, place};
+use crate::waits::{RETRY_MAX, RETRY_MIN, Waits};
 
 /// Changes that come together are looked at together.
 const SETTLE: Duration = Duration::from_millis(10);
@@ -263,7 +265,7 @@ where
                 // Half of an object's size, and of no use here.
                 object.meta_mut().managed_fields = None;
             })
-            .backoff(DefaultBackoff::default())
+            .backoff(ResetTimerBackoff::new(Waits(RETRY_MIN), RETRY_MAX * 4))
             .reflect(writer);
         let mut stream = std::pin::pin!(stream);
         while let Some(Some(event)) = stop.run_until_cancelled(stream.next()).await {

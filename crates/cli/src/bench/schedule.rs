@@ -100,16 +100,30 @@ fn measure(nodes: u32, sizes: &[u32]) -> Result<Vec<Figure>, Wrong> {
         let peak = peak as f64 / f64::from(1u32 << 30);
         figures.push(Figure::new("peak memory", peak, "GiB").aim("under 2"));
     }
+    let mut rows = Vec::new();
     for &nodes in sizes {
-        figures.extend(at_size(nodes)?);
+        let row = at_size(nodes)?;
+        let named = COSTS.iter().zip(row);
+        figures.extend(named.map(|((what, unit), value)| {
+            Figure::new(format!("{nodes} nodes: {what}"), value, unit)
+        }));
+        rows.push((nodes, row));
     }
+    figures.extend(growth(&rows));
     Ok(figures)
 }
 
+/// What the table of cost against size tells of each size, with units.
+const COSTS: [(&str, &str); 5] = [
+    ("one device", "us"),
+    ("nothing fits", "ms"),
+    ("nothing fits, after a job has ended", "ms"),
+    ("4,096 in one rack", "ms"),
+    ("1,024 by preemption", "ms"),
+];
+
 /// A row of the table of cost against size.
-fn at_size(nodes: u32) -> Result<Vec<Figure>, Wrong> {
-    let named =
-        |what: &str, value, unit| Figure::new(format!("{nodes} nodes: {what}"), value, unit);
+fn at_size(nodes: u32) -> Result<[f64; COSTS.len()], Wrong> {
     let mut world = World::busy(nodes, 2, 1);
     world.submit(nodes * 10, 0, &single());
     let burst = world.settle()?;
@@ -118,22 +132,45 @@ fn at_size(nodes: u32) -> Result<Vec<Figure>, Wrong> {
     let mut world = World::busy(nodes, 2, 1);
     world.submit(nodes * 10, 0, &whole_node());
     world.settle()?;
-    let nothing = ms(world.nothing()?.cycle);
+    let nothing = median(5, || Ok(ms(world.nothing()?.cycle)))?;
+    let ended = median(5, || Ok(ms(world.almost_nothing()?.cycle)))?;
     let gang = ms(world.rack_gang(4096)?.cycle);
     drop(world);
     let mut world = World::busy(nodes, 8, 4);
     let preempted = ms(world.preempt(1024)?.cycle);
-    Ok(vec![
-        named("one device", each, "us"),
-        named("nothing fits", nothing, "ms"),
-        named("4,096 in one rack", gang, "ms"),
-        named("1,024 by preemption", preempted, "ms"),
-    ])
+    Ok([each, nothing, ended, gang, preempted])
+}
+
+/// The power of the size with which each cost grows between the smallest and the largest fleet: 1
+/// is in proportion, 0 not at all.
+fn growth(rows: &[(u32, [f64; COSTS.len()])]) -> Vec<Figure> {
+    let (Some((small, first)), Some((large, last))) = (rows.first(), rows.last()) else {
+        return Vec::new();
+    };
+    if large <= small {
+        return Vec::new();
+    }
+    let times = f64::from(*large) / f64::from(*small);
+    let costs = COSTS.iter().zip(first.iter().zip(last));
+    costs
+        .map(|((what, _), (first, last))| {
+            let name = format!("{what}: cost grows as nodes to the power of");
+            Figure::new(name, (last / first).ln() / times.ln(), "").aim("near 1 or less")
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn growth_is_told_as_a_power() {
+        let rows = [(1000, [1.0; COSTS.len()]), (64_000, [64.0; COSTS.len()])];
+        let powers: Vec<f64> = growth(&rows).iter().map(|figure| figure.value).collect();
+        assert!(powers.iter().all(|power| (power - 1.0).abs() < 1e-9), "{powers:?}");
+        assert!(growth(&rows[..1]).is_empty());
+    }
 
     #[test]
     fn every_scenario_comes_about_on_a_small_fleet() {

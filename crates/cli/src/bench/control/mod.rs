@@ -6,6 +6,7 @@
 //! pace of arrival and priority. Kueue reports 351 s for it; the work itself needs 66 s.
 
 mod agents;
+mod etcd;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -29,11 +30,11 @@ use crate::output::note;
 /// Arguments of `bench control`.
 #[derive(Debug, Args)]
 pub struct ControlArgs {
-    /// The store: `embedded` in a folder of its own, or `etcd://HOST:PORT`, which must be
-    /// empty.
+    /// The store: `embedded` in a folder of its own; `etcd`, a server that is started for the
+    /// benchmark; or `etcd://HOST:PORT`, which must be empty.
     #[arg(long, default_value = "embedded")]
     pub store: String,
-    /// Folder for the embedded store [default: a new one that is deleted].
+    /// Folder for the store [default: a new one beside the working folder that is deleted].
     #[arg(long)]
     pub dir: Option<PathBuf>,
     /// Cohorts of six queues each; Kueue's test has 5.
@@ -73,12 +74,17 @@ const CLASSES: [Class; 3] = [
 type Client = ControlClient<InterceptedService<Channel, AddToken>>;
 
 pub(super) async fn run(args: &ControlArgs) -> Result<Measured, Failure> {
-    let folder = tempfile::Builder::new().prefix("drumline-bench-").tempdir()?;
-    let (address, kind) = if args.store == "embedded" {
-        let at = args.dir.clone().unwrap_or_else(|| folder.path().to_owned()).join("state.redb");
-        (format!("embedded:{}", at.display()), "embedded")
-    } else {
-        (args.store.clone(), "etcd")
+    // Beside the working folder, not in a memory file system, so that durable means durable.
+    let folder = tempfile::Builder::new().prefix(".drumline-bench-").tempdir_in(".")?;
+    let at = args.dir.clone().unwrap_or_else(|| folder.path().to_owned());
+    let mut server = None;
+    let (address, kind) = match args.store.as_str() {
+        "embedded" => (format!("embedded:{}", at.join("state.redb").display()), "embedded"),
+        "etcd" => {
+            let server = server.insert(etcd::Server::start(&at).await?);
+            (server.address().to_owned(), "etcd")
+        }
+        other => (other.to_owned(), "etcd"),
     };
     let store = drumline_store::open(&address, &OpenOptions::default())
         .await
@@ -108,7 +114,25 @@ pub(super) async fn run(args: &ControlArgs) -> Result<Measured, Failure> {
     let cycles = control.handle.registry().gather();
     stop.cancel();
     let outcome = outcome?;
-    Ok(report(args, kind, &outcome, &fleet, &cycles))
+    let (name, setting, mut figures) = report(args, kind, &outcome, &fleet, &cycles);
+    let whole = "processor time: control plane, clients and agents";
+    figures.extend(cpu_s("self").map(|cpu| Figure::new(whole, cpu, "s")));
+    let theirs = server.as_ref().and_then(etcd::Server::cpu_s);
+    figures.extend(theirs.map(|cpu| Figure::new("processor time: etcd", cpu, "s")));
+    Ok((name, setting, figures))
+}
+
+/// Returns the processor time of a process, in seconds; `None` where it cannot be told.
+fn cpu_s(process: &str) -> Option<f64> {
+    /// Clock ticks of a second, as Linux counts processor time for users.
+    const TICKS: f64 = 100.0;
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name, which may hold anything, is in brackets; user and system time are the 12th and
+    // 13th after it.
+    let mut after = text.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: f64 = after.next()?.parse().ok()?;
+    let system: f64 = after.next()?.parse().ok()?;
+    Some((user + system) / TICKS)
 }
 
 async fn connect(url: &str, token: &Token) -> Result<Client, Failure> {
@@ -301,6 +325,18 @@ fn report(
     figures.push(Figure::new("submission, 99 of 100 within", quantile(&outcome.calls, 0.99), "ms"));
     figures.push(Figure::new("gangs stopped by the scheduler", outcome.evictions as f64, ""));
     figures.push(Figure::new("attempts beyond the first", outcome.restarts as f64, ""));
+    let applied = |family: &&prometheus::proto::MetricFamily| {
+        family.name() == "drumline_store_txn_duration_seconds"
+    };
+    if let Some(family) = families.iter().find(applied) {
+        let histograms =
+            || family.get_metric().iter().map(prometheus::proto::Metric::get_histogram);
+        let count: u64 = histograms().map(|h| h.get_sample_count()).sum();
+        let sum: f64 = histograms().map(|h| h.get_sample_sum()).sum();
+        figures.push(Figure::new("store transactions", count as f64, ""));
+        let each = sum * 1e3 / count.max(1) as f64;
+        figures.push(Figure::new("store transaction, mean", each, "ms"));
+    }
     for (metric, name) in [
         ("drumline_placement_duration_seconds", "scheduling, all cycles together"),
         ("drumline_audit_duration_seconds", "audit, all cycles together"),

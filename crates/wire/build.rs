@@ -1,9 +1,10 @@
 //! Generates the gRPC code from `proto/` without a protoc on the machine.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    // Asked for when it runs: a built script may be run for a copy of the tree.
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
     let files =
         ["control", "agent", "inference"].map(|name| format!("drumline/v1alpha1/{name}.proto"));
     println!("cargo:rerun-if-changed={}", root.display());

@@ -203,6 +203,7 @@ impl Fixture {
         let (ready, listening) = tokio::sync::oneshot::channel();
         let options = Options {
             listen: "127.0.0.1:0".parse().unwrap(),
+            in_pod: None,
             allow_hosts: Vec::new(),
             control: Arc::new(move || Ok(format!("http://{plane}"))),
             control_ca: None,

@@ -59,6 +59,10 @@ impl Kwok {
         let kubeconfig = cluster.kubeconfig_file(ADMIN);
         let flags = |player: &str| {
             [
+                // Debian's etcd has no progress notices, which streamed lists need: without this,
+                // kwok asks for one again and again, and sees deletions many seconds late.
+                "KUBE_FEATURE_WatchListClient=false".to_owned(),
+                kwok.display().to_string(),
                 format!("--kubeconfig={}", kubeconfig.display()),
                 format!("--manage-nodes-with-label-selector={PLAYER}={player}"),
                 // Renewed at a quarter of it. 40 s would be as in production, and a fifth of what
@@ -67,8 +71,9 @@ impl Kwok {
                 format!("--config={}", none(&folder).display()),
             ]
         };
-        cluster.run("kwok", &kwok, &flags("many"));
-        let doomed = Process(child(&kwok, &folder.join("doomed.log"), &flags("doomed")));
+        let env = Path::new("env");
+        cluster.run("kwok", env, &flags("many"));
+        let doomed = Process(child(env, &folder.join("doomed.log"), &flags("doomed")));
         let this = Self { cluster, client, folder, doomed: Mutex::new(Some(doomed)) };
         this.cluster.namespace(&this.client, "scale").await;
         this.add_nodes(size).await;

@@ -243,12 +243,16 @@ async fn churn(run: &Run, bound: &[(String, u32)]) {
 
 /// A node dies under its gangs, when every other device but a few is held.
 async fn a_node_dies(run: &Run) {
-    // Room for what the node had.
-    let (freed, ranks) = ("fill-2", 32);
-    run.delete(&[(freed.to_owned(), ranks)]).await;
-    run.witness.until("room", LIMIT, |witness| witness.bound(Some(freed)) == 0).await;
-    let gangs = run.witness.gangs_on(DOOMED);
+    let gangs = run.witness.gangs(Some(DOOMED));
     assert!(!gangs.is_empty(), "no gang is on {DOOMED}");
+    // Room for what the node had.
+    let all = run.witness.gangs(None);
+    let freed = all
+        .into_iter()
+        .find(|(job, ranks)| !gangs.contains_key(job) && *ranks >= run.size.per_node as usize);
+    let (freed, _) = freed.expect("a gang elsewhere");
+    run.delete(&[(freed.clone(), 0)]).await;
+    run.witness.until("room", LIMIT, |witness| witness.is_gone(&freed)).await;
     run.kwok.kill_node().await;
     let marked = Instant::now();
     let is_good = |witness: &Witness| {

@@ -106,19 +106,24 @@ impl Witness {
         books.pods.values().filter(is_theirs).filter(is_bound).count()
     }
 
-    /// Returns the gangs with pods on a node, and how many pods each has bound in all.
-    pub(crate) fn gangs_on(&self, node: &str) -> BTreeMap<String, usize> {
+    /// Returns the gangs that hold devices, of one node or of all, and how many pods each has bound in
+    /// all.
+    pub(crate) fn gangs(&self, node: Option<&str>) -> BTreeMap<String, usize> {
         let books = self.books.lock().unwrap();
-        let there = books.pods.values().filter(|pod| pod.node.as_deref() == Some(node));
+        let holds = |pod: &&Seen| pod.node.is_some() && !pod.is_going && !pod.is_over;
+        let is_there = |pod: &&Seen| node.is_none() || pod.node.as_deref() == node;
+        let there = books.pods.values().filter(holds).filter(is_there);
         let jobs: BTreeSet<&String> = there.filter_map(|pod| pod.job.as_ref()).collect();
-        let count = |job: &&String| {
-            books
-                .pods
-                .values()
-                .filter(|pod| pod.job.as_ref() == Some(*job) && pod.node.is_some())
-                .count()
+        let count = |job: &String| {
+            books.pods.values().filter(holds).filter(|pod| pod.job.as_ref() == Some(job)).count()
         };
-        jobs.into_iter().map(|job| (job.clone(), count(&job))).collect()
+        jobs.into_iter().map(|job| (job.clone(), count(job))).collect()
+    }
+
+    /// Returns whether no pod of a job is left.
+    pub(crate) fn is_gone(&self, job: &str) -> bool {
+        let books = self.books.lock().unwrap();
+        !books.pods.values().any(|pod| pod.job.as_deref() == Some(job))
     }
 
     /// Counts the pods of an attempt that are bound.

@@ -38,8 +38,11 @@ pub struct PodRef {
 #[derive(Clone)]
 pub struct Callers {
     client: Client,
-    known: Arc<Mutex<HashMap<[u8; 32], (UserInfo, Instant)>>>,
+    known: Arc<Mutex<Known>>,
 }
+
+/// Who showed a token, by its digest, and when that was found out.
+type Known = HashMap<[u8; 32], (UserInfo, Instant)>;
 
 impl Callers {
     /// Asks through `client`.

@@ -400,7 +400,7 @@ impl Scheduler {
                     break;
                 }
                 Err((by, why)) => {
-                    if let Some(placed) = self.find_on_spares(slot, leaf, &chosen, most) {
+                    if let Some(placed) = self.find_on_spares(slot, leaf, chosen, most) {
                         found = Some(placed);
                         break;
                     }
@@ -413,7 +413,7 @@ impl Scheduler {
         }
         self.count_again(&own);
         if let Some(placed) = found {
-            return Ok(self.beside_spares(slot, &gang, placed));
+            return Ok(self.beside_spares(slot, gang, placed));
         }
         Err(refusal.unwrap_or_else(gone))
     }

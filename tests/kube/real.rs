@@ -219,7 +219,7 @@ async fn the_chart_runs_gangs_on_a_real_node() {
     shared_folder(&shared);
     let allowed = format!("--set=ranks.allowHostPath={{{}}}", shared.display());
     let chart = ["install", "drumline", "CHART", "--namespace", SPACE, "--create-namespace"];
-    stage.helm(&[&chart[..], &VALUES, &[&allowed]].concat());
+    stage.helm(&[&chart[..], VALUES, &[&allowed]].concat());
     stage.chart_is_ready().await;
     agents_say_that_devices_are_sound(&stage).await;
     an_agent_can_change_only_its_own_node(&stage).await;

@@ -173,11 +173,18 @@ impl Kwok {
             .expect("pods are created");
     }
 
-    /// Deletes the pods that [`Self::create_plain`] made.
-    pub(crate) async fn delete_plain(&self, prefix: &str) {
+    /// Deletes the pods that [`Self::create_plain`] made; one by one, since the API server ends a call
+    /// that deletes thousands after a minute.
+    pub(crate) async fn delete_plain(&self, prefix: &str, count: u32) {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), "scale");
-        let which = ListParams::default().labels(&format!("plain={prefix}"));
-        pods.delete_collection(&DeleteParams::default(), &which).await.expect("pods are deleted");
+        stream::iter(0..count)
+            .map(Ok::<_, kube::Error>)
+            .try_for_each_concurrent(CALLS_MAX, |number| {
+                let (pods, name) = (pods.clone(), format!("{prefix}-{number}"));
+                async move { pods.delete(&name, &DeleteParams::default()).await.map(drop) }
+            })
+            .await
+            .expect("pods are deleted");
     }
 
     /// Returns how many requests the API server has served, by resource, subresource and verb.

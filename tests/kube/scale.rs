@@ -170,8 +170,8 @@ async fn by_kube_scheduler(run: &Run) -> f64 {
     );
     run.check();
     drop(scheduler);
-    for prefix in ["warm", "plain"] {
-        run.kwok.delete_plain(prefix).await;
+    for (prefix, count) in [("warm", 1), ("plain", pods - 1)] {
+        run.kwok.delete_plain(prefix, count).await;
     }
     run.all_gone().await;
     per_second

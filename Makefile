@@ -5,7 +5,10 @@ CARGO ?= cargo
 JOBS ?=
 CARGO_JOBS = $(if $(JOBS),--jobs $(JOBS),)
 
-.PHONY: demo test test-kube tidy lint deny setup bench clean
+# The seed of the random tests. It is fixed, so that a failing run repeats; `make fuzz` tries others.
+export PROPTEST_RNG_SEED ?= 1
+
+.PHONY: demo test test-kube fuzz tidy lint deny setup bench clean
 
 # Builds in release and runs the main job: train, survive, serve, show.
 demo: setup-build
@@ -17,7 +20,7 @@ test: setup
 	@tests/kube/build scale || echo "tests/kube/build failed: the Kubernetes tests are skipped"
 	@tests/gpu/nvrtc || echo "tests/gpu/nvrtc failed: kernels are not compiled for GPUs"
 	if command -v etcd >/dev/null; then export DRUMLINE_REQUIRE_ETCD=1; fi; \
-	$(CARGO) test --workspace $(CARGO_JOBS)
+	$(CARGO) test --workspace --no-fail-fast $(CARGO_JOBS)
 
 # The Kubernetes tests at full length on the real components: 200 kills, 1,000 nodes of kwok, and a
 # real kubelet, for which it must be root. Nothing is skipped; figures are printed. About 30 minutes.
@@ -28,6 +31,16 @@ test-kube: setup
 	DRUMLINE_REQUIRE_KUBE=1 DRUMLINE_KILLS=200 DRUMLINE_KWOK=full DRUMLINE_REAL=1 \
 	DRUMLINE_BIN=$(CURDIR)/target/release/drumline \
 	$(CARGO) test --package drumline-operator $(CARGO_JOBS) -- --nocapture --test-threads 1
+
+# Runs the random tests of the pure crates with new seeds until stopped. A failure names its seed.
+FUZZED = scheduler queue placement audit cluster lifecycle sim planner collective mesh checkpoint data spec
+fuzz: setup-build
+	@for run in $$(seq $(or $(RUNS),1000000)); do \
+		export PROPTEST_RNG_SEED=$$(od -An -N6 -tu8 /dev/urandom | tr -d ' '); \
+		echo "run $$run: PROPTEST_RNG_SEED=$$PROPTEST_RNG_SEED"; \
+		$(CARGO) test --quiet $(addprefix --package drumline-,$(FUZZED)) $(CARGO_JOBS) >target/fuzz.log 2>&1 || \
+			{ cat target/fuzz.log; echo "failed with PROPTEST_RNG_SEED=$$PROPTEST_RNG_SEED"; exit 1; }; \
+	done
 
 # Checks that no compiler makes: formatting, lints, layers, licences.
 tidy:

@@ -130,8 +130,9 @@ impl Auditor {
         if !plan.jobs.is_empty() {
             let mut broken = quota.broken();
             if broken.iter().any(Violation::is_about_lending) {
-                // What is kept for a waiting job of a queue is what the queue keeps.
+                // What is kept for a job of a queue is what the queue keeps.
                 self.count_kept(&mut quota, kept);
+                self.count_spares(&mut quota, cycle);
                 let still = quota.broken().iter().any(Violation::is_about_lending);
                 broken.retain(|violation| still || !violation.is_about_lending());
             }
@@ -154,6 +155,21 @@ impl Auditor {
                     quota.add(&entry.request.settings.queue, &charge);
                 }
             }
+        }
+    }
+
+    /// Counts devices that are kept ready and lent to nobody as used by their queues.
+    fn count_spares(&self, quota: &mut Quota<'_>, cycle: &Cycle) {
+        let starts = cycle.plan.jobs.iter().flat_map(|job| &job.assignments);
+        let taken: BTreeSet<&DeviceId> = starts.map(|assignment| &assignment.device).collect();
+        for spares in &cycle.spares {
+            let Some(entry) = self.ledger.jobs.get(&spares.job) else { continue };
+            let idle = |device: &&DeviceId| {
+                !taken.contains(device) && self.ledger.holder(device).is_none()
+            };
+            let idle: Vec<&DeviceId> = spares.devices.iter().filter(idle).collect();
+            let gang = Gang { leader: None, ..entry.request.gang.clone() };
+            quota.add(&entry.request.settings.queue, &charge(&self.ledger, &gang, &idle));
         }
     }
 

@@ -21,12 +21,12 @@ fn text(bytes: &[u8]) -> String {
 
 fn current(path: &str, actual: &str) {
     let full = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path);
-    if std::env::var_os("UPDATE").is_some() {
+    if std::env::var_os("DRUMLINE_WRITE_DOCS").is_some() {
         std::fs::create_dir_all(full.parent().unwrap()).unwrap();
         std::fs::write(&full, actual).unwrap();
     }
     let expected = std::fs::read_to_string(&full).unwrap_or_default();
-    assert!(actual == expected, "{path} is not current; UPDATE=1 rewrites it");
+    assert!(actual == expected, "{path} is not current; DRUMLINE_WRITE_DOCS=1 rewrites it");
 }
 
 #[test]

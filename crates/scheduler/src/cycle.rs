@@ -394,16 +394,26 @@ impl Scheduler {
             let known = (most == gang.ranks && choice.models.is_none()).then_some(shape);
             let chosen = choice.models.map(|models| Gang { models, ..gang.clone() });
             let chosen = chosen.as_ref().unwrap_or(gang);
-            match self.find(slot, chosen, known, most, work.now) {
+            let placed = match self.find(slot, chosen, known, most, work.now) {
+                Ok(placed) => Ok(placed),
+                Err(unlike) => self.find_on_spares(slot, leaf, chosen, most).ok_or(unlike),
+            };
+            match placed {
                 Ok(placed) => {
-                    found = Some(placed);
-                    break;
+                    let placed = self.beside_spares(slot, gang, placed);
+                    let charge = milli(gang, placed.devices.len() as u32);
+                    let charge = vec![(choice.charged, charge)];
+                    match self.check_found(slot, leaf, &charge, &placed.devices, work.now) {
+                        Ok(()) => {
+                            found = Some(placed);
+                            break;
+                        }
+                        Err(short) => {
+                            refusal.get_or_insert_with(|| self.short_refusal(leaf, gang, short));
+                        }
+                    }
                 }
                 Err((by, why)) => {
-                    if let Some(placed) = self.find_on_spares(slot, leaf, chosen, most) {
-                        found = Some(placed);
-                        break;
-                    }
                     // What quota allows and devices do not is told before the reverse.
                     if refusal.as_ref().is_none_or(|r| r.short.is_some()) {
                         refusal = Some(Refusal { by, why, short: None });
@@ -412,10 +422,7 @@ impl Scheduler {
             }
         }
         self.count_again(&own);
-        if let Some(placed) = found {
-            return Ok(self.beside_spares(slot, gang, placed));
-        }
-        Err(refusal.unwrap_or_else(gone))
+        found.ok_or_else(|| refusal.unwrap_or_else(gone))
     }
 
     /// Returns the greatest size that quota allows.
@@ -448,7 +455,8 @@ impl Scheduler {
         }
     }
 
-    /// Checks quota. What is kept for later does not count against who is gone by then.
+    /// Checks quota before devices are sought. What is kept for later does not count against who is
+    /// gone by then, nor what is kept ready against who may borrow it.
     fn check(
         &mut self,
         slot: Slot,
@@ -457,25 +465,61 @@ impl Scheduler {
         now: Timestamp,
     ) -> Result<(), Short> {
         let Err(short) = self.tree.check(leaf, charge) else { return Ok(()) };
+        let mut lifted = self.kept_for_later(slot, now);
+        let gang = self.job(slot).request.gang.clone();
+        lifted.extend(self.lenders(slot, leaf, &gang));
+        self.check_without(leaf, charge, lifted, short)
+    }
+
+    /// Checks quota when devices are found: what is kept ready counts as far as it stays so.
+    fn check_found(
+        &mut self,
+        slot: Slot,
+        leaf: QueueId,
+        charge: &Charge,
+        devices: &[DeviceId],
+        now: Timestamp,
+    ) -> Result<(), Short> {
+        if self.spared.is_empty() {
+            return Ok(());
+        }
+        let lent = self.suppose_lent(slot, devices);
+        let checked = match self.tree.check(leaf, charge) {
+            Ok(()) => Ok(()),
+            Err(short) => {
+                let lifted = self.kept_for_later(slot, now);
+                self.check_without(leaf, charge, lifted, short)
+            }
+        };
+        self.suppose_back(lent);
+        checked
+    }
+
+    /// Returns the waiting jobs whose reservations begin when a job is gone.
+    fn kept_for_later(&self, slot: Slot, now: Timestamp) -> Vec<JobId> {
         let job = self.job(slot);
-        let (id, bound) = (job.id.clone(), job.bound(now));
-        let gang = job.request.gang.clone();
-        let mut later: Vec<JobId> = self
-            .holds
+        let Some(bound) = job.bound(now) else { return Vec::new() };
+        let later = |keep: &Keep| matches!(keep, Keep::Reserved { start } if bound <= *start);
+        self.holds
             .iter()
-            .filter(|(owner, hold)| {
-                **owner != *id
-                    && matches!(hold.keep, Keep::Reserved { start }
-                        if bound.is_some_and(|bound| bound <= start))
-            })
+            .filter(|(owner, hold)| **owner != *job.id && later(&hold.keep))
             .map(|(owner, _)| owner.clone())
-            .collect();
-        later.extend(self.lenders(slot, leaf, &gang));
-        if later.is_empty() {
+            .collect()
+    }
+
+    /// Checks quota while nothing counts that is kept for some jobs.
+    fn check_without(
+        &mut self,
+        leaf: QueueId,
+        charge: &Charge,
+        lifted: Vec<JobId>,
+        short: Short,
+    ) -> Result<(), Short> {
+        if lifted.is_empty() {
             return Err(short);
         }
         let lifted: Vec<JobId> =
-            later.into_iter().filter(|owner| self.suppose_without(owner)).collect();
+            lifted.into_iter().filter(|owner| self.suppose_without(owner)).collect();
         let checked = self.tree.check(leaf, charge);
         for owner in lifted {
             self.suppose_with(&owner);

@@ -122,6 +122,16 @@ impl Holds {
         self.doubted.extend(self.by_job.keys().cloned());
     }
 
+    /// Returns whose devices will be looked at anew.
+    pub(crate) fn doubted(&self) -> &BTreeSet<JobId> {
+        &self.doubted
+    }
+
+    /// Says whose devices are to be looked at anew, and nobody else's.
+    pub(crate) fn doubt_only(&mut self, doubted: BTreeSet<JobId>) {
+        self.doubted = doubted;
+    }
+
     /// Returns whose devices have to be looked at anew.
     pub(crate) fn take_doubted(&mut self) -> BTreeSet<JobId> {
         std::mem::take(&mut self.doubted)

@@ -55,6 +55,10 @@ impl Scheduler {
     fn still_wanted(&self, id: &JobId, keep: Keep, doubted: bool) -> bool {
         let Some(job) = self.known(id) else { return false };
         let nominated = matches!(keep, Keep::Nominated { .. });
+        let sound = || {
+            let devices = self.holds.of(id).map_or(&[][..], |hold| &hold.devices);
+            devices.iter().all(|device| self.may_use(device, &job.request.gang))
+        };
         let (class, place) = match &job.stand {
             Stand::InLine { class, place, .. } => (class, place),
             // A gang that leaves to come back, smaller or elsewhere, keeps what it will need.
@@ -68,18 +72,13 @@ impl Scheduler {
                     (None, _) => self.has_lost(id),
                 };
             }
-            Stand::Aside { .. } => return nominated && !job.held,
+            Stand::Aside { .. } => return nominated && !job.held && (!doubted || sound()),
         };
         let Some(class) = self.lines.class(*class) else { return false };
         let queue = &class.alike.queue;
         if self.tree.leaf(queue).is_err() {
             return false;
         }
-        let gang = &class.alike.gang;
-        let sound = || {
-            let devices = self.holds.of(id).map_or(&[][..], |hold| &hold.devices);
-            devices.iter().all(|device| self.may_use(device, gang))
-        };
         let first = || self.head(queue).is_none_or(|(head, _)| head == *place);
         (!doubted || sound()) && (nominated || first())
     }

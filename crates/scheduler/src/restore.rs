@@ -1,5 +1,6 @@
 //! The whole state out as a value, and back in.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use drumline_cluster::ChangeError;
@@ -28,11 +29,13 @@ impl Scheduler {
                 .map(|(id, &slot)| (JobId::clone(id), saved(self.job(slot))))
                 .collect(),
             holds: self.holds.saved(),
+            doubted: self.holds.doubted().clone(),
             history: self.tree.history(),
             classes: self.saved_classes(),
             shapes: self.saved_shapes(),
             vain,
             priced,
+            sought: self.saved_sought(),
             dirty: self.dirty,
         }
     }
@@ -77,6 +80,14 @@ impl Scheduler {
                     .then(|| SavedShape { gang: gang.clone(), why: (**why).clone() })
             })
             .collect()
+    }
+
+    fn saved_sought(&self) -> BTreeSet<JobId> {
+        let fresh = |id: &JobId| {
+            let stamp = self.ids.get(id).map(|&slot| self.spares_stamp(slot));
+            stamp.is_some_and(|stamp| self.sought.get(id) == Some(&stamp))
+        };
+        self.sought.keys().filter(|id| fresh(id)).map(|id| JobId::clone(id)).collect()
     }
 
     /// Returns a scheduler that decides what the saved one would have decided.
@@ -130,10 +141,16 @@ impl Scheduler {
             scheduler.fleet.reserve(&id, hold.devices.clone())?;
             scheduler.holds.keep(&id, hold);
         }
+        scheduler.holds.doubt_only(saved.doubted);
         scheduler.tree.remember(saved.history);
         scheduler.remember_classes(saved.classes);
         scheduler.remember_shapes(saved.shapes);
         scheduler.searches.remember(saved.vain, saved.priced);
+        for id in saved.sought {
+            let Some(&slot) = scheduler.ids.get(&id) else { continue };
+            let stamp = scheduler.spares_stamp(slot);
+            scheduler.sought.insert(Arc::new(id), stamp);
+        }
         scheduler.dirty = saved.dirty;
         Ok(scheduler)
     }

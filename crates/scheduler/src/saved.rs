@@ -1,6 +1,6 @@
 //! A scheduler's whole state as a value that can be written to a file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drumline_cluster::{Commitment, Node, Request};
 use drumline_placement::EvictionCause;
@@ -109,6 +109,9 @@ pub struct Saved {
     /// Devices that are kept for waiting jobs.
     #[serde(default)]
     pub holds: BTreeMap<JobId, Hold>,
+    /// Those of them whose devices may not be what they were, or free later than was thought.
+    #[serde(default)]
+    pub doubted: BTreeSet<JobId>,
     /// What the queues have used lately.
     #[serde(default)]
     pub history: Vec<History>,
@@ -124,6 +127,9 @@ pub struct Saved {
     /// Claims that cost others more than they win, and are not priced again yet.
     #[serde(default)]
     pub priced: Vec<Priced>,
+    /// Gangs that lack spares and would find none now.
+    #[serde(default)]
+    pub sought: BTreeSet<JobId>,
     /// Whether the next cycle has something to decide.
     #[serde(default = "yes")]
     pub dirty: bool,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use drumline_cluster::{DomainAt, Health, Snapshot, Trial};
 use drumline_placement::{EvictionCause, Placed as Found, Spares, try_place};
-use drumline_queue::QueueId;
+use drumline_queue::{Charge, QueueId};
 use drumline_spec::{Elastic, Gang, Parallelism, TopologyRule, WHOLE_DEVICE};
 use drumline_types::{DeviceId, JobId};
 
@@ -16,6 +16,12 @@ use crate::job::{Job, Stand, milli};
 use crate::preempt::{NOMINATED_MS, holders};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
+
+/// What is counted otherwise while a job is supposed to run on spares.
+pub(crate) struct Lent {
+    owner: JobId,
+    rest: Option<(QueueId, Charge)>,
+}
 
 /// Gangs for which spares are sought in one cycle, at most.
 const SOUGHT_MAX: usize = 32;
@@ -171,7 +177,7 @@ impl Scheduler {
             let Some(&slot) = self.ids.get(&id) else { continue };
             let job = self.job(slot);
             let (priority, gang) = (job.priority(), &job.request.gang);
-            let stamp = self.freed_for(gang) + self.loosened;
+            let stamp = self.spares_stamp(slot);
             let lacks =
                 self.spare_hold(&id).map_or(0, |hold| hold.devices.len()) < gang.spares as usize;
             if !lacks || self.sought.get(&id) == Some(&stamp) {
@@ -186,15 +192,24 @@ impl Scheduler {
             if !before {
                 sought += 1;
                 self.seek_spares(slot);
-                let stamp = self.freed_for(&self.job(slot).request.gang) + self.loosened;
-                self.sought.insert(id, stamp);
+                self.sought.insert(id, self.spares_stamp(slot));
             }
         }
+    }
+
+    /// Returns a count that grows with whatever may let a gang find a spare.
+    pub(crate) fn spares_stamp(&self, slot: Slot) -> u64 {
+        self.freed_for(&self.job(slot).request.gang) + self.loosened
     }
 
     /// Looks for the spares that a running gang lacks: near it, on nodes of their own if there are
     /// any, as many as can be had.
     pub(crate) fn seek_spares(&mut self, slot: Slot) {
+        // What is found apart from the gang may leave some to be found beside it.
+        while self.seek_more_spares(slot) {}
+    }
+
+    fn seek_more_spares(&mut self, slot: Slot) -> bool {
         let job = self.job(slot);
         let id = job.id.clone();
         let wanted = job.request.gang.spares;
@@ -202,25 +217,28 @@ impl Scheduler {
         let nominated = self.holds.of(&id).is_some_and(|hold| hold.keep != Keep::Spare);
         let shared = job.request.gang.share_milli < WHOLE_DEVICE;
         if wanted == 0 || leaving || nominated || shared {
-            return;
+            return false;
         }
         let gang = job.request.gang.clone();
-        let Ok(leaf) = self.tree.leaf(&job.request.settings.queue) else { return };
+        let Ok(leaf) = self.tree.leaf(&job.request.settings.queue) else { return false };
         let kept = self.spare_hold(&id).map_or_else(Vec::new, |hold| hold.devices.clone());
         let Some(lack) = wanted.checked_sub(kept.len() as u32).filter(|lack| *lack > 0) else {
-            return;
+            return false;
         };
-        let Some(held) = self.fleet.commitment(&id) else { return };
+        let Some(held) = self.fleet.commitment(&id) else { return false };
         let workers: Vec<DeviceId> =
             held.devices.iter().skip(usize::from(gang.leader.is_some())).cloned().collect();
         let found = beside(&mut self.fleet.trial(), &id, &gang, &workers, &kept, lack);
         if found.is_empty() {
-            return;
+            return false;
         }
         let charge = self.charge_of(&Gang { leader: None, ..gang }, &found, self.now);
-        if self.tree.check(leaf, &charge).is_ok() {
-            self.keep(&id, kept.into_iter().chain(found).collect(), Keep::Spare);
+        if self.tree.check(leaf, &charge).is_err() {
+            return false;
         }
+        let had = kept.len();
+        self.keep(&id, kept.into_iter().chain(found).collect(), Keep::Spare);
+        self.spare_hold(&id).is_some_and(|hold| hold.devices.len() > had)
     }
 
     /// Moves a gang that is about to start to a domain that has room for its spares too, where its
@@ -319,19 +337,56 @@ impl Scheduler {
         site::fit(trial.snapshot(), gang, split, &bounds)
     }
 
+    /// Counts what is kept ready as it will be when a job has some of it. Returns what undoes it.
+    pub(crate) fn suppose_lent(&mut self, slot: Slot, devices: &[DeviceId]) -> Vec<Lent> {
+        let id = self.job(slot).id.clone();
+        let mut all = Vec::new();
+        for owner in self.owners(&id, devices) {
+            if !self.suppose_without(&owner) {
+                continue;
+            }
+            let mut left = self.unlent(&owner);
+            left.retain(|device| !devices.contains(device));
+            let request = self.known(&owner).map(|owner| owner.request.clone());
+            let rest = request.filter(|_| !left.is_empty()).and_then(|request| {
+                let queue = self.tree.find(&request.settings.queue)?;
+                let gang = Gang { leader: None, ..request.gang.clone() };
+                let charge = self.charge_of(&gang, &left, self.now);
+                self.tree.suppose(queue, &charge, true);
+                Some((queue, charge))
+            });
+            all.push(Lent { owner, rest });
+        }
+        all
+    }
+
+    /// Counts again what is kept ready as it is.
+    pub(crate) fn suppose_back(&mut self, lent: Vec<Lent>) {
+        for Lent { owner, rest } in lent {
+            if let Some((queue, charge)) = rest {
+                self.tree.suppose(queue, &charge, false);
+            }
+            self.suppose_with(&owner);
+        }
+    }
+
+    /// Returns the other gangs that some devices are kept ready for.
+    fn owners(&self, id: &JobId, devices: &[DeviceId]) -> BTreeSet<JobId> {
+        devices
+            .iter()
+            .filter_map(|device| self.holds.holder(device))
+            .filter(|owner| **owner != *id && self.spare_hold(owner).is_some())
+            .cloned()
+            .collect()
+    }
+
     /// Counts anew what is kept ready of what a job has just got: lent, or taken for good.
     pub(crate) fn settle_spares(&mut self, slot: Slot, devices: &[DeviceId]) {
         if self.spared.is_empty() {
             return;
         }
         let id = self.job(slot).id.clone();
-        let owners: BTreeSet<JobId> = devices
-            .iter()
-            .filter_map(|device| self.holds.holder(device))
-            .filter(|owner| **owner != *id && self.spare_hold(owner).is_some())
-            .cloned()
-            .collect();
-        for owner in owners {
+        for owner in self.owners(&id, devices) {
             let counted = self.suppose_without(&owner);
             let Some(of) = self.known(&owner) else { continue };
             if !Self::may_borrow(self.job(slot), of) {

@@ -2,8 +2,9 @@
 
 mod support;
 
+use drumline_cluster::Change;
 use drumline_scheduler::Scheduler;
-use drumline_types::Timestamp;
+use drumline_types::{Attempt, Timestamp};
 use support::{Job, MINUTE, Queue, World};
 
 #[test]
@@ -53,6 +54,56 @@ fn spares_are_kept_again_when_devices_are_idle() {
     world.node("c", 4, "H100");
     world.cycle();
     assert_eq!(world.spares("gang"), ["c/0", "c/1", "c/2", "c/3"]);
+}
+
+#[test]
+fn spares_apart_and_beside_the_gang_are_found_in_one_go() {
+    let mut world = World::new().nodes("a b", 4).nodes("c", 2);
+    world.submit(Job::named("gang", 6).spares(4));
+    assert_eq!(world.cycle().len(), 1);
+    let spares = world.spares("gang");
+    assert_eq!(spares.len(), 4, "two of a node of their own, two beside the gang: {spares:?}");
+    // A restored scheduler has no reason to look again.
+    let restored = Scheduler::restore(world.scheduler.save()).unwrap().save();
+    assert_eq!(restored, world.scheduler.save());
+}
+
+#[test]
+fn a_spare_is_not_lent_out_of_the_quota_that_its_queue_keeps() {
+    let mut world = World::new().nodes("a b c", 4);
+    world.queue(Queue::named("firm").quota("gpu", 6).lends("gpu", 4));
+    world.queue(Queue::named("free"));
+    world.submit(Job::named("big", 10).queue("free"));
+    world.submit(Job::named("own", 1).queue("firm").spares(1));
+    assert_eq!(world.cycle().len(), 2);
+    assert_eq!(world.spares("own").len(), 1);
+    // Its queue keeps two devices: the one in use and the spare.
+    world.submit(Job::named("guest", 1).queue("free"));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert!(world.why("guest").contains("1 kept"), "{}", world.why("guest"));
+    // A guest of the queue itself may have it.
+    world.submit(Job::named("kin", 1).queue("firm"));
+    assert_eq!(world.cycle().len(), 1);
+}
+
+#[test]
+fn a_place_that_is_gone_is_not_kept_for_a_gang_that_rests() {
+    let mut world = World::new().nodes("a b c", 4);
+    world.submit(Job::named("gang", 4).spares(4));
+    world.cycle();
+    let job = "gang".parse().unwrap();
+    let not_before = Timestamp(MINUTE);
+    world.apply(Change::Requeued { job, attempt: Attempt(2), not_before });
+    world.cycle();
+    let kept = |world: &World| {
+        let holds = world.scheduler.save().holds.into_values();
+        holds.flat_map(|hold| hold.devices).map(|device| device.node).collect::<Vec<_>>()
+    };
+    let place = kept(&world);
+    assert_eq!(place.len(), 4, "its place is kept while it rests");
+    world.lose(place[0].as_str());
+    world.cycle();
+    assert_eq!(kept(&world), []);
 }
 
 #[test]

@@ -63,14 +63,15 @@ impl Scheduler {
             Stand::InLine { class, place, .. } => (class, place),
             // A gang that leaves to come back, smaller or elsewhere, keeps what it will need.
             Stand::Placed(placed) => {
-                return match (&placed.leaving, keep) {
+                let wanted = match (&placed.leaving, keep) {
                     (Some(leaving), _) => {
                         leaving.resize_to.is_some() || leaving.cause == EvictionCause::Consolidated
                     }
-                    (None, Keep::Spare) => true,
+                    (None, Keep::Spare) => return true,
                     // The place of its next attempt, once the present one has lost a device.
                     (None, _) => self.has_lost(id),
                 };
+                return wanted && (!doubted || sound());
             }
             Stand::Aside { .. } => return nominated && !job.held && (!doubted || sound()),
         };

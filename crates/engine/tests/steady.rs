@@ -40,10 +40,11 @@ fn a_thousand_steps_of_one_rank_leave_no_byte_behind() {
                 trainer.step(step, &batches).unwrap();
             }
         });
-        // Nothing of ours is allocated. The gemm crate packs one factor of small products, or on AVX2
-        // both, in memory that it asks for and gives back within the call.
+        // On AVX2 all products are our own, which allocate nothing. Elsewhere the gemm crate packs one
+        // factor of small products in memory that it asks for and gives back within the call.
+        let most = if Cpu::instructions() == "avx2" { (0, 0) } else { (1, 4096) };
         assert_eq!((seen.count_current, seen.bytes_current), (0, 0), "{family:?}: {seen:?}");
-        assert!(seen.count_max <= 2 && seen.bytes_max <= 4096, "{family:?}: {seen:?}");
+        assert!(seen.count_max <= most.0 && seen.bytes_max <= most.1, "{family:?}: {seen:?}");
     }
 }
 

@@ -8,10 +8,12 @@ use drumline_tensor::{
     NormKind, Normalise, WeightLayout,
 };
 
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 14] = [
     "attention",
     "attention-gradient",
     "cached-attention",
+    "linear",
+    "linear-gradients",
     "linear-thin",
     "norm",
     "swiglu",
@@ -48,6 +50,8 @@ fn main() {
     };
     let (half, bf16, byte) = (stored(DType::F16), stored(DType::Bf16), stored(DType::I8));
     let mut many = vec![0.0; 64 * 96];
+    let layer = Linear { rows: 64, ..s };
+    let (mut dx, mut dw) = (vec![0.0; 64 * 256], vec![0.0; 96 * 256]);
     let n = Normalise { rows: 64, width: 256, kind: NormKind::Rms, epsilon: 1e-5 };
     let (rows, gain, mut normal) = (r.values(64 * 256), r.values(256), vec![0.0; 64 * 256]);
     let mut stats = vec![0.0; 128];
@@ -75,6 +79,11 @@ fn main() {
                     CachedSegment { row: 0, rows: 1, position: 8 * KV_BLOCK - 1, blocks: &blocks };
                 let qkv = &qkv[..a.qkv_width()];
                 cpu.cached_attention(c, &[segment], qkv, &keys, &values, &mut out[..128]);
+            }
+            "linear" => cpu.linear(layer, &rows, &w, None, &mut many),
+            "linear-gradients" => {
+                cpu.linear_grad_input(layer, &rows[..64 * 96], &w, &mut dx);
+                cpu.linear_grad_weight(layer, &rows, &rows[..64 * 96], &mut dw, true);
             }
             "linear-thin" => cpu.linear(s, &x, &w, None, &mut y),
             "norm" => cpu.norm(n, &rows, &gain, None, &mut normal, &mut stats),

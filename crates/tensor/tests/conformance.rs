@@ -1,29 +1,35 @@
-//! The suite that every backend passes, on the CPU.
+//! The suite that every backend passes, on the CPU: with every level of instructions that the
+//! processor has, with one thread and with three. A failure prints the seed that makes it again.
+
+mod levels;
 
 use drumline_tensor::reference::Random;
 use drumline_tensor::{Cpu, CpuOptions, MatmulPrecision, conformance};
 
 fn on_cpu(matmul: MatmulPrecision, test: impl Fn(&Cpu, &mut Random, &str)) {
-    for threads in [1, 3] {
-        let options = CpuOptions { threads, matmul, ..CpuOptions::default() };
-        let cpu = Cpu::with_options(options).unwrap();
-        for seed in 1000..1020 {
-            test(&cpu, &mut Random::new(seed), &format!("{threads} threads, seed {seed}"));
+    levels::each(|level| {
+        for threads in [1, 3] {
+            let options = CpuOptions { threads, matmul, ..CpuOptions::default() };
+            let cpu = Cpu::with_options(options).unwrap();
+            for seed in 0..40 {
+                let what = format!("{level:?}, {threads} threads, seed {seed}");
+                test(&cpu, &mut Random::new(seed), &what);
+            }
         }
-    }
+    });
 }
 
 macro_rules! suite {
-    ($($name:ident),* $(,)?) => {
+    ($precision:ident: $($name:ident),* $(,)?) => {
         $(#[test]
         fn $name() {
-            on_cpu(MatmulPrecision::F32, conformance::$name);
+            on_cpu(MatmulPrecision::$precision, conformance::$name);
         })*
     };
 }
 
 suite!(
-    activations_and_their_gradients,
+    F32: activations_and_their_gradients,
     adamw_steps,
     attention_and_its_gradient,
     attention_to_the_cache_equals_attention_to_the_sequence,
@@ -37,13 +43,7 @@ suite!(
     sums_of_columns_and_of_squares_and_additions,
 );
 
-#[test]
-fn bf16_linear_layers_round_their_factors_and_nothing_else() {
-    let body = conformance::bf16_linear_layers_round_their_factors_and_nothing_else;
-    on_cpu(MatmulPrecision::Bf16, body);
-}
-
-#[test]
-fn bf16_attention_and_its_gradient() {
-    on_cpu(MatmulPrecision::Bf16, conformance::bf16_attention_and_its_gradient);
-}
+suite!(
+    Bf16: bf16_attention_and_its_gradient,
+    bf16_linear_layers_round_their_factors_and_nothing_else,
+);

@@ -13,7 +13,7 @@ const CUBIC: f32 = 0.044_715;
 #[inline(always)]
 fn gelu_body<S: Simd>(_: S, x: &[f32], y: &mut [f32]) {
     for (y, &x) in y.iter_mut().zip(x) {
-        *y = x * sigmoid(TWO_ROOT * (x + CUBIC * x * x * x));
+        *y = x * sigmoid::<S>(TWO_ROOT * (x + CUBIC * x * x * x));
     }
 }
 
@@ -23,7 +23,7 @@ dispatched! { fn gelu_part(x: &[f32], y: &mut [f32]) = gelu_body; }
 fn gelu_grad_body<S: Simd>(_: S, x: &mut [f32], dy: &[f32]) {
     for (x, &dy) in x.iter_mut().zip(dy) {
         let v = *x;
-        let s = sigmoid(TWO_ROOT * (v + CUBIC * v * v * v));
+        let s = sigmoid::<S>(TWO_ROOT * (v + CUBIC * v * v * v));
         let slope = TWO_ROOT * (1.0 + 3.0 * CUBIC * v * v);
         *x = dy * (s + v * s * (1.0 - s) * slope);
     }
@@ -34,7 +34,7 @@ dispatched! { fn gelu_grad_part(x: &mut [f32], dy: &[f32]) = gelu_grad_body; }
 #[inline(always)]
 fn swiglu_body<S: Simd>(_: S, gate: &[f32], up: &[f32], y: &mut [f32]) {
     for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-        *y = g * sigmoid(g) * u;
+        *y = g * sigmoid::<S>(g) * u;
     }
 }
 
@@ -43,7 +43,7 @@ dispatched! { fn swiglu_row(gate: &[f32], up: &[f32], y: &mut [f32]) = swiglu_bo
 #[inline(always)]
 fn swiglu_grad_body<S: Simd>(_: S, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
-        let s = sigmoid(*g);
+        let s = sigmoid::<S>(*g);
         let silu = *g * s;
         let dgate = dy * *u * (s + silu * (1.0 - s));
         *u = dy * silu;

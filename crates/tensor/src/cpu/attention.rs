@@ -6,7 +6,13 @@
 //! the sum. Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2.
 #![allow(unsafe_code, reason = "dispatch by processor, and tasks that write disjoint columns")]
 
+use std::ops::Range;
+
+#[cfg(target_arch = "x86_64")]
+use super::panels::reorder;
 use super::pool::{Pool, Rows};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Level, level};
 use super::simd::{Simd, dispatched, exp, lane_max, lane_sum};
 use super::tile::{Tile, product};
 use crate::shape::Attention;
@@ -15,6 +21,35 @@ use crate::shape::Attention;
 const QUERY_ROWS: usize = 48;
 /// Columns of keys in a tile; with 48 rows the scores take 48 KiB, well inside L2.
 const KEY_COLUMNS: usize = 256;
+
+/// Rows of a tile that are multiplied together: of a tile on the diagonal the upper half sees fewer
+/// keys.
+const HALF: usize = QUERY_ROWS / 2;
+
+/// Returns the halves of `m` query rows from `start`, each with the keys that it sees of the `n` from
+/// `column`. Those that see none are left out.
+fn halves(
+    start: usize,
+    m: usize,
+    column: usize,
+    n: usize,
+) -> impl Iterator<Item = (Range<usize>, usize)> {
+    let half = move |first: usize| {
+        let rows = first..m.min(first + HALF);
+        let seen = n.min((start + rows.end).saturating_sub(column));
+        (rows, seen)
+    };
+    (0..m).step_by(HALF).map(half).filter(|(_, seen)| *seen > 0)
+}
+
+/// From one row of scores to the next.
+const SCORES: usize = stride(KEY_COLUMNS);
+
+/// From one row of a copy to the next: an odd number of cache lines, so that neighbours in a column
+/// do not share a few sets of the cache.
+const fn stride(columns: usize) -> usize {
+    (columns.div_ceil(16) | 1) * 16
+}
 
 /// One task's view of a head: where its columns lie in a row.
 #[derive(Clone, Copy)]
@@ -46,15 +81,28 @@ fn head(s: Attention, batch: usize, kv: usize, within: usize) -> Head {
     }
 }
 
+/// Copies `[rows, E]` columns of a row-major matrix, from its first element.
+fn gather(e: usize, width: usize, from: &[f32], to: &mut [f32]) {
+    for (to, from) in to.chunks_exact_mut(stride(e)).zip(from.chunks(width)) {
+        to[..e].copy_from_slice(&from[..e]);
+    }
+}
+
 /// Transposes `[T, E]` columns of a row-major matrix to `[E, T]`.
 fn transpose(s: Attention, base: usize, column: usize, width: usize, from: &[f32], to: &mut [f32]) {
     let (t, e) = (s.sequence, s.head_dim);
+    let line = stride(t);
+    #[cfg(target_arch = "x86_64")]
+    if level() >= Level::Avx2 {
+        reorder::transpose((t, e), width, &from[base * width + column..], line, to);
+        return;
+    }
     // Blocks of 16 rows: each source line is read once, each target line written once.
     for start in (0..t).step_by(16) {
         let end = (start + 16).min(t);
         for i in 0..e {
             for row in start..end {
-                to[i * t + row] = from[(base + row) * width + column + i];
+                to[i * line + row] = from[(base + row) * width + column + i];
             }
         }
     }
@@ -75,9 +123,9 @@ fn softmax_body<S: Simd>(
     let max = lane_max(seen) * scale;
     let new = if max > old { max } else { old };
     for x in seen.iter_mut() {
-        *x = exp(*x * scale - new);
+        *x = exp::<S>(*x * scale - new);
     }
-    (new, exp(old - new), lane_sum(seen.len(), |i| seen[i]))
+    (new, exp::<S>(old - new), lane_sum(seen.len(), |i| seen[i]))
 }
 
 dispatched! {
@@ -99,20 +147,22 @@ pub(super) fn attention(pool: &Pool, s: Attention, qkv: &[f32], out: &mut [f32],
     let rows = s.batch * t;
     assert!(qkv.len() == rows * width && out.len() == rows * out_width, "attention");
     assert!(lse.len() == s.batch * s.heads * t, "attention");
-    let per_task = e * t + QUERY_ROWS * (KEY_COLUMNS + e);
+    let per_task = e * stride(t) + t * stride(e) + QUERY_ROWS * (SCORES + e);
     let (out, lse) = (Rows::new(out, 1), Rows::new(lse, 1));
     pool.split(s.batch * s.kv_heads, 1, |task| {
         let (batch, kv) = (task.start / s.kv_heads, task.start % s.kv_heads);
         pool.scratch(per_task, |scratch| {
-            let (keys, scratch) = scratch.split_at_mut(e * t);
-            let (scores, sums) = scratch.split_at_mut(QUERY_ROWS * KEY_COLUMNS);
+            let (keys, scratch) = scratch.split_at_mut(e * stride(t));
+            let (values, scratch) = scratch.split_at_mut(t * stride(e));
+            let (scores, sums) = scratch.split_at_mut(QUERY_ROWS * SCORES);
             let first = head(s, batch, kv, 0);
             transpose(s, first.base, first.k, width, qkv, keys);
+            gather(e, width, &qkv[first.base * width + first.v..], values);
             for within in 0..s.heads / s.kv_heads {
                 let h = head(s, batch, kv, within);
                 for start in (0..t).step_by(QUERY_ROWS) {
                     let m = QUERY_ROWS.min(t - start);
-                    let log_sums = forward_tile(s, h, start, m, qkv, keys, scores, sums);
+                    let log_sums = forward_tile(s, h, start, m, qkv, keys, values, scores, sums);
                     for i in 0..m {
                         let at = (h.base + start + i) * out_width + h.o;
                         // SAFETY: this task alone writes this head's columns.
@@ -137,6 +187,7 @@ fn forward_tile(
     m: usize,
     qkv: &[f32],
     keys: &[f32],
+    values: &[f32],
     scores: &mut [f32],
     sums: &mut [f32],
 ) -> [f32; QUERY_ROWS] {
@@ -147,20 +198,23 @@ fn forward_tile(
     for column in (0..start + m).step_by(KEY_COLUMNS) {
         let n = KEY_COLUMNS.min(start + m - column);
         let queries = &qkv[(h.base + start) * width + h.q..];
-        let tile = Tile {
-            m,
-            n,
-            k: e,
-            a_row: width,
-            a_column: 1,
-            b_row: t,
-            c_row: KEY_COLUMNS,
-            accumulate: false,
-        };
-        product(tile, queries, &keys[column..], scores);
+        for (rows, n) in halves(start, m, column, n) {
+            let tile = Tile {
+                m: rows.len(),
+                n,
+                k: e,
+                a_row: width,
+                a_column: 1,
+                b_row: stride(t),
+                c_row: SCORES,
+                accumulate: false,
+            };
+            let queries = &queries[rows.start * width..];
+            product(tile, queries, &keys[column..], &mut scores[rows.start * SCORES..]);
+        }
         for i in 0..m {
             let visible = (start + i + 1).saturating_sub(column).min(n);
-            let row = &mut scores[i * KEY_COLUMNS..i * KEY_COLUMNS + n];
+            let row = &mut scores[i * SCORES..i * SCORES + n];
             if visible == 0 {
                 row.fill(0.0);
                 continue;
@@ -172,17 +226,20 @@ fn forward_tile(
             total[i] = total[i] * factor + sum;
             max[i] = new;
         }
-        let tile = Tile {
-            m,
-            n: e,
-            k: n,
-            a_row: KEY_COLUMNS,
-            a_column: 1,
-            b_row: width,
-            c_row: e,
-            accumulate: true,
-        };
-        product(tile, scores, &qkv[(h.base + column) * width + h.v..], sums);
+        for (rows, seen) in halves(start, m, column, n) {
+            let tile = Tile {
+                m: rows.len(),
+                n: e,
+                k: seen,
+                a_row: SCORES,
+                a_column: 1,
+                b_row: stride(e),
+                c_row: e,
+                accumulate: true,
+            };
+            let (scores, values) = (&scores[rows.start * SCORES..], &values[column * stride(e)..]);
+            product(tile, scores, values, &mut sums[rows.start * e..]);
+        }
     }
     let mut log_sums = [0.0; QUERY_ROWS];
     for i in 0..m {
@@ -209,7 +266,7 @@ fn grad_row_body<S: Simd>(
     p_hidden.fill(0.0);
     ds_hidden.fill(0.0);
     for (p, ds) in p.iter_mut().zip(ds) {
-        *p = exp(*p * scale - lse);
+        *p = exp::<S>(*p * scale - lse);
         *ds = *p * (*ds - delta) * scale;
     }
 }
@@ -240,19 +297,23 @@ pub(super) fn attention_grad(
     let rows = s.batch * t;
     assert!(qkv.len() == rows * width && dqkv.len() == qkv.len(), "attention gradient");
     assert!(out.len() == rows * out_width && dout.len() == out.len(), "attention gradient");
-    let per_task = 5 * e * t + 2 * QUERY_ROWS * KEY_COLUMNS;
+    let per_task = 2 * e * stride(t) + (t + 2 * QUERY_ROWS) * stride(e);
+    let per_task = per_task + 3 * e * t + 2 * QUERY_ROWS * SCORES;
     let dqkv = Rows::new(dqkv, 1);
     pool.split(s.batch * s.kv_heads, 1, |task| {
         let (batch, kv) = (task.start / s.kv_heads, task.start % s.kv_heads);
         pool.scratch(per_task, |scratch| {
-            let (keys, scratch) = scratch.split_at_mut(e * t);
-            let (values, scratch) = scratch.split_at_mut(e * t);
+            let (keys, scratch) = scratch.split_at_mut(e * stride(t));
+            let (values, scratch) = scratch.split_at_mut(e * stride(t));
+            let (key_rows, scratch) = scratch.split_at_mut(t * stride(e));
+            let (rows, scratch) = scratch.split_at_mut(2 * QUERY_ROWS * stride(e));
             let (dq, scratch) = scratch.split_at_mut(e * t);
             let (dk, scratch) = scratch.split_at_mut(e * t);
             let (dv, scratch) = scratch.split_at_mut(e * t);
             let first = head(s, batch, kv, 0);
             transpose(s, first.base, first.k, width, qkv, keys);
             transpose(s, first.base, first.v, width, qkv, values);
+            gather(e, width, &qkv[first.base * width + first.k..], key_rows);
             dk.fill(0.0);
             dv.fill(0.0);
             let store = |column: usize, from: &[f32]| {
@@ -265,7 +326,8 @@ pub(super) fn attention_grad(
             for within in 0..s.heads / s.kv_heads {
                 let h = head(s, batch, kv, within);
                 dq.fill(0.0);
-                let mut operands = Backward { s, h, qkv, keys, values, dq, dk, dv, scratch };
+                let mut operands =
+                    Backward { s, h, qkv, keys, values, key_rows, rows, dq, dk, dv, scratch };
                 for start in (0..t).step_by(QUERY_ROWS) {
                     let m = QUERY_ROWS.min(t - start);
                     operands.tile(start, m, out, dout, &lse[h.lse..h.lse + t]);
@@ -287,6 +349,10 @@ struct Backward<'a> {
     keys: &'a [f32],
     /// Values, `[E, T]`.
     values: &'a [f32],
+    /// Keys, `[T, E]`.
+    key_rows: &'a [f32],
+    /// Takes a tile's queries and its gradient of the output.
+    rows: &'a mut [f32],
     dq: &'a mut [f32],
     dk: &'a mut [f32],
     dv: &'a mut [f32],
@@ -299,60 +365,80 @@ impl Backward<'_> {
         let (s, h) = (self.s, self.h);
         let (t, e, width, out_width) =
             (s.sequence, s.head_dim, s.qkv_width(), s.heads * s.head_dim);
-        let (p, ds) = self.scratch.split_at_mut(QUERY_ROWS * KEY_COLUMNS);
+        let (p, ds) = self.scratch.split_at_mut(QUERY_ROWS * SCORES);
         let mut delta = [0.0f32; QUERY_ROWS];
         for (i, delta) in delta[..m].iter_mut().enumerate() {
             let at = (h.base + start + i) * out_width + h.o;
             *delta = dot(&out[at..at + e], &dout[at..at + e]);
         }
-        let queries = &self.qkv[(h.base + start) * width + h.q..];
-        let dout = &dout[(h.base + start) * out_width + h.o..];
+        let (queries, dout_rows) = self.rows.split_at_mut(QUERY_ROWS * stride(e));
+        gather(
+            e,
+            width,
+            &self.qkv[(h.base + start) * width + h.q..],
+            &mut queries[..m * stride(e)],
+        );
+        let from = &dout[(h.base + start) * out_width + h.o..];
+        gather(e, out_width, from, &mut dout_rows[..m * stride(e)]);
+        let (queries, dout) = (&*queries, &*dout_rows);
         for column in (0..start + m).step_by(KEY_COLUMNS) {
             let n = KEY_COLUMNS.min(start + m - column);
-            let scores = Tile {
-                m,
-                n,
-                k: e,
-                a_row: width,
-                a_column: 1,
-                b_row: t,
-                c_row: KEY_COLUMNS,
-                accumulate: false,
-            };
-            product(scores, queries, &self.keys[column..], p);
-            product(Tile { a_row: out_width, ..scores }, dout, &self.values[column..], ds);
+            for (rows, n) in halves(start, m, column, n) {
+                let tile = Tile {
+                    m: rows.len(),
+                    n,
+                    k: e,
+                    a_row: stride(e),
+                    a_column: 1,
+                    b_row: stride(t),
+                    c_row: SCORES,
+                    accumulate: false,
+                };
+                let (from, to) = (rows.start * stride(e), rows.start * SCORES);
+                product(tile, &queries[from..], &self.keys[column..], &mut p[to..]);
+                product(tile, &dout[from..], &self.values[column..], &mut ds[to..]);
+            }
             for i in 0..m {
                 let visible = (start + i + 1).saturating_sub(column).min(n);
-                let range = i * KEY_COLUMNS..i * KEY_COLUMNS + n;
+                let range = i * SCORES..i * SCORES + n;
                 let (p, ds) = (&mut p[range.clone()], &mut ds[range]);
                 grad_row(p, ds, visible, s.scale(), lse[start + i], delta[i]);
             }
             // dQ += dS . K
-            let to_queries = Tile {
-                m,
-                n: e,
-                k: n,
-                a_row: KEY_COLUMNS,
-                a_column: 1,
-                b_row: width,
-                c_row: e,
-                accumulate: true,
-            };
-            let keys = &self.qkv[(h.base + column) * width + h.k..];
-            product(to_queries, ds, keys, &mut self.dq[start * e..]);
-            // dV += P^T . dO and dK += dS^T . Q
-            let to_keys = Tile {
-                m: n,
-                n: e,
-                k: m,
-                a_row: 1,
-                a_column: KEY_COLUMNS,
-                b_row: out_width,
-                c_row: e,
-                accumulate: true,
-            };
-            product(to_keys, p, dout, &mut self.dv[column * e..]);
-            product(Tile { b_row: width, ..to_keys }, ds, queries, &mut self.dk[column * e..]);
+            for (rows, seen) in halves(start, m, column, n) {
+                let tile = Tile {
+                    m: rows.len(),
+                    n: e,
+                    k: seen,
+                    a_row: SCORES,
+                    a_column: 1,
+                    b_row: stride(e),
+                    c_row: e,
+                    accumulate: true,
+                };
+                let (ds, keys) = (&ds[rows.start * SCORES..], &self.key_rows[column * stride(e)..]);
+                product(tile, ds, keys, &mut self.dq[(start + rows.start) * e..]);
+            }
+            // dV += P^T . dO and dK += dS^T . Q: from the keys that only the last half sees, only its
+            // rows.
+            let mut first = 0;
+            for (rows, seen) in halves(start, m, column, n) {
+                let tile = Tile {
+                    m: seen - first,
+                    n: e,
+                    k: m - rows.start,
+                    a_row: 1,
+                    a_column: SCORES,
+                    b_row: stride(e),
+                    c_row: e,
+                    accumulate: true,
+                };
+                let (from, row) = (rows.start * SCORES + first, rows.start * stride(e));
+                let to = (column + first) * e;
+                product(tile, &p[from..], &dout[row..], &mut self.dv[to..]);
+                product(tile, &ds[from..], &queries[row..], &mut self.dk[to..]);
+                first = seen;
+            }
         }
     }
 }

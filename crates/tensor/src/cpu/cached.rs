@@ -39,7 +39,7 @@ fn softmax_body<S: Simd>(_: S, row: &mut [f32], visible: usize, scale: f32) {
     hidden.fill(0.0);
     let max = lane_max(seen) * scale;
     for x in seen.iter_mut() {
-        *x = exp(*x * scale - max);
+        *x = exp::<S>(*x * scale - max);
     }
     let factor = 1.0 / lane_sum(seen.len(), |i| seen[i]);
     for x in seen {

@@ -20,7 +20,7 @@ dispatched! { fn max_of(row: &[f32]) -> f32 = max_body; }
 
 #[inline(always)]
 fn sum_exp_body<S: Simd>(_: S, row: &[f32], max: f32) -> f32 {
-    lane_sum(row.len(), |i| exp(row[i] - max))
+    lane_sum(row.len(), |i| exp::<S>(row[i] - max))
 }
 
 dispatched! { fn sum_exp(row: &[f32], max: f32) -> f32 = sum_exp_body; }
@@ -28,7 +28,7 @@ dispatched! { fn sum_exp(row: &[f32], max: f32) -> f32 = sum_exp_body; }
 #[inline(always)]
 fn exp_into_body<S: Simd>(_: S, row: &mut [f32], max: f32) -> f32 {
     for x in row.iter_mut() {
-        *x = exp(*x - max);
+        *x = exp::<S>(*x - max);
     }
     lane_sum(row.len(), |i| row[i])
 }

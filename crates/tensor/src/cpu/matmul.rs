@@ -1,6 +1,6 @@
-//! Matrix products: panels of our own where the processor has AVX-512 and they are the faster ones,
-//! the `gemm` crate elsewhere, and where a batch has few rows a kernel that streams the weights
-//! once.
+//! Matrix products: kernels of our own on AVX2, and where the processor has AVX-512 and they are the
+//! faster ones; the `gemm` crate elsewhere; and where a batch has few rows a kernel that streams the
+//! weights once.
 //!
 //! In [`MatmulPrecision::Bf16`] both factors are rounded to bf16 on the way and the sums stay f32:
 //! by the processor's own instructions, or where it has none by rounding copies and multiplying
@@ -9,14 +9,18 @@
 
 use std::ops::Range;
 
+use gemm_common::Parallelism;
+
 use super::GRAIN;
 #[cfg(target_arch = "x86_64")]
 use super::panels::{
-    Format,
+    Format, blocks,
     multiply::{self as panels, Extent},
 };
 use super::panels::{Operand, narrow::round_to_bf16};
 use super::pool::{Pool, Rows};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Level, level};
 use super::simd::{Simd, dispatched};
 use super::tile::{Tile, product};
 use crate::dtype::MatmulPrecision;
@@ -66,14 +70,18 @@ fn multiply(pool: &Pool, how: Products, p: &Product<'_>, c: &mut [f32]) {
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    {
-        let format = match precision {
-            MatmulPrecision::F32 => Format::F32,
-            MatmulPrecision::Bf16 => Format::Bf16,
+    if k > 0 {
+        let (format, rounds) = match precision {
+            MatmulPrecision::F32 => (Format::F32, false),
+            MatmulPrecision::Bf16 => (Format::Bf16, true),
         };
-        if k > 0 && format.has_kernel() && (precision == MatmulPrecision::Bf16 || ours(p)) {
-            let extent = Extent { m, n, k, accumulate: p.accumulate, scales: None, bias: p.bias };
+        let extent = Extent { m, n, k, accumulate: p.accumulate, scales: None, bias: p.bias };
+        if format.has_kernel() && (rounds || ours(p)) {
             panels::multiply(pool, format, extent, a, b, c);
+            return;
+        }
+        if level() == Level::Avx2 {
+            blocks::multiply(pool, rounds, extent, a, b, c);
             return;
         }
     }
@@ -120,18 +128,18 @@ fn by_gemm(pool: &Pool, how: Products, p: &Product<'_>, c: &mut [f32]) {
                 let band = band * BAND..extent.min((band + 1) * BAND);
                 let (rows, columns) = if by_rows { (band, 0..n) } else { (0..m, band) };
                 // SAFETY: the bands are disjoint parts of the product.
-                unsafe { part_by_gemm(p, rows, columns, out, gemm::Parallelism::None) };
+                unsafe { part_by_gemm(p, rows, columns, out, Parallelism::None) };
             }
         });
         return;
     }
     if pool.threads() > 1 && m * n * k > 64 * 64 * 64 {
-        let parallelism = gemm::Parallelism::Rayon(pool.threads());
+        let parallelism = Parallelism::Rayon(pool.threads());
         // SAFETY: it is all one call's.
         pool.install(|| unsafe { part_by_gemm(p, 0..m, 0..n, out, parallelism) });
     } else {
         // SAFETY: it is all one call's.
-        unsafe { part_by_gemm(p, 0..m, 0..n, out, gemm::Parallelism::None) };
+        unsafe { part_by_gemm(p, 0..m, 0..n, out, Parallelism::None) };
     }
 }
 
@@ -144,26 +152,28 @@ unsafe fn part_by_gemm(
     rows: Range<usize>,
     columns: Range<usize>,
     c: Rows<'_>,
-    parallelism: gemm::Parallelism,
+    parallelism: Parallelism,
 ) {
     let Product { m, n, k, a, b, accumulate, .. } = *p;
     debug_assert!(rows.end <= m && columns.end <= n);
-    // SAFETY: `multiply` asserts that the factors and the product have these extents.
+    // SAFETY: `multiply` asserts that the factors and the product have these extents. The crate's
+    // kernels want columns of the product to be runs of memory: with factors and extents swapped, our
+    // rows are these.
     unsafe {
-        gemm::gemm(
-            rows.len(),
+        gemm_f32::gemm::f32::get_gemm_fn()(
             columns.len(),
+            rows.len(),
             k,
             c.as_ptr().add(rows.start * n + columns.start),
-            1,
             n as isize,
+            1,
             accumulate,
-            a.values.as_ptr().add(rows.start * a.row),
-            a.column as isize,
-            a.row as isize,
             b.values.as_ptr().add(columns.start * b.column),
-            b.column as isize,
             b.row as isize,
+            b.column as isize,
+            a.values.as_ptr().add(rows.start * a.row),
+            a.row as isize,
+            a.column as isize,
             1.0,
             1.0,
             false,

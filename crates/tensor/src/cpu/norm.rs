@@ -9,8 +9,8 @@ use crate::shape::{NormKind, Normalise};
 /// Rows whose gradients of gain and bias are summed together; fixed, so that the order of
 /// additions does not depend on the number of threads.
 const GRAD_ROWS: usize = 64;
-/// Columns that one task sums: four cache lines of each row.
-const SUM_COLUMNS: usize = 64;
+/// Columns that one task sums: twelve cache lines of each row, so that memory is read in runs.
+const SUM_COLUMNS: usize = 192;
 
 #[inline(always)]
 fn row_body<S: Simd>(

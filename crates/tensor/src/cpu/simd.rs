@@ -17,6 +17,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     const LANES: usize;
     /// Whether there are 32 registers (24 accumulators fit) or 16 (12 fit).
     const WIDE: bool;
+    /// Whether products are added without rounding them first.
+    const FUSED: bool;
 
     /// Returns a vector of equal elements.
     fn splat(self, x: f32) -> Self::V;
@@ -51,6 +53,7 @@ impl Simd for Plain {
     type V = [f32; 8];
     const LANES: usize = 8;
     const WIDE: bool = false;
+    const FUSED: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -120,6 +123,7 @@ mod x86 {
         type V = __m512;
         const LANES: usize = 16;
         const WIDE: bool = true;
+        const FUSED: bool = true;
 
         #[inline(always)]
         fn splat(self, x: f32) -> __m512 {
@@ -196,6 +200,7 @@ mod x86 {
         type V = __m256;
         const LANES: usize = 8;
         const WIDE: bool = false;
+        const FUSED: bool = true;
 
         #[inline(always)]
         fn splat(self, x: f32) -> __m256 {
@@ -321,25 +326,31 @@ macro_rules! dispatched {
 }
 pub(crate) use dispatched;
 
+/// Returns `a * b + c`, in one instruction where `S` has it.
+#[inline(always)]
+pub(crate) fn fused<S: Simd>(a: f32, b: f32, c: f32) -> f32 {
+    if S::FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
 /// Returns `exp(x)` to within 2 units in the last place, in operations that vectorise. Below -87
 /// it is 0 or tiny, above 88 about the greatest finite value.
 ///
 /// Range reduction to +-ln(2)/2 and a polynomial of degree 6, as in the Cephes library.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer.
     let x = if x < 88.0 { x } else { 88.0 };
     let y = if x > -87.0 { x } else { -87.0 };
-    let t = y * std::f32::consts::LOG2_E + MAGIC;
+    let t = fused::<S>(y, std::f32::consts::LOG2_E, MAGIC);
     let n = t - MAGIC;
-    let r = (y - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let r = fused::<S>(n, 2.121_944_4e-4, fused::<S>(n, -0.693_359_4, y));
     let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_2e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 0.166_666_66;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let p = fused::<S>(p, r, 1.398_2e-3);
+    let p = fused::<S>(p, r, 8.333_452e-3);
+    let p = fused::<S>(p, r, 4.166_579_6e-2);
+    let p = fused::<S>(p, r, 0.166_666_66);
+    let p = fused::<S>(p, r, 0.5);
+    let p = fused::<S>(p * r, r, r + 1.0);
     // The low bits of `t` hold n; shifted into the exponent they make 2^n.
     let scale = f32::from_bits((t.to_bits() << 23).wrapping_add(0x3F80_0000));
     if x > -87.0 { p * scale } else { 0.0 }
@@ -347,8 +358,8 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// Returns the logistic function.
 #[inline(always)]
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+pub(crate) fn sigmoid<S: Simd>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<S>(-x))
 }
 
 /// Lanes of the compiler-vectorised sums below.
@@ -395,12 +406,27 @@ pub(crate) fn lane_max(row: &[f32]) -> f32 {
     lanes.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
 }
 
+/// Returns the greatest magnitude in a row; what is not a number does not count.
+#[inline(always)]
+pub(crate) fn lane_greatest(row: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; SUM_LANES];
+    let (whole, rest) = row.as_chunks::<SUM_LANES>();
+    for chunk in whole {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x.abs() > *lane { x.abs() } else { *lane };
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = if x.abs() > *lane { x.abs() } else { *lane };
+    }
+    lanes.into_iter().fold(0.0, |a, b| if b > a { b } else { a })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn exp_is_within_two_units_of_the_exact_value() {
+    fn check_exp(exp: fn(f32) -> f32) {
         let mut worst = 0.0f64;
         for i in -86_000..=87_900 {
             let x = i as f32 * 1e-3;
@@ -415,6 +441,13 @@ mod tests {
     }
 
     #[test]
+    fn exp_is_within_two_units_of_the_exact_value() {
+        check_exp(exp::<Plain>);
+        #[cfg(target_arch = "x86_64")]
+        check_exp(exp::<Avx2>);
+    }
+
+    #[test]
     fn sums_and_maxima_take_rows_of_every_length() {
         for n in 0..70 {
             let row: Vec<f32> = (0..n).map(|i| ((i * 37) % 11) as f32 - 5.0).collect();
@@ -422,6 +455,8 @@ mod tests {
             assert!((lane_sum(n, |i| row[i]) - sum).abs() < 1e-4, "length {n}");
             let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(lane_max(&row), max, "length {n}");
+            let greatest = row.iter().fold(0.0, |g: f32, x| g.max(x.abs()));
+            assert_eq!(lane_greatest(&row), greatest, "length {n}");
         }
     }
 }

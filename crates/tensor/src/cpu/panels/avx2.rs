@@ -7,11 +7,11 @@
 
 use core::arch::x86_64::{
     __m256, __m256i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_and_si256, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_castsi256_si128,
-    _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtph_ps, _mm256_extracti128_si256,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps,
-    _mm256_permute4x64_epi64, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_and_si256, _mm256_castps_si256, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
+    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srai_epi16, _mm256_storeu_ps, _mm256_unpackhi_epi8,
+    _mm256_unpacklo_epi8,
 };
 
 use std::ops::Range;
@@ -151,19 +151,17 @@ impl Lines for Bf16 {
 
 struct I8;
 
-/// Reads eight columns by four rows of bytes, puts the signs back, and brings the pairs of rows 0
-/// and 1 before those of rows 2 and 3.
+/// Reads eight columns by four rows of bytes and puts the signs back.
 ///
 /// # Safety
 /// 32 bytes lie at `from`; the processor has AVX2.
 #[inline(always)]
-unsafe fn signed_pairs(from: *const u8) -> __m256i {
+unsafe fn signed(from: *const u8) -> __m256i {
     // SAFETY: by this function's contract.
     unsafe {
         let bytes = _mm256_loadu_si256(from.cast());
         let magnitude = _mm256_and_si256(bytes, _mm256_set1_epi8(0x7F));
-        // Quarters alternate between the two pairs of rows.
-        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_sign_epi8(magnitude, bytes))
+        _mm256_sign_epi8(magnitude, bytes)
     }
 }
 
@@ -172,17 +170,19 @@ impl Lines for I8 {
     const WORDS: usize = 2;
     const INTEGER: bool = true;
 
+    /// Of each 128 bits, the low half are the pairs of rows 0 and 1, the high half those of rows 2
+    /// and 3. Bytes become 16 bits as the high halves of these, shifted down.
     #[inline(always)]
     unsafe fn load(from: *const u8, word: usize) -> [__m256; 2] {
         // SAFETY: by the trait's contract.
         unsafe {
-            let (left, right) = (signed_pairs(from), signed_pairs(from.add(32)));
+            let (left, right) = (signed(from), signed(from.add(32)));
             let (left, right) = if word == 0 {
-                (_mm256_castsi256_si128(left), _mm256_castsi256_si128(right))
+                (_mm256_unpacklo_epi8(left, left), _mm256_unpacklo_epi8(right, right))
             } else {
-                (_mm256_extracti128_si256::<1>(left), _mm256_extracti128_si256::<1>(right))
+                (_mm256_unpackhi_epi8(left, left), _mm256_unpackhi_epi8(right, right))
             };
-            let wide = [_mm256_cvtepi8_epi16(left), _mm256_cvtepi8_epi16(right)];
+            let wide = [_mm256_srai_epi16::<8>(left), _mm256_srai_epi16::<8>(right)];
             [_mm256_castsi256_ps(wide[0]), _mm256_castsi256_ps(wide[1])]
         }
     }
@@ -196,25 +196,28 @@ impl Lines for I8 {
     }
 }
 
-/// `M` rows by `V` groups, the first of which is `group`.
+/// `M` rows by `V` groups, the first of which is `group`. `WHOLE`: all their columns exist.
 ///
 /// # Safety
 /// The block's operands exist; `M == b.m`, `group + V <= b.groups`.
 #[inline(always)]
-unsafe fn tile<L: Lines, const M: usize, const V: usize>(b: &Block, group: usize) {
+unsafe fn part<L: Lines, const M: usize, const V: usize, const WHOLE: bool>(
+    b: &Block,
+    group: usize,
+) {
     // SAFETY: by this function's contract; a prefetched address need not exist; the columns of the
-    // last group go through a copy.
+    // last group go through a copy where they are not all there.
     unsafe {
         let mut sums = [[[_mm256_setzero_ps(); 2]; V]; M];
-        let whole = |v: usize| (group + v + 1) * GROUP <= b.columns;
-        let part = |v: usize| b.columns - (group + v) * GROUP;
+        let whole = |v: usize| WHOLE || (group + v + 1) * GROUP <= b.columns;
+        let there = |v: usize| b.columns - (group + v) * GROUP;
         let place = |m: usize, v: usize| b.c.add(m * b.c_row + (group + v) * GROUP);
         let row = |from: *const f32, v: usize| -> [__m256; 2] {
             if whole(v) {
                 return [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))];
             }
             let mut copy = [0.0f32; GROUP];
-            from.copy_to_nonoverlapping(copy.as_mut_ptr(), part(v));
+            from.copy_to_nonoverlapping(copy.as_mut_ptr(), there(v));
             [_mm256_loadu_ps(copy.as_ptr()), _mm256_loadu_ps(copy.as_ptr().add(8))]
         };
         if b.resume && !L::INTEGER {
@@ -222,6 +225,12 @@ unsafe fn tile<L: Lines, const M: usize, const V: usize>(b: &Block, group: usize
                 for (v, sum) in sums.iter_mut().enumerate() {
                     *sum = row(place(m, v), v);
                 }
+            }
+        }
+        if M == ROWS {
+            // The rows of the next block.
+            for m in 0..M {
+                _mm_prefetch::<_MM_HINT_T0>(b.c.wrapping_add((M + m) * b.c_row).cast());
             }
         }
         let (mut a, mut lines) = (b.a, b.b.add(group * L::LINE));
@@ -242,24 +251,34 @@ unsafe fn tile<L: Lines, const M: usize, const V: usize>(b: &Block, group: usize
             a = a.add(L::WORDS * M);
             lines = lines.add(b.groups * L::LINE);
         }
-        for (m, sums) in sums.into_iter().enumerate() {
-            for (v, mut sum) in sums.into_iter().enumerate() {
-                let to = place(m, v);
-                let column = |from: *const f32| row(from.add((group + v) * GROUP), v);
-                if L::INTEGER {
-                    let by_row = _mm256_set1_ps(*b.row_scales.add(m));
-                    let scales = column(b.scales);
-                    let before = if b.resume { row(to, v) } else { [_mm256_setzero_ps(); 2] };
+        let column = |from: *const f32, v: usize| row(from.add((group + v) * GROUP), v);
+        if L::INTEGER {
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let by_row = _mm256_set1_ps(*b.row_scales.add(m));
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    let scales = column(b.scales, v);
+                    let before =
+                        if b.resume { row(place(m, v), v) } else { [_mm256_setzero_ps(); 2] };
                     for ((sum, scale), before) in sum.iter_mut().zip(scales).zip(before) {
                         let total = _mm256_cvtepi32_ps(_mm256_castps_si256(*sum));
                         *sum = _mm256_fmadd_ps(total, _mm256_mul_ps(scale, by_row), before);
                     }
                 }
-                if !b.bias.is_null() {
-                    for (sum, bias) in sum.iter_mut().zip(column(b.bias)) {
+            }
+        }
+        if !b.bias.is_null() {
+            for v in 0..V {
+                let bias = column(b.bias, v);
+                for sums in &mut sums {
+                    for (sum, bias) in sums[v].iter_mut().zip(bias) {
                         *sum = _mm256_add_ps(*sum, bias);
                     }
                 }
+            }
+        }
+        for (m, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                let to = place(m, v);
                 if whole(v) {
                     _mm256_storeu_ps(to, sum[0]);
                     _mm256_storeu_ps(to.add(8), sum[1]);
@@ -267,9 +286,25 @@ unsafe fn tile<L: Lines, const M: usize, const V: usize>(b: &Block, group: usize
                     let mut copy = [0.0f32; GROUP];
                     _mm256_storeu_ps(copy.as_mut_ptr(), sum[0]);
                     _mm256_storeu_ps(copy.as_mut_ptr().add(8), sum[1]);
-                    to.copy_from_nonoverlapping(copy.as_ptr(), part(v));
+                    to.copy_from_nonoverlapping(copy.as_ptr(), there(v));
                 }
             }
+        }
+    }
+}
+
+/// As [`part`]. Compiled apart where columns are missing, sums stay in registers where none are.
+///
+/// # Safety
+/// As [`part`].
+#[inline(always)]
+unsafe fn tile<L: Lines, const M: usize, const V: usize>(b: &Block, group: usize) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        if (group + V) * GROUP <= b.columns {
+            part::<L, M, V, true>(b, group);
+        } else {
+            part::<L, M, V, false>(b, group);
         }
     }
 }

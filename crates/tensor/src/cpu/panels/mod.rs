@@ -9,8 +9,8 @@
 //! blocking or on threads.
 //!
 //! The kernels of [`multiply`] need AVX-512 ([`Format::has_kernel`]). Where there is none for a format,
-//! [`stored`] multiplies with AVX2; and where there is neither, [`expand`] turns panels back into f32,
-//! for the products of [`super::tile`].
+//! [`stored`] multiplies with AVX2, and [`blocks`] does so matrices that are reordered on the way; and
+//! where there is neither, [`expand`] turns panels back into f32, for the products of [`super::tile`].
 #![cfg_attr(
     not(target_arch = "x86_64"),
     allow(dead_code, reason = "parts that only the AVX-512 kernels use")
@@ -19,12 +19,16 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+pub(super) mod blocks;
+#[cfg(target_arch = "x86_64")]
 mod kernel;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod multiply;
 pub(super) mod narrow;
 #[cfg(target_arch = "x86_64")]
 mod pack;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod reorder;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod stored;
 

@@ -236,7 +236,7 @@ impl Panels<'_> {
 }
 
 /// Lends scratch that begins at a cache line.
-fn lines<R>(pool: &Pool, words: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+pub(super) fn lines<R>(pool: &Pool, words: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     pool.scratch(words + GROUP, |scratch| {
         let at = scratch.as_ptr().align_offset(64).min(GROUP);
         f(&mut scratch[at..at + words])

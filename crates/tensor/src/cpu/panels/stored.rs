@@ -11,10 +11,11 @@
 use std::ops::Range;
 
 use super::multiply::Extent;
-use super::narrow::{bf16_bits, bf16_value};
-use super::{Format, GROUP, PANEL, PANEL_COLUMNS, avx2};
+use super::narrow::round_to_bf16;
+use super::reorder::{Order, SPARE, reorder};
+use super::{Format, GROUP, Operand, PANEL, PANEL_COLUMNS, avx2};
 use crate::cpu::pool::{Pool, Rows};
-use crate::cpu::simd::{Simd, dispatched};
+use crate::cpu::simd::{Simd, dispatched, lane_greatest, lane_sum};
 
 /// Rows of the product that one task computes, when there are many: 120 KiB of them are in L2 for
 /// one stretch of the sum.
@@ -53,35 +54,49 @@ fn words(format: Format, k: usize) -> usize {
     }
 }
 
-#[inline(always)]
-fn pack_body<S: Simd>(_: S, round: bool, m: usize, k: usize, from: &[f32], to: &mut [f32]) {
-    for (r, row) in from.chunks_exact(k).enumerate() {
-        for (to, x) in to[r..].iter_mut().step_by(m).zip(row) {
-            *to = if round { bf16_value(bf16_bits(*x)) } else { *x };
-        }
-    }
-    to[m * k..].fill(0.0);
+/// Returns the words from one packed block of rows to the next.
+fn block_words(format: Format, k: usize) -> usize {
+    avx2::ROWS * words(format, k) + SPARE
 }
 
-dispatched! {
-    /// Packs `m` rows of `k`.
-    fn pack(round: bool, m: usize, k: usize, from: &[f32], to: &mut [f32]) = pack_body;
+/// Packs one block of rows of `k`.
+fn pack(rounds: bool, k: usize, from: &[f32], to: &mut [f32]) {
+    let m = from.len() / k;
+    match (m, rounds) {
+        (1, false) => to[..k].copy_from_slice(from),
+        (1, true) => round_to_bf16(from, to),
+        _ => {
+            let order = Order { width: avx2::ROWS, padded: false, block: to.len(), rounds };
+            reorder(order, Operand { values: from, row: k, column: 1 }, 0..m, 0..k, to);
+        }
+    }
+    // For formats of two words, where `k` is odd.
+    to[m * k..m * (k + 1)].fill(0.0);
 }
 
 #[inline(always)]
 fn pack_pairs_body<S: Simd>(_: S, k: usize, from: &[f32], to: &mut [f32], scales: &mut [f32]) {
     let m = scales.len();
     for ((r, row), scale) in from.chunks_exact(k).enumerate().zip(scales) {
-        let greatest = row.iter().fold(0.0f32, |g, x| if x.abs() > g { x.abs() } else { g });
-        // A row that is not finite has no finite products either.
-        let finite = row.iter().all(|x| x.is_finite());
+        let greatest = lane_greatest(row);
+        // A row that is not finite has no finite products either. What is not finite is none times
+        // zero too.
+        let finite = lane_sum(k, |i| row[i] * 0.0) == 0.0;
         *scale = if finite { greatest / GREATEST } else { f32::NAN };
         let inverse = if finite && greatest > 0.0 { GREATEST / greatest } else { 0.0 };
-        let whole =
-            |x: f32| -> u32 { u32::from(((x * inverse).round_ties_even() as i16).cast_unsigned()) };
-        for (i, to) in to[r..].iter_mut().step_by(m).enumerate() {
-            let at = |i: usize| row.get(i).map_or(0, |x| whole(*x));
-            *to = f32::from_bits(at(2 * i) | at(2 * i + 1) << 16);
+        // Adding 1.5 * 2^23 rounds to a whole number and leaves its 16 bits lowest.
+        let whole = |x: f32| (x * inverse + 12_582_912.0).to_bits();
+        let word = |[low, high]: [f32; 2]| f32::from_bits(whole(low) & 0xFFFF | whole(high) << 16);
+        let (pairs, rest) = row.as_chunks::<2>();
+        let to = &mut to[r..];
+        if m == 1 {
+            to.iter_mut().zip(pairs).for_each(|(to, pair)| *to = word(*pair));
+        } else {
+            to.iter_mut().step_by(m).zip(pairs).for_each(|(to, pair)| *to = word(*pair));
+        }
+        let mut rest = rest.iter();
+        for to in to.iter_mut().step_by(m).take(words(Format::I8, k)).skip(pairs.len()) {
+            *to = word([rest.next().copied().unwrap_or(0.0), 0.0]);
         }
     }
 }
@@ -117,17 +132,18 @@ pub(in crate::cpu) fn multiply_stored(
     if e.m == 0 || e.n == 0 {
         return;
     }
-    let width = words(format, e.k);
-    pool.scratch(e.m * (width + 1), |scratch| {
-        let (rows, row_scales) = scratch.split_at_mut(e.m * width);
-        let (to, scales) = (Rows::new(rows, width), Rows::new(row_scales, 1));
-        pool.split(e.m, avx2::ROWS, |part| {
-            let from = &a[part.start * e.k..part.end * e.k];
-            // SAFETY: parts are disjoint.
-            let (to, scales) = unsafe { (to.part(part.clone()), scales.part(part.clone())) };
+    let (blocks, block) = (e.m.div_ceil(avx2::ROWS), block_words(format, e.k));
+    pool.scratch(blocks * block + e.m, |scratch| {
+        let (rows, row_scales) = scratch.split_at_mut(blocks * block);
+        let (to, scales) = (Rows::new(rows, block), Rows::new(row_scales, 1));
+        pool.split(blocks, 1, |part| {
+            let which = part.start * avx2::ROWS..e.m.min(part.end * avx2::ROWS);
+            let from = &a[which.start * e.k..which.end * e.k];
+            // SAFETY: each task has a block of its own.
+            let (to, scales) = unsafe { (to.part(part), scales.part(which)) };
             match format {
                 Format::I8 => pack_pairs(e.k, from, to, scales),
-                _ => pack(format.rounds(), part.len(), e.k, from, to),
+                _ => pack(format.rounds(), e.k, from, to),
             }
         });
         let p = Packed { format, extent: e, rows, row_scales, panels: b };
@@ -178,12 +194,24 @@ impl Packed<'_> {
                 }
                 for group in 0..groups {
                     for first in rows.clone().step_by(avx2::ROWS) {
+                        let mut block = block(first);
+                        if self.extent.m > FEW {
+                            let is_last = first + block.m == rows.end;
+                            block.ahead = if is_last { self.next(&block, group) } else { 0 };
+                        }
                         // SAFETY: as above.
-                        unsafe { avx2::run(self.format, &block(first), group..group + 1) };
+                        unsafe { avx2::run(self.format, &block, group..group + 1) };
                     }
                 }
             }
         }
+    }
+
+    /// Returns how far the lines of the group after `group` are from its own, in bytes. The last of many
+    /// blocks of rows brings them to L1.
+    fn next(&self, b: &avx2::Block, group: usize) -> usize {
+        let line = self.format.line();
+        if group + 1 < b.groups { line } else { (b.steps * b.groups - group) * line }
     }
 
     /// Describes the block of rows that begins at `first`, by one panel, over `ks`.
@@ -193,8 +221,7 @@ impl Packed<'_> {
         let column = panel * PANEL_COLUMNS;
         let columns = PANEL_COLUMNS.min(e.n - column);
         let groups = columns.div_ceil(GROUP);
-        let width = words(f, e.k);
-        let a = first * width + words(f, ks.start) * m;
+        let a = first / avx2::ROWS * block_words(f, e.k) + words(f, ks.start) * m;
         let line = f.line() / size_of::<f32>();
         let b = (panel * PANEL * f.steps(e.k) + ks.start / f.rows() * groups) * line;
         let steps = f.steps(ks.len());

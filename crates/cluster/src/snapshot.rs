@@ -111,12 +111,23 @@ pub struct Commitment {
     pub slice: Slice,
 }
 
+/// A commitment with the places of its devices.
 #[derive(Debug, Clone)]
-struct Held {
+pub(crate) struct Held {
     /// Shared with the copies of the snapshot.
-    commitment: Arc<Commitment>,
+    pub(crate) commitment: Arc<Commitment>,
     spots: Arc<[(NodeAt, u32)]>,
 }
+
+impl Held {
+    /// Returns the nodes that it is on, each once for a run of its devices.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeAt> + '_ {
+        self.spots.chunk_by(|a, b| a.0 == b.0).map(|on_node| on_node[0].0)
+    }
+}
+
+/// What is kept for a job, with its places.
+pub(crate) type Kept = Vec<(DeviceId, NodeAt)>;
 
 /// The fleet at one moment: nodes, their devices and who holds them.
 ///
@@ -132,7 +143,7 @@ pub struct Snapshot {
     states: Vec<NodeState>,
     vacant: Vec<NodeAt>,
     commitments: BTreeMap<Arc<JobId>, Held>,
-    reservations: BTreeMap<Arc<JobId>, Vec<(DeviceId, NodeAt)>>,
+    reservations: BTreeMap<Arc<JobId>, Kept>,
     topology: Topology,
     stocks: Vec<Stock>,
     stock_of: BTreeMap<(DeviceKind, String), u32>,
@@ -243,6 +254,13 @@ impl Snapshot {
     #[must_use]
     pub fn commitment(&self, job: &JobId) -> Option<&Commitment> {
         self.commitments.get(job).map(|held| &*held.commitment)
+    }
+
+    /// Returns the nodes and indices of the devices that a job holds, in rank order: as
+    /// [`Snapshot::commitment`] names them, without the names.
+    #[must_use]
+    pub fn spots(&self, job: &JobId) -> &[(NodeAt, u32)] {
+        self.commitments.get(job).map_or(&[], |held| &held.spots)
     }
 
     /// Returns who holds a device, also when its node is not part of the fleet at present; of
@@ -393,8 +411,15 @@ impl Snapshot {
 
     /// Takes back everything that a job holds.
     pub fn release(&mut self, job: &JobId) -> Option<Commitment> {
-        let Held { commitment, spots } = self.commitments.remove(job)?;
-        let slice = commitment.slice;
+        let Held { commitment, .. } = self.take(job)?;
+        Some(Arc::unwrap_or_clone(commitment))
+    }
+
+    /// Takes back everything that a job holds. While trying, nodes that are no part of the fleet
+    /// stay known, so that it can be given back.
+    pub(crate) fn take(&mut self, job: &JobId) -> Option<Held> {
+        let held = self.commitments.remove(job)?;
+        let (slice, spots) = (held.commitment.slice, &held.spots);
         for (i, &(at, index)) in spots.iter().enumerate() {
             self.touch(at, index, |slot| slot.remove(job, slice.share_milli));
             let state = &mut self.states[at.index()];
@@ -405,11 +430,36 @@ impl Snapshot {
                 self.grow(at);
             }
         }
-        for at in spots.iter().map(|spot| spot.0).collect::<BTreeSet<_>>() {
-            self.forget_if_empty(at);
-        }
         self.revision.0 += 1;
-        Some(Arc::unwrap_or_clone(commitment))
+        self.forget_empty(&held);
+        Some(held)
+    }
+
+    /// Gives back what [`Snapshot::take`] has taken, when all is as it was then.
+    pub(crate) fn give_back(&mut self, held: Held) {
+        let slice = held.commitment.slice;
+        let shared = Arc::new(held.commitment.job.clone());
+        for (i, &(at, index)) in held.spots.iter().enumerate() {
+            let holder = shared.clone();
+            self.touch(at, index, |slot| slot.add(holder, slice.share_milli));
+            let state = &mut self.states[at.index()];
+            state.cpu_milli += slice.cpu_milli;
+            state.memory += slice.memory.0;
+            if held.spots.get(i + 1).is_none_or(|next| next.0 != at) {
+                self.refresh(at);
+            }
+        }
+        self.commitments.insert(shared, held);
+        self.revision.0 += 1;
+    }
+
+    /// Forgets the nodes of what was taken that are no part of the fleet, unless this is a try.
+    pub(crate) fn forget_empty(&mut self, held: &Held) {
+        if !self.trying {
+            for at in held.nodes().collect::<BTreeSet<_>>() {
+                self.forget_if_empty(at);
+            }
+        }
     }
 
     /// Keeps devices for a job, whether or not others hold them now: they are not free for anybody
@@ -418,8 +468,14 @@ impl Snapshot {
     /// # Errors
     /// [`ClusterError::Reserved`] when one is kept for another job.
     pub fn reserve(&mut self, job: &JobId, devices: Vec<DeviceId>) -> Result<(), ClusterError> {
+        let mut last: Option<(&NodeName, Option<NodeAt>)> = None;
         for device in &devices {
-            let Some(at) = self.find(&device.node) else { continue };
+            let at = match last {
+                Some((name, at)) if *name == device.node => at,
+                _ => self.find(&device.node),
+            };
+            last = Some((&device.node, at));
+            let Some(at) = at else { continue };
             if let Some(holder) = self.states[at.index()].reserved(device.index)
                 && holder != job
             {
@@ -428,33 +484,61 @@ impl Snapshot {
             }
         }
         self.unreserve(job);
-        let shared = Arc::new(job.clone());
-        let mut kept = Vec::with_capacity(devices.len());
+        let mut kept = Kept::with_capacity(devices.len());
         for device in devices {
-            let at = self.ensure(&device.node);
-            let holder = shared.clone();
-            self.touch(at, device.index, |slot| slot.reserved = Some(holder));
-            self.refresh(at);
+            let at = match kept.last() {
+                Some((before, at)) if before.node == device.node => *at,
+                _ => self.ensure(&device.node),
+            };
             kept.push((device, at));
+        }
+        self.keep(job, kept);
+        Ok(())
+    }
+
+    /// Keeps devices that are kept for nobody.
+    pub(crate) fn keep(&mut self, job: &JobId, kept: Kept) {
+        let shared = Arc::new(job.clone());
+        for (i, (device, at)) in kept.iter().enumerate() {
+            let holder = shared.clone();
+            self.touch(*at, device.index, |slot| slot.reserved = Some(holder));
+            if kept.get(i + 1).is_none_or(|next| next.1 != *at) {
+                self.refresh(*at);
+            }
         }
         self.reservations.insert(shared, kept);
         self.revision.0 += 1;
-        Ok(())
     }
 
     /// Lets go of the devices that are kept for a job, and returns them.
     pub fn unreserve(&mut self, job: &JobId) -> Option<Vec<DeviceId>> {
+        let kept = self.let_go(job)?;
+        Some(kept.into_iter().map(|(device, _)| device).collect())
+    }
+
+    /// Lets go of the devices that are kept for a job. While trying, nodes that are no part of the
+    /// fleet stay known.
+    pub(crate) fn let_go(&mut self, job: &JobId) -> Option<Kept> {
         let kept = self.reservations.remove(job)?;
-        for (device, at) in &kept {
+        for (i, (device, at)) in kept.iter().enumerate() {
             self.touch(*at, device.index, |slot| slot.reserved = None);
-            self.refresh(*at);
-            self.grow(*at);
-        }
-        for at in kept.iter().map(|(_, at)| *at).collect::<BTreeSet<_>>() {
-            self.forget_if_empty(at);
+            if kept.get(i + 1).is_none_or(|next| next.1 != *at) {
+                self.refresh(*at);
+                self.grow(*at);
+            }
         }
         self.revision.0 += 1;
-        Some(kept.into_iter().map(|(device, _)| device).collect())
+        self.forget_unkept(&kept);
+        Some(kept)
+    }
+
+    /// Forgets the nodes of what was kept that are no part of the fleet, unless this is a try.
+    pub(crate) fn forget_unkept(&mut self, kept: &Kept) {
+        if !self.trying {
+            for at in kept.iter().map(|(_, at)| *at).collect::<BTreeSet<_>>() {
+                self.forget_if_empty(at);
+            }
+        }
     }
 
     /// Starts to try changes, in place. What is not committed is undone when the trial is dropped.
@@ -486,7 +570,7 @@ impl Snapshot {
         at
     }
 
-    fn forget_if_empty(&mut self, at: NodeAt) {
+    pub(crate) fn forget_if_empty(&mut self, at: NodeAt) {
         let state = &self.states[at.index()];
         if !state.present && state.unheld() && self.absent.remove(&state.node.name).is_some() {
             self.vacant.push(at);
@@ -535,17 +619,23 @@ impl Snapshot {
         }
     }
 
-    /// Tells that what is on these devices' nodes may have become free.
-    pub(crate) fn grow_at(&mut self, devices: &[DeviceId]) {
-        let mut last: Option<&NodeName> = None;
-        for device in devices {
-            if last != Some(&device.node)
-                && let Some(at) = self.find(&device.node)
-            {
+    /// Makes it last that a job holds no more of what it held.
+    pub(crate) fn settle_taken(&mut self, held: &Held) {
+        for at in held.nodes() {
+            self.grow(at);
+        }
+        self.forget_empty(held);
+    }
+
+    /// Makes it last that devices are kept no more.
+    pub(crate) fn settle_let_go(&mut self, kept: &Kept) {
+        let mut last = None;
+        for &(_, at) in kept {
+            if last.replace(at) != Some(at) {
                 self.grow(at);
             }
-            last = Some(&device.node);
         }
+        self.forget_unkept(kept);
     }
 
     /// Takes a node out of every count.

@@ -109,6 +109,12 @@ impl NodeState {
         &self.node
     }
 
+    /// Returns whether it is part of the fleet at present.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.present
+    }
+
     /// Returns the domain that it is in.
     #[must_use]
     pub fn place(&self) -> DomainAt {

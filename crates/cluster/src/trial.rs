@@ -2,7 +2,8 @@
 
 use drumline_types::{Attempt, DeviceId, JobId};
 
-use crate::snapshot::{ClusterError, Commitment, Revision, Snapshot};
+use crate::snapshot::{ClusterError, Commitment, Held, Kept, Revision, Snapshot};
+use crate::state::NodeAt;
 
 /// A point in a trial to come back to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,9 +12,9 @@ pub struct Mark(usize);
 #[derive(Debug)]
 enum Step {
     Committed(JobId),
-    Released(Commitment),
+    Released(Held),
     /// What was kept for the job before.
-    Reserved(JobId, Option<Vec<DeviceId>>),
+    Reserved(JobId, Option<Kept>),
 }
 
 /// Changes tried on a snapshot. Dropping it undoes them all; each costs what it changed.
@@ -22,12 +23,14 @@ pub struct Trial<'a> {
     working: &'a mut Snapshot,
     /// Each step, and the revision before it.
     steps: Vec<(Revision, Step)>,
+    /// Nodes that may be known for no other reason than what was undone.
+    loose: Vec<NodeAt>,
 }
 
 impl<'a> Trial<'a> {
     pub(crate) fn new(working: &'a mut Snapshot) -> Self {
         working.trying = true;
-        Self { working, steps: Vec::new() }
+        Self { working, steps: Vec::new(), loose: Vec::new() }
     }
 
     /// Returns the fleet with the changes so far.
@@ -64,8 +67,8 @@ impl<'a> Trial<'a> {
     /// Takes back what a job holds. Returns whether it held anything.
     pub fn evict(&mut self, job: &JobId) -> bool {
         let before = self.working.revision();
-        let Some(commitment) = self.working.release(job) else { return false };
-        self.steps.push((before, Step::Released(commitment)));
+        let Some(held) = self.working.take(job) else { return false };
+        self.steps.push((before, Step::Released(held)));
         true
     }
 
@@ -74,18 +77,30 @@ impl<'a> Trial<'a> {
     /// # Errors
     /// As [`Snapshot::reserve`]; nothing is changed then.
     pub fn reserve(&mut self, job: &JobId, devices: Vec<DeviceId>) -> Result<(), ClusterError> {
-        let (before, was) = (self.working.revision(), self.working.reservation(job));
-        self.working.reserve(job, devices)?;
-        self.steps.push((before, Step::Reserved(job.clone(), was)));
-        Ok(())
+        let before = self.working.revision();
+        let was = self.working.let_go(job);
+        match self.working.reserve(job, devices) {
+            Ok(()) => {
+                self.steps.push((before, Step::Reserved(job.clone(), was)));
+                Ok(())
+            }
+            Err(error) => {
+                if let Some(was) = was {
+                    self.working.keep(job, was);
+                }
+                self.working.set_revision(before);
+                Err(error)
+            }
+        }
     }
 
-    /// Lets go of the devices that are kept for a job, as [`Snapshot::unreserve`].
-    pub fn unreserve(&mut self, job: &JobId) -> Option<Vec<DeviceId>> {
+    /// Lets go of the devices that are kept for a job, as [`Snapshot::unreserve`]. Returns whether
+    /// any were.
+    pub fn unreserve(&mut self, job: &JobId) -> bool {
         let before = self.working.revision();
-        let kept = self.working.unreserve(job)?;
-        self.steps.push((before, Step::Reserved(job.clone(), Some(kept.clone()))));
-        Some(kept)
+        let Some(kept) = self.working.let_go(job) else { return false };
+        self.steps.push((before, Step::Reserved(job.clone(), Some(kept))));
+        true
     }
 
     /// Returns the present point, to come back to.
@@ -98,30 +113,40 @@ impl<'a> Trial<'a> {
     pub fn rollback(&mut self, mark: Mark) {
         while self.steps.len() > mark.0 {
             let Some((before, step)) = self.steps.pop() else { break };
-            let undone = match step {
+            match step {
                 Step::Committed(job) => {
-                    self.working.release(&job);
-                    Ok(())
+                    if let Some(held) = self.working.take(&job) {
+                        self.loose.extend(held.nodes());
+                    }
                 }
-                Step::Released(was) => self.working.hold(was),
-                Step::Reserved(job, Some(kept)) => self.working.reserve(&job, kept),
-                Step::Reserved(job, None) => {
-                    self.working.unreserve(&job);
-                    Ok(())
+                Step::Released(was) => self.working.give_back(was),
+                Step::Reserved(job, was) => {
+                    if let Some(kept) = self.working.let_go(&job) {
+                        self.loose.extend(kept.iter().map(|(_, at)| *at));
+                    }
+                    if let Some(kept) = was {
+                        self.working.keep(&job, kept);
+                    }
                 }
-            };
-            debug_assert!(undone.is_ok(), "undoing in reverse order always fits");
+            }
             self.working.set_revision(before);
+        }
+    }
+
+    fn end(&mut self) {
+        self.working.trying = false;
+        for at in std::mem::take(&mut self.loose) {
+            self.working.forget_if_empty(at);
         }
     }
 
     /// Ends the trial and keeps its changes.
     pub fn commit(mut self) {
-        self.working.trying = false;
+        self.end();
         for (_, step) in std::mem::take(&mut self.steps) {
             match step {
-                Step::Released(was) => self.working.grow_at(&was.devices),
-                Step::Reserved(_, Some(kept)) => self.working.grow_at(&kept),
+                Step::Released(was) => self.working.settle_taken(&was),
+                Step::Reserved(_, Some(kept)) => self.working.settle_let_go(&kept),
                 Step::Committed(_) | Step::Reserved(_, None) => {}
             }
         }
@@ -131,6 +156,6 @@ impl<'a> Trial<'a> {
 impl Drop for Trial<'_> {
     fn drop(&mut self) {
         self.rollback(Mark(0));
-        self.working.trying = false;
+        self.end();
     }
 }

@@ -13,7 +13,7 @@ use crate::gang::{
 };
 use crate::queue::{QueueSpec, Reclaim};
 use crate::table::{HOUR_MS, default, int, optional};
-use crate::walk::{Checked, Walk};
+use crate::walk::{Checked, Walk, obey};
 
 /// The greatest number in a queue's quota.
 pub(crate) const QUOTA_MAX: i64 = 10_000_000;
@@ -127,6 +127,21 @@ pub(crate) const TOPOLOGY: Field = optional(
             "",
             "The level, such as an NVLink domain of several nodes, that each tensor group must be in \
              one domain of.",
+        ),
+        optional(
+            "runsRequired",
+            Kind::Texts { min: 1, max: 16 },
+            "no rule",
+            "",
+            "Parts of the gang, each `RANKS/LEVEL`: with `16/rack`, ranks 0 to 15 are inside one rack, \
+             16 to 31 inside one, and so on. A leader is not counted.",
+        ),
+        optional(
+            "runsPreferred",
+            Kind::Texts { min: 1, max: 16 },
+            "no wish",
+            "",
+            "The same, where that can be had; the outermost level first.",
         ),
     ]),
     "the smallest domain that holds the gang",
@@ -287,6 +302,10 @@ pub struct Wishes {
     pub copy_preferred: Option<String>,
     /// The level that must hold each tensor group, where that is not a node.
     pub tensor_required: Option<String>,
+    /// Runs of consecutive ranks that must each be inside one domain of a level.
+    pub runs_required: Vec<(u32, String)>,
+    /// Runs that had better be.
+    pub runs_preferred: Vec<(u32, String)>,
     /// Sizes in copies; a command's copies are its ranks.
     pub elastic: Option<Elastic>,
 }
@@ -313,6 +332,16 @@ impl Wishes {
             rule(copy, &self.copy_preferred, false),
             rule(gang.node_group, &tensor, true).filter(|rule| rule.ranks > 1),
         ];
+        let run = |runs: &[(u32, String)], required: bool| -> Vec<TopologyRule> {
+            let rule = |(ranks, level): &(u32, String)| TopologyRule {
+                ranks: *ranks,
+                level: level.clone(),
+                required,
+            };
+            runs.iter().map(rule).collect()
+        };
+        let runs =
+            run(&self.runs_required, true).into_iter().chain(run(&self.runs_preferred, false));
         let ranks = |copies: u32| copies.saturating_mul(copy);
         Gang {
             node_group: if tensor.is_some() { 1 } else { gang.node_group },
@@ -321,7 +350,7 @@ impl Wishes {
             share_milli: self.share_milli.unwrap_or(WHOLE_DEVICE),
             cpu_milli: self.cpu_milli,
             memory: self.memory,
-            topology: topology.into_iter().flatten().collect(),
+            topology: topology.into_iter().flatten().chain(runs).collect(),
             elastic: self.elastic.map(|sizes| Elastic {
                 least: ranks(sizes.least),
                 most: ranks(sizes.most),
@@ -343,6 +372,8 @@ pub(crate) fn wishes(
 ) -> Wishes {
     let elastic = elastic(walk, copies, divides);
     let spares = spares(walk);
+    let runs_required = runs(walk, "spec.topology.runsRequired");
+    let runs_preferred = runs(walk, "spec.topology.runsPreferred");
     let text = |walk: &Walk<'_>, path: &str| walk.text(path);
     let toleration = |text: &String| match text.split_once('=') {
         Some((key, value)) => Toleration { key: key.to_owned(), value: Some(value.to_owned()) },
@@ -361,8 +392,30 @@ pub(crate) fn wishes(
         copy_required: text(walk, "spec.topology.copyRequired"),
         copy_preferred: text(walk, "spec.topology.copyPreferred"),
         tensor_required: text(walk, "spec.topology.tensorRequired"),
+        runs_required,
+        runs_preferred,
         elastic,
     }
+}
+
+/// Reads rules for parts of a gang.
+fn runs(walk: &mut Walk<'_>, path: &str) -> Vec<(u32, String)> {
+    let mut runs = Vec::new();
+    for text in walk.list(path) {
+        let run = text.split_once('/').and_then(|(ranks, level)| {
+            let ranks = ranks.parse().ok().filter(|ranks| (2..=65_536).contains(ranks))?;
+            let legal = obey(TextRule::Name { max: 63 }, level).is_ok();
+            legal.then(|| (ranks, level.to_owned()))
+        });
+        match run {
+            Some(run) => runs.push(run),
+            None => walk.wrong_field(
+                path,
+                format!("{text:?} is not RANKS/LEVEL with 2 to 65536 ranks, such as 16/rack"),
+            ),
+        }
+    }
+    runs
 }
 
 /// Reads on what a leader runs: only a command has one.

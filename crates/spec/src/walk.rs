@@ -540,7 +540,7 @@ fn plain_bytes(text: &str) -> Result<String, String> {
     }
 }
 
-fn obey(rule: TextRule, text: &str) -> Result<String, String> {
+pub(crate) fn obey(rule: TextRule, text: &str) -> Result<String, String> {
     match rule {
         TextRule::Name { max } => {
             if check_name(text).is_ok() && text.len() <= max {

@@ -55,6 +55,28 @@ fn a_tensor_group_may_share_a_domain_of_several_nodes_instead_of_one() {
 }
 
 #[test]
+fn parts_of_a_gang_have_rules_of_their_own() {
+    let text = training(
+        "  topology: {runsRequired: [4/rack], runsPreferred: [8/spine, 2/node], preferred: zone}\n",
+    );
+    let gang: Gang = all(&text).jobs[0].gang();
+    let rule = |ranks, level: &str, required| TopologyRule { ranks, level: level.into(), required };
+    let wanted = [
+        rule(0, "zone", false),
+        rule(4, "rack", true),
+        rule(8, "spine", false),
+        rule(2, "node", false),
+    ];
+    assert_eq!(gang.topology, wanted);
+    for wrong in ["rack", "1/rack", "70000/rack", "16/", "x/rack", "16/Rack!"] {
+        let told = told(&training(&format!("  topology: {{runsRequired: [\"{wrong}\"]}}\n")));
+        assert_eq!(told.len(), 1, "{wrong}: {told:?}");
+        assert!(told[0].contains("not RANKS/LEVEL"), "{told:?}");
+        assert!(told[0].starts_with("t.yaml:"), "{told:?}");
+    }
+}
+
+#[test]
 fn only_a_command_has_a_leader() {
     let command = "apiVersion: drumline.dev/v1alpha1\nkind: CommandJob\nmetadata: {name: c}\n\
                    spec: {argv: [x], ranks: 5, resources: {device: gpu, leader: cpu}}\n";

@@ -100,7 +100,8 @@ impl Ledger {
                 self.jobs.insert(request.job.clone(), entry);
                 self.give(&request.job, devices.clone(), *started);
             }
-            Change::Running { .. } | Change::Checkpointed { .. } => {}
+            // What is kept ready is checked in each cycle, wherever it comes from.
+            Change::Running { .. } | Change::Checkpointed { .. } | Change::Spared { .. } => {}
             Change::Requeued { job, attempt, not_before } => {
                 self.free(job);
                 if let Some(entry) = self.jobs.get_mut(job) {

@@ -75,6 +75,14 @@ pub enum Change {
         /// When the attempt started.
         started: Timestamp,
     },
+    /// These devices were kept ready beside a job that was adopted, before the scheduler started.
+    /// They are kept again as their nodes are heard.
+    Spared {
+        /// The job.
+        job: JobId,
+        /// The devices, lent or not.
+        devices: Vec<DeviceId>,
+    },
     /// Every rank of the attempt runs.
     Running {
         /// The job.

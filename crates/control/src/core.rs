@@ -142,6 +142,11 @@ impl Core {
                     core.fleet.expect(&node, now);
                 }
                 core.desk.apply(adopted(&id, &job), now);
+                if !job.stored.spares.is_empty() {
+                    let devices = job.stored.spares.clone();
+                    core.desk.apply(Change::Spared { job: id.clone(), devices }, now);
+                    core.spared.insert(id.clone());
+                }
             } else if !state.phase.is_terminal() {
                 core.desk.apply(submitted(&id, &job), now);
                 if state.held {

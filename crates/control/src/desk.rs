@@ -128,6 +128,12 @@ impl Desk {
         self.scheduler.spares(job)
     }
 
+    /// Returns the devices that are kept ready beside a job, those among them that are still to be
+    /// heard of after a restart.
+    pub(crate) fn kept_ready(&self, job: &JobId) -> Vec<DeviceId> {
+        self.scheduler.kept_ready(job)
+    }
+
     /// Explains in full why a job waits.
     pub(crate) fn explain(&self, job: &JobId, now: Timestamp) -> Option<Explanation> {
         self.scheduler.explain(job, now)

@@ -32,6 +32,9 @@ pub(crate) struct StoredState {
     /// Where the ranks of the last attempts ran.
     #[serde(default)]
     pub(crate) places: VecDeque<(u32, Vec<NodeName>)>,
+    /// Devices that are kept ready beside it, so that the next reign keeps the same.
+    #[serde(default)]
+    pub(crate) spares: Vec<DeviceId>,
 }
 
 /// A job.
@@ -102,6 +105,7 @@ impl Job {
             notes: VecDeque::new(),
             training: Training::default(),
             places: VecDeque::new(),
+            spares: Vec::new(),
         };
         Self::from_stored(StoredSpec { spec, user: user.to_owned() }, json, stored, None)
     }

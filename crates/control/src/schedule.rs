@@ -51,14 +51,24 @@ impl Core {
 
     /// Lets readers see what is kept ready beside which job, and to whom it is lent.
     fn show_spares(&mut self, all: &[Spares]) {
-        let kept: BTreeSet<JobId> = all.iter().map(|spares| spares.job.clone()).collect();
-        let before = std::mem::replace(&mut self.spared, kept.clone());
-        for id in before.union(&kept) {
-            let Some(job) = self.jobs.get_mut(id) else { continue };
-            let spares = self.desk.spares(id);
+        let now = all.iter().map(|spares| spares.job.clone());
+        let known: BTreeSet<JobId> =
+            std::mem::take(&mut self.spared).into_iter().chain(now).collect();
+        for id in known {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            let kept = self.desk.kept_ready(&id);
+            let any = !kept.is_empty();
+            if job.stored.spares != kept {
+                job.stored.spares = kept;
+                self.dirty.insert(id.clone());
+            }
+            let spares = self.desk.spares(&id);
             if job.spares != spares {
                 job.spares = spares;
                 self.stale.insert(id.clone());
+            }
+            if any {
+                self.spared.insert(id);
             }
         }
     }

@@ -72,3 +72,39 @@ async fn a_node_killed_under_a_gang_with_spares_is_replaced_by_them() {
     until_phase(&mut client, &guest, "running").await;
     assert!(ledger.lock().unwrap().violations.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_the_control_plane_keeps_the_same_spares() {
+    let folder = tempfile::tempdir().unwrap();
+    let control = Control::start(folder.path(), any_port()).await;
+    let ledger = Arc::new(Mutex::new(Ledger::default()));
+    let script: Script = Arc::new(|_, _, _| Act::Hold);
+    let url = control.url();
+    let start = |name: &str| FakeAgent::start(&url, name, 4, &ledger, Arc::clone(&script));
+    let mut agents = vec![start("node-0"), start("node-1")];
+    let mut client = control.client().await;
+    let gang = submit(&mut client, &job("gang", 4, ", resources: {spares: 4}")).await.remove(0);
+    until_phase(&mut client, &gang, "running").await;
+    let kept = until(&mut client, &gang, |view| view.spares.len() == 4).await;
+    // They are all lent, and a node joins that is idle: chosen anew, they would be there.
+    let guest = submit(&mut client, &job("guest", 4, "")).await.remove(0);
+    until_phase(&mut client, &guest, "running").await;
+    agents.push(start("node-2"));
+    let lent = |view: &drumline_wire::v1::JobView| {
+        view.spares.len() == 4 && view.spares.iter().all(|spare| spare.lent_to == guest)
+    };
+    until(&mut client, &gang, lent).await;
+    let address = control.running.address;
+    control.stop().await;
+    let control = Control::start(folder.path(), address).await;
+    let mut client = control.client().await;
+    let again = until(&mut client, &gang, |view| !view.spares.is_empty()).await;
+    let of = |view: &drumline_wire::v1::JobView| {
+        let devices = view.spares.iter().map(|spare| (spare.node.clone(), spare.device));
+        devices.collect::<Vec<_>>()
+    };
+    assert_eq!(of(&again), of(&kept));
+    until(&mut client, &gang, lent).await;
+    assert_eq!((again.attempt, again.restarts), (1, 0));
+    assert!(ledger.lock().unwrap().violations.is_empty());
+}

@@ -86,6 +86,7 @@ impl Scheduler {
         };
         self.correct_ends(now);
         self.rouse(&mut work);
+        self.regain_spares(&mut work);
         self.review_spares(&mut work);
         self.review_holds(&mut work);
         self.start_nominated(&mut work);
@@ -102,12 +103,11 @@ impl Scheduler {
 
     /// Moves the estimated ends of jobs that have run over.
     fn correct_ends(&mut self, now: Timestamp) {
-        while let Some((at, id)) = self.ends.first().cloned() {
+        while let Some((at, id, slot)) = self.ends.first().cloned() {
             if at > now {
                 break;
             }
             self.ends.pop_first();
-            let Some(&slot) = self.ids.get(&id) else { continue };
             let job = self.job(slot);
             let Some(placed) = job.placed() else { continue };
             let later = job.later_end(placed, now);
@@ -117,7 +117,7 @@ impl Scheduler {
             if let Some(placed) = self.job_mut(slot).placed_mut() {
                 placed.ends = later;
             }
-            self.ends.insert((later, id));
+            self.ends.insert((later, id, slot));
         }
     }
 
@@ -421,12 +421,17 @@ impl Scheduler {
                 }
             }
         }
+        if found.is_none() {
+            found = self.seek_where_others_give_way(slot, leaf, gang, work.now);
+            // They look for another place in the next cycle.
+            work.unfinished |= found.is_some();
+        }
         self.count_again(&own);
         found.ok_or_else(|| refusal.unwrap_or_else(gone))
     }
 
     /// Returns the greatest size that quota allows.
-    fn most_allowed(
+    pub(crate) fn most_allowed(
         &mut self,
         slot: Slot,
         leaf: QueueId,

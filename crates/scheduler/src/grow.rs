@@ -29,8 +29,7 @@ impl Scheduler {
             return;
         }
         let mut small: Vec<(u64, Arc<JobId>, Slot)> = Vec::new();
-        for (_, id) in self.placed.values().flatten() {
-            let Some(&slot) = self.ids.get(id) else { continue };
+        for &(_, ref id, slot) in self.placed.values().flatten() {
             let job = self.job(slot);
             let (Some(elastic), Some(placed)) = (job.request.gang.elastic, job.placed()) else {
                 continue;

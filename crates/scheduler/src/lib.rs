@@ -10,6 +10,8 @@
 
 mod consolidate;
 mod cycle;
+mod gaps;
+mod give_way;
 mod grow;
 mod holds;
 mod job;
@@ -18,6 +20,7 @@ mod lines;
 pub mod options;
 mod preempt;
 mod promise;
+mod regain;
 mod reserve;
 mod restore;
 pub mod saved;
@@ -31,6 +34,6 @@ mod worth;
 pub use holds::{Hold, Keep};
 pub use lines::By;
 pub use options::{Options, Order, Scoring};
-pub use saved::{Leaving, Past, Saved, SavedClass, SavedJob, SavedShape, Stands};
+pub use saved::{Awaited, Leaving, Past, Saved, SavedClass, SavedJob, SavedShape, Stands};
 pub use scheduler::Scheduler;
 pub use vain::{Priced, Search, Vain};

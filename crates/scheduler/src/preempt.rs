@@ -180,7 +180,7 @@ impl Scheduler {
                 continue;
             }
             let below = self.below(claimant, leaf, claim, id);
-            if jobs.first().is_none_or(|(least, _)| i64::from(*least) >= below) {
+            if jobs.first().is_none_or(|(least, ..)| i64::from(*least) >= below) {
                 continue;
             }
             // What a queue has borrowed in this very cycle is not taken back in it.
@@ -196,9 +196,9 @@ impl Scheduler {
             {
                 continue;
             }
-            let theirs = jobs.iter().take_while(|(priority, _)| i64::from(*priority) < below);
-            for (_, holder) in theirs {
-                let Some(job) = self.known(holder) else { continue };
+            let theirs = jobs.iter().take_while(|(priority, ..)| i64::from(*priority) < below);
+            for &(.., holder) in theirs {
+                let job = self.job(holder);
                 let Some(placed) = job.placed() else { continue };
                 if job.request.gang.device != gang.device || placed.cycle == self.cycles {
                     continue;
@@ -372,19 +372,16 @@ impl Scheduler {
     pub(crate) fn places(&self, victims: &[Victim]) -> BTreeMap<DomainAt, Vec<(usize, u32)>> {
         let mut there: BTreeMap<DomainAt, Vec<(usize, u32)>> = BTreeMap::new();
         for (at, victim) in victims.iter().enumerate() {
-            let Some(held) = self.fleet.commitment(&victim.job) else { continue };
-            let mut last: Option<(&drumline_types::NodeName, Option<DomainAt>)> = None;
-            for device in &held.devices {
-                let place = match last {
-                    Some((name, place)) if *name == device.node => place,
-                    _ => self.fleet.node(&device.node).map(|state| state.place()),
-                };
-                last = Some((&device.node, place));
-                let Some(place) = place else { continue };
-                let list = there.entry(place).or_default();
+            let spots = self.fleet.spots(&victim.job);
+            for on_node in spots.chunk_by(|a, b| a.0 == b.0) {
+                let state = self.fleet.at(on_node[0].0);
+                if !state.is_present() {
+                    continue;
+                }
+                let (list, more) = (there.entry(state.place()).or_default(), on_node.len() as u32);
                 match list.last_mut() {
-                    Some((same, count)) if *same == at => *count += 1,
-                    _ => list.push((at, 1)),
+                    Some((same, count)) if *same == at => *count += more,
+                    _ => list.push((at, more)),
                 }
             }
         }
@@ -640,7 +637,7 @@ impl Scheduler {
         if job.past.disrupted.len() > REMEMBERED_MAX {
             job.past.disrupted.remove(0);
         }
-        self.leaving.insert(id);
+        self.leaving.insert((id, slot));
         let job = victim.clone();
         work.evictions.push(Eviction { job, attempt, cause, beneficiary, resize_to, message });
     }
@@ -657,12 +654,11 @@ fn free_in(fleet: &Snapshot, gang: &Gang, domain: DomainAt) -> u64 {
 
 pub(crate) fn holders(fleet: &Snapshot, devices: &[DeviceId]) -> std::collections::BTreeSet<JobId> {
     let mut holders = std::collections::BTreeSet::new();
-    for device in devices {
-        if let Some(state) = fleet.node(&device.node) {
-            for holder in state.holders(device.index) {
-                if !holders.contains(holder) {
-                    holders.insert(holder.clone());
-                }
+    for on_node in devices.chunk_by(|a, b| a.node == b.node) {
+        let Some(state) = fleet.node(&on_node[0].node) else { continue };
+        for holder in on_node.iter().flat_map(|device| state.holders(device.index)) {
+            if !holders.contains(holder) {
+                holders.insert(holder.clone());
             }
         }
     }

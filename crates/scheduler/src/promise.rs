@@ -38,9 +38,9 @@ impl Scheduler {
             return None;
         }
         let claims = self.claims(leaf, gang);
-        let Self { tree, ends, ids, jobs, searches, .. } = self;
-        let ends = ends.iter().filter_map(|(at, id)| {
-            let job = jobs[ids.get(id)?.0].as_ref()?;
+        let Self { tree, ends, jobs, searches, .. } = self;
+        let ends = ends.iter().filter_map(|(at, id, slot)| {
+            let job = jobs[slot.0].as_ref()?;
             Some((*at, id, &job.request.settings.queue, &job.placed()?.charge))
         });
         let (found, looked) = promise(tree, leaf, &claims, ends, now);
@@ -106,8 +106,8 @@ impl Scheduler {
             return None;
         }
         let claims = self.claims(leaf, &class.alike.gang);
-        let ends = self.ends.iter().filter_map(|(at, id)| {
-            let job = self.known(id)?;
+        let ends = self.ends.iter().filter_map(|(at, id, slot)| {
+            let job = self.job(*slot);
             Some((*at, id, &job.request.settings.queue, &job.placed()?.charge))
         });
         let (found, _) = promise(&mut self.tree.clone(), leaf, &claims, ends, now);

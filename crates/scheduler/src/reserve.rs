@@ -11,7 +11,7 @@ use drumline_types::{DeviceId, JobId, QueueName, Timestamp};
 
 use crate::cycle::{Refusal, Work};
 use crate::holds::Keep;
-use crate::job::{Stand, milli};
+use crate::job::{Job, Stand, milli};
 use crate::lines::{Asked, By, ClassId};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
@@ -118,9 +118,9 @@ impl Scheduler {
     pub(crate) fn free_at(&self, devices: &[DeviceId], now: Timestamp) -> Timestamp {
         let mut last = now;
         let mut seen: Option<&JobId> = None;
-        for device in devices {
-            let Some(state) = self.fleet.node(&device.node) else { continue };
-            for holder in state.holders(device.index) {
+        for on_node in devices.chunk_by(|a, b| a.node == b.node) {
+            let Some(state) = self.fleet.node(&on_node[0].node) else { continue };
+            for holder in on_node.iter().flat_map(|device| state.holders(device.index)) {
                 if seen == Some(holder) {
                     continue;
                 }
@@ -172,6 +172,7 @@ impl Scheduler {
                 Err(at) => again = at,
             }
         }
+        again = again.min(self.give_way_at(slot, leaf, gang, work.now).unwrap_or(again));
         let first = self.head(queue).is_some_and(|(head, _)| head.job() == &id);
         let reservable = self.options.backfill
             && first
@@ -221,13 +222,19 @@ impl Scheduler {
         let (id, split, bounds) =
             (job.id.clone(), job.split(gang.ranks), self.bounds(Some(gang.ranks)));
         let mut free = self.free_in(gang, DomainAt::ROOT);
-        let (ids, jobs, steps) = (&self.ids, &self.jobs, &mut self.searches.steps);
+        let (jobs, steps) = (&self.jobs, &mut self.searches.steps);
         // Who was asked to leave goes first, then the others as they are thought to end.
-        let ends = self.ends.iter().map(|(_, holder)| holder);
-        let ends = ends.filter(|holder| !self.leaving.contains(*holder));
-        let mut ends = self.leaving.iter().chain(ends).filter(|holder| {
-            let of = ids.get(*holder).and_then(|slot| jobs[slot.0].as_ref()).map(|job| job.gang());
-            of.is_some_and(|of| of.device == gang.device || Some(of.device) == gang.leader)
+        let stays = |slot: &Slot| {
+            let placed = jobs[slot.0].as_ref().and_then(Job::placed);
+            placed.is_some_and(|placed| placed.leaving.is_none())
+        };
+        let ends = self.ends.iter().filter(|(.., slot)| stays(slot));
+        let ends = ends.map(|(_, holder, slot)| (holder, slot));
+        let leaving = self.leaving.iter().map(|(holder, slot)| (holder, slot));
+        let mut ends = leaving.chain(ends).filter_map(|(holder, slot)| {
+            let of = jobs[slot.0].as_ref()?.gang();
+            let helps = of.device == gang.device || Some(of.device) == gang.leader;
+            helps.then_some(holder)
         });
         let devices = {
             let mut trial = self.fleet.trial();

@@ -30,6 +30,11 @@ impl Scheduler {
                 .collect(),
             holds: self.holds.saved(),
             doubted: self.holds.doubted().clone(),
+            awaited: self
+                .awaited
+                .iter()
+                .map(|(id, awaited)| (JobId::clone(id), awaited.clone()))
+                .collect(),
             history: self.tree.history(),
             classes: self.saved_classes(),
             shapes: self.saved_shapes(),
@@ -142,6 +147,13 @@ impl Scheduler {
             scheduler.holds.keep(&id, hold);
         }
         scheduler.holds.doubt_only(saved.doubted);
+        for (id, awaited) in saved.awaited {
+            let Some(job) = scheduler.known(&id).filter(|job| job.placed().is_some()) else {
+                return Err(ChangeError::UnknownJob(id));
+            };
+            let id = job.id.clone();
+            scheduler.awaited.insert(id, awaited);
+        }
         scheduler.tree.remember(saved.history);
         scheduler.remember_classes(saved.classes);
         scheduler.remember_shapes(saved.shapes);

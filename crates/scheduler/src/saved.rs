@@ -6,7 +6,7 @@ use drumline_cluster::{Commitment, Node, Request};
 use drumline_placement::EvictionCause;
 use drumline_queue::History;
 use drumline_spec::{Gang, QueueSpec};
-use drumline_types::{Attempt, Explanation, JobId, Timestamp};
+use drumline_types::{Attempt, DeviceId, Explanation, JobId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::holds::Hold;
@@ -73,6 +73,15 @@ pub struct Past {
     pub size: Option<u32>,
 }
 
+/// Spares from before the scheduler started, whose nodes are still to be heard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The devices.
+    pub devices: Vec<DeviceId>,
+    /// They are given up at this moment.
+    pub until: Timestamp,
+}
+
 /// One job of a saved state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedJob {
@@ -112,6 +121,9 @@ pub struct Saved {
     /// Those of them whose devices may not be what they were, or free later than was thought.
     #[serde(default)]
     pub doubted: BTreeSet<JobId>,
+    /// Spares from before the scheduler started that are still to be kept again.
+    #[serde(default)]
+    pub awaited: BTreeMap<JobId, Awaited>,
     /// What the queues have used lately.
     #[serde(default)]
     pub history: Vec<History>,

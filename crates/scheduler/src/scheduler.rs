@@ -13,7 +13,7 @@ use crate::holds::Holds;
 use crate::job::{Job, Placed, Stand};
 use crate::lines::Lines;
 use crate::options::Options;
-use crate::saved::{Leaving, Past};
+use crate::saved::{Awaited, Leaving, Past};
 use crate::vain::Searches;
 
 /// A job's place in the scheduler's table. It decides nothing.
@@ -37,16 +37,18 @@ pub struct Scheduler {
     /// Jobs that are held back or rest, by the moment at which they may go on.
     pub(crate) aside: BTreeSet<(Timestamp, Arc<JobId>)>,
     /// Jobs that hold devices, by their estimated ends.
-    pub(crate) ends: BTreeSet<(Timestamp, Arc<JobId>)>,
+    pub(crate) ends: BTreeSet<(Timestamp, Arc<JobId>, Slot)>,
     /// Of those, the ones that were asked to leave.
-    pub(crate) leaving: BTreeSet<Arc<JobId>>,
+    pub(crate) leaving: BTreeSet<(Arc<JobId>, Slot)>,
     /// Jobs that hold devices, by queue and priority.
-    pub(crate) placed: BTreeMap<QueueName, BTreeSet<(i32, Arc<JobId>)>>,
+    pub(crate) placed: BTreeMap<QueueName, BTreeSet<(i32, Arc<JobId>, Slot)>>,
     pub(crate) holds: Holds,
     /// Jobs that hold devices and have asked for spares.
     pub(crate) spared: BTreeSet<Arc<JobId>>,
     /// What had been freed when spares were last sought for a job.
     pub(crate) sought: BTreeMap<Arc<JobId>, u64>,
+    /// Spares from before this scheduler started, whose nodes are still to be heard.
+    pub(crate) awaited: BTreeMap<Arc<JobId>, Awaited>,
     /// What is counted as used because it is kept; nothing between two cycles.
     pub(crate) supposed: Option<BTreeMap<JobId, (QueueId, Charge)>>,
     /// Grows whenever quota may have become free, or an order may have changed.
@@ -87,6 +89,7 @@ impl Scheduler {
             holds: Holds::default(),
             spared: BTreeSet::new(),
             sought: BTreeMap::new(),
+            awaited: BTreeMap::new(),
             supposed: None,
             loosened: 0,
             dirty: true,
@@ -160,6 +163,11 @@ impl Scheduler {
             }
             Change::Adopted { request, attempt, devices, started } => {
                 self.adopt(*request, attempt, devices, started)?;
+            }
+            Change::Spared { job, devices } => {
+                let slot = self.slot(&job)?;
+                let id = self.job(slot).id.clone();
+                self.awaited.insert(id, Awaited { devices, until: now.plus_ms(AWAITED_MS) });
             }
             Change::Running { job } => {
                 let slot = self.slot(&job)?;
@@ -291,12 +299,13 @@ impl Scheduler {
             }
             Stand::Placed(placed) => {
                 let (queue, priority) = (job.request.settings.queue.clone(), job.priority());
-                self.ends.remove(&(placed.ends, id.clone()));
-                self.leaving.remove(&id);
+                self.ends.remove(&(placed.ends, id.clone(), slot));
+                self.leaving.remove(&(id.clone(), slot));
                 self.spared.remove(&id);
                 self.sought.remove(&id);
+                self.awaited.remove(&id);
                 if let Some(set) = self.placed.get_mut(&queue) {
-                    set.remove(&(priority, id.clone()));
+                    set.remove(&(priority, id.clone(), slot));
                     if set.is_empty() {
                         self.placed.remove(&queue);
                     }
@@ -380,15 +389,15 @@ impl Scheduler {
         let ranks = devices.len() as u32;
         let charge = Arc::new(self.charge_of(&gang, &devices, now));
         self.tree.charge(&queue, &charge, now);
-        self.ends.insert((ends, id.clone()));
+        self.ends.insert((ends, id.clone(), slot));
         if leaving.is_some() {
-            self.leaving.insert(id.clone());
+            self.leaving.insert((id.clone(), slot));
         }
         if gang.spares > 0 {
             self.spared.insert(id.clone());
         }
         let priority = self.job(slot).priority();
-        self.placed.entry(queue).or_default().insert((priority, id));
+        self.placed.entry(queue).or_default().insert((priority, id, slot));
         let cycle = self.cycles;
         let placed = Placed { started, running: false, safe, ends, leaving, charge, ranks, cycle };
         self.job_mut(slot).stand = Stand::Placed(placed);
@@ -504,11 +513,13 @@ impl Scheduler {
         }
         self.holds.doubt_all();
         for eviction in &cycle.evictions {
-            if let Some(&slot) = self.ids.get(&eviction.job)
-                && let Some(placed) = self.job_mut(slot).placed_mut()
-            {
-                placed.leaving = None;
-                self.leaving.remove(&eviction.job);
+            if let Some(&slot) = self.ids.get(&eviction.job) {
+                let job = self.job_mut(slot);
+                let id = job.id.clone();
+                if let Some(placed) = job.placed_mut() {
+                    placed.leaving = None;
+                    self.leaving.remove(&(id, slot));
+                }
             }
             if let Some(beneficiary) = &eviction.beneficiary {
                 self.drop_hold(beneficiary);
@@ -545,6 +556,9 @@ impl Scheduler {
         cycle
     }
 }
+
+/// Nodes of spares from before a restart are waited for so long, in milliseconds.
+const AWAITED_MS: u64 = 300_000;
 
 /// A rejected plan is not tried again for so long, in milliseconds.
 const REJECTED_MS: u64 = 5_000;

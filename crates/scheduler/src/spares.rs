@@ -36,7 +36,7 @@ impl Scheduler {
         hold.devices.iter().map(lent).collect()
     }
 
-    fn spare_hold(&self, job: &JobId) -> Option<&Hold> {
+    pub(crate) fn spare_hold(&self, job: &JobId) -> Option<&Hold> {
         self.holds.of(job).filter(|hold| hold.keep == Keep::Spare)
     }
 
@@ -66,7 +66,9 @@ impl Scheduler {
             let Some(&slot) = self.ids.get(&id) else { continue };
             let job = self.job(slot);
             let needed = match &job.stand {
-                Stand::Placed(placed) => placed.leaving.is_none() && self.has_lost(&id),
+                Stand::Placed(placed) => {
+                    placed.leaving.is_none() && !self.awaits_own(&id) && self.has_lost(&id)
+                }
                 Stand::InLine { .. } | Stand::Aside { .. } => true,
             };
             if needed {
@@ -180,7 +182,8 @@ impl Scheduler {
             let stamp = self.spares_stamp(slot);
             let lacks =
                 self.spare_hold(&id).map_or(0, |hold| hold.devices.len()) < gang.spares as usize;
-            if !lacks || self.sought.get(&id) == Some(&stamp) {
+            let settled = self.sought.get(&id) == Some(&stamp) || self.awaited.contains_key(&id);
+            if !lacks || settled {
                 continue;
             }
             let device = gang.device;
@@ -483,7 +486,12 @@ fn beside(
 }
 
 /// Returns the domains around a gang, the smallest first, as far out as its rules let it be.
-fn domains(fleet: &Snapshot, gang: &Gang, held: &[DeviceId], place: DomainAt) -> Vec<DomainAt> {
+pub(crate) fn domains(
+    fleet: &Snapshot,
+    gang: &Gang,
+    held: &[DeviceId],
+    place: DomainAt,
+) -> Vec<DomainAt> {
     let topology = fleet.topology();
     let holds_all = |domain: &DomainAt| {
         held.iter().all(|device| {

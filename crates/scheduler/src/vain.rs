@@ -1,9 +1,10 @@
 //! Costly searches that found nothing: which of them need not be made again, and for how long.
 //!
 //! A search that fails for a gang fails for a bigger one, and for one of lower priority, in the
-//! same queue. Within a cycle none of those is made again; later ones wait in proportion to what
-//! the search cost, so that searches in vain never take more than a small part of the time. Cost is
-//! counted in steps, not measured, so that the same changes give the same decisions.
+//! same queue; a search for moves, whatever the queue. Within a cycle none of those is made again;
+//! later ones wait in proportion to what the search cost, so that searches in vain never take more
+//! than a small part of the time. Cost is counted in steps, not measured, so that the same changes
+//! give the same decisions.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +31,7 @@ const FREE_STEPS: u64 = 512;
 /// Rest for each step of a search in vain, in milliseconds, and the longest rest.
 const REST_MS: (u64, u64) = (2, 60_000);
 
-/// The same for a search for moves: nobody has a claim to one, and it looks at almost every gang.
+/// The same for a search for moves: nobody has a claim to one.
 const REST_OF_MOVES_MS: (u64, u64) = (16, 300_000);
 
 /// What was searched for.
@@ -68,6 +69,7 @@ impl Vain {
     /// Returns whether another search would fail because this one did.
     fn covers(&self, other: &Self) -> bool {
         self.search == other.search
+            && (self.queue == other.queue || self.search == Search::Moves)
             && self.priority >= other.priority
             && (self.kept || !other.kept)
             && (self.short.is_none() || self.short == other.short)
@@ -127,9 +129,11 @@ impl Searches {
 
     /// Returns when a search may be made if it may not be made now.
     pub(crate) fn barred(&self, asked: &Vain) -> Option<Timestamp> {
-        if let Some(vain) =
-            self.vain.get(&asked.queue).and_then(|list| list.iter().find(|v| v.covers(asked)))
-        {
+        let of_queue = || self.vain.get(&asked.queue)?.iter().find(|vain| vain.covers(asked));
+        // Who may be moved for a gang does not depend on its queue.
+        let of_any = || self.vain.values().flatten().find(|vain| vain.covers(asked));
+        let found = if asked.search == Search::Moves { of_any() } else { of_queue() };
+        if let Some(vain) = found {
             return Some(vain.until);
         }
         (self.steps >= STEPS_MAX).then(|| asked.until.plus_ms(PUT_OFF_MS))

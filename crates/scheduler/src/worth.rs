@@ -78,9 +78,9 @@ impl Scheduler {
         let mut lacks = (short.used + short.kept + need).saturating_sub(short.limit);
         let mut looked = 0u64;
         let mut at = None;
-        for (end, id) in &self.ends {
+        for &(end, _, slot) in &self.ends {
             looked += 1;
-            let Some(job) = self.known(id) else { continue };
+            let job = self.job(slot);
             let Some(placed) = job.placed() else { continue };
             let Some(queue) = self.tree.find(&job.request.settings.queue) else { continue };
             let counts = job.gang().device == gang.device
@@ -92,7 +92,7 @@ impl Scheduler {
             let back = placed.charge.iter().map(|(_, amount)| amount).sum();
             lacks = lacks.saturating_sub(back);
             if lacks == 0 {
-                at = Some((*end).max(now));
+                at = Some(end.max(now));
                 break;
             }
         }

@@ -283,6 +283,59 @@ fn a_held_and_a_resting_job_say_so_and_wait() {
 }
 
 #[test]
+fn a_reservation_of_who_borrows_gives_way_to_who_stays_within_its_quota() {
+    let mut world = World::new().nodes("a b", 4);
+    world.queue(Queue::named("owns").quota("gpu", 8));
+    world.queue(Queue::named("guests").quota("gpu", 0));
+    world.submit(Job::named("runs", 4).queue("owns").takes(60 * MINUTE));
+    assert_eq!(world.cycle().len(), 1);
+    // Four are free, and kept for a gang that would borrow all eight.
+    world.submit(Job::named("guest", 8).queue("guests").takes(60 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert!(world.why("guest").contains("estimated start in 1h"), "{}", world.why("guest"));
+    // It would not be gone in time, and after a while it need not be.
+    world.submit(Job::named("owner", 4).queue("owns").takes(90 * MINUTE));
+    let cycle = world.decide();
+    assert!(cycle.plan.jobs.is_empty());
+    let patience = drumline_scheduler::Options::default().patience_ms;
+    assert_eq!(cycle.wake.map(|at| at.0), Some(patience));
+    world.wait(patience);
+    assert_eq!(world.cycle().len(), 1);
+    assert_eq!(world.on("owner").len(), 1);
+    // The gang that gave way reserves anew.
+    assert!(world.scheduler.dirty());
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert!(world.why("guest").contains("estimated start in 1h30m"), "{}", world.why("guest"));
+}
+
+#[test]
+fn a_reservation_within_quota_gives_way_to_nobody() {
+    let mut world = World::new().nodes("a b", 4);
+    world.queue(Queue::named("one").quota("gpu", 8));
+    world.queue(Queue::named("two").quota("gpu", 8));
+    world.submit(Job::named("runs", 4).queue("two").takes(60 * MINUTE).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    world.submit(Job::named("big", 8).queue("one").takes(60 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    world.submit(Job::named("late", 4).queue("two").takes(90 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    assert!(world.why("late").contains("kept for jobs"), "{}", world.why("late"));
+}
+
+#[test]
+fn a_job_that_would_borrow_itself_waits_for_the_reservation_of_a_borrower() {
+    let mut world = World::new().nodes("a b", 4);
+    world.queue(Queue::named("owns").quota("gpu", 4));
+    world.queue(Queue::named("guests").quota("gpu", 0));
+    world.submit(Job::named("runs", 4).queue("owns").takes(60 * MINUTE).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    world.submit(Job::named("guest", 8).queue("guests").takes(60 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    world.submit(Job::named("more", 4).queue("owns").takes(90 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+}
+
+#[test]
 fn baselines_order_as_they_say() {
     let shortest = Options { order: Order::ShortestFirst, ..Options::default() };
     let mut world = World::with(shortest).nodes("a", 1);

@@ -145,6 +145,36 @@ fn an_elastic_gang_grows_when_devices_are_idle_and_it_gains_by_it() {
 }
 
 #[test]
+fn an_elastic_gang_grows_only_if_that_pays_for_two_restarts() {
+    // Ten minutes of work and a restart of one, twice, on four devices: 88 device-minutes. Four
+    // more devices have to win more than that before the end.
+    for (left, grows) in [(12, false), (22, false), (23, true)] {
+        let mut world = World::new().nodes("a", 8);
+        world.submit(Job::named("other", 4));
+        world.submit(Job::named("stretch", 4).elastic(2, 8).takes((10 + left) * MINUTE));
+        assert_eq!(world.cycle().len(), 2);
+        world.wait(10 * MINUTE);
+        world.end("other");
+        let cycle = world.cycle();
+        assert_eq!(cycle == ["stretch is resized to 8 for nobody"], grows, "{left}: {cycle:?}");
+        assert_eq!(cycle.is_empty(), !grows, "{left}: {cycle:?}");
+    }
+}
+
+#[test]
+fn a_gang_whose_work_is_safe_grows_for_less() {
+    let mut world = World::new().nodes("a", 8);
+    world.submit(Job::named("other", 4));
+    world.submit(Job::named("stretch", 4).elastic(2, 8).takes(13 * MINUTE));
+    assert_eq!(world.cycle().len(), 2);
+    world.wait(10 * MINUTE);
+    world.apply(Change::Checkpointed { job: "stretch".parse().unwrap() });
+    world.end("other");
+    // Two restarts of a minute on four devices, for three minutes with four more.
+    assert_eq!(world.cycle(), ["stretch is resized to 8 for nobody"]);
+}
+
+#[test]
 fn an_elastic_gang_starts_at_the_size_that_fits() {
     let mut world = World::new().nodes("a", 4);
     world.submit(Job::named("runs", 1));
@@ -185,6 +215,90 @@ fn gangs_are_moved_only_when_each_finds_a_place_and_less_is_lost_than_won() {
     started.sort();
     assert_eq!(started.len(), 2, "{started:?}");
     assert!(started[1].starts_with("whole starts on"), "{started:?}");
+}
+
+#[test]
+fn moves_are_sought_where_the_fewest_devices_lack() {
+    // On each node somebody is in the way; on `c` it is one device, elsewhere two or three.
+    let mut world = World::new();
+    for (node, held) in [("a", 3), ("b", 2), ("c", 1), ("d", 2)] {
+        world.node(node, 4, "H100");
+        for at in 0..held {
+            world.submit(Job::named(&format!("{node}-{at}"), 1).takes(500 * MINUTE));
+        }
+        let rest = Job::named(&format!("{node}-rest"), 4 - held);
+        world.submit(rest.takes(500 * MINUTE));
+        assert_eq!(world.cycle().len(), held as usize + 1);
+    }
+    for node in ["a", "b", "c", "d"] {
+        world.end(&format!("{node}-rest"));
+    }
+    world.submit(Job::named("whole", 4).groups(4));
+    assert_eq!(world.cycle(), ["c-0 is consolidated for whole"]);
+    world.all_leave();
+    assert_eq!(world.cycle().len(), 2);
+    assert_eq!(world.on("whole"), ["c"]);
+}
+
+#[test]
+fn who_may_not_be_moved_keeps_only_its_own_node_from_being_emptied() {
+    let mut world = World::new();
+    for (node, held) in [("a", 2), ("b", 1)] {
+        world.node(node, 4, "H100");
+        let stays = Job::named(&format!("{node}-stays"), held).takes(500 * MINUTE);
+        world.submit(if node == "b" { stays.not_preemptible() } else { stays });
+        world.submit(Job::named(&format!("{node}-rest"), 4 - held).takes(500 * MINUTE));
+        assert_eq!(world.cycle().len(), 2);
+    }
+    world.end("a-rest");
+    world.end("b-rest");
+    world.submit(Job::named("whole", 4).groups(4));
+    assert_eq!(world.cycle(), ["a-stays is consolidated for whole"]);
+}
+
+#[test]
+fn moves_make_room_in_one_rack() {
+    let mut world = World::new();
+    for node in ["r1/a", "r1/b", "r2/c", "r2/d"] {
+        world.node(node, 4, "H100");
+    }
+    // Eight are free, four in each rack: two on every node.
+    for at in 0..8 {
+        world.submit(Job::named(&format!("one-{at}"), 2).takes(500 * MINUTE));
+    }
+    assert_eq!(world.cycle().len(), 8);
+    let mut seen = std::collections::BTreeSet::new();
+    for at in 0..8 {
+        let name = format!("one-{at}");
+        if seen.insert(world.on(&name)) {
+            world.end(&name);
+        }
+    }
+    world.submit(Job::named("together", 6).in_one("rack"));
+    let moved = world.cycle();
+    assert_eq!(moved.len(), 1, "{moved:?}");
+    assert!(moved[0].ends_with("is consolidated for together"), "{moved:?}");
+    world.all_leave();
+    assert_eq!(world.cycle().len(), 2);
+}
+
+#[test]
+fn moves_empty_several_nodes_for_a_gang_of_groups() {
+    let mut world = World::new().nodes("a b c d e f", 4);
+    for at in 0..6 {
+        world.submit(Job::named(&format!("one-{at}"), 1).takes(500 * MINUTE));
+        world.submit(Job::named(&format!("rest-{at}"), 3).takes(500 * MINUTE));
+        assert_eq!(world.cycle().len(), 2);
+    }
+    for at in 0..6 {
+        world.end(&format!("rest-{at}"));
+    }
+    world.submit(Job::named("groups", 12).groups(4));
+    assert_eq!(world.cycle().len(), 3, "three nodes are emptied");
+    world.all_leave();
+    let started = world.cycle();
+    assert_eq!(started.len(), 4, "{started:?}");
+    assert_eq!(world.on("groups").len(), 3);
 }
 
 #[test]

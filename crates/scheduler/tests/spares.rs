@@ -209,3 +209,88 @@ fn a_saved_state_keeps_spares_and_decides_the_same() {
     assert_eq!(ours.evictions, theirs.evictions);
     assert_eq!(support::lines(&theirs), ["guest is recalled for gang"]);
 }
+
+/// Spares as a control plane that has just started is told of them: before any node is heard.
+fn told_again(world: &World, gang: &str, guest: Option<&str>) -> World {
+    let saved = world.scheduler.save();
+    let mut again = World::new();
+    for name in std::iter::once(gang).chain(guest) {
+        let id = name.parse().unwrap();
+        let devices = world.scheduler.fleet().commitment(&id).unwrap().devices.clone();
+        let request = Box::new(saved.jobs[&id].request.clone());
+        let (attempt, started) = (Attempt(1), Timestamp(0));
+        again.attempts.insert(id, 1);
+        again.apply(Change::Adopted { request, attempt, devices, started });
+    }
+    let job = gang.parse().unwrap();
+    let devices = world.scheduler.kept_ready(&job);
+    assert!(!devices.is_empty());
+    again.apply(Change::Spared { job, devices });
+    again
+}
+
+#[test]
+fn spares_from_before_a_restart_are_kept_again_as_their_nodes_are_heard() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("gang", 4).spares(4).not_preemptible());
+    assert_eq!(world.cycle().len(), 1);
+    world.submit(Job::named("guest", 2));
+    assert_eq!(world.cycle().len(), 1);
+    let (own, spare) = (world.on("gang").remove(0), world.on("guest").remove(0));
+    let before = world.spares("gang");
+    let mut again = told_again(&world, "gang", Some("guest"));
+    // Somebody waits for devices that are free, and firm.
+    again.submit(Job::named("firm", 2).not_preemptible());
+    assert_eq!(again.cycle(), Vec::<String>::new());
+    assert_eq!(again.spares("gang"), Vec::<String>::new());
+    assert_eq!(again.scheduler.kept_ready(&"gang".parse().unwrap()).len(), 4);
+    again.node(&spare, 4, "H100");
+    assert_eq!(again.cycle(), Vec::<String>::new(), "its spares are not given away");
+    assert_eq!(again.spares("gang"), before);
+    // Other nodes do not tempt it.
+    again.node("c", 2, "H100");
+    assert_eq!(again.cycle(), ["firm starts on c x2"]);
+    again.node(&own, 4, "H100");
+    assert_eq!(again.cycle(), Vec::<String>::new());
+    assert_eq!(again.spares("gang"), before);
+    // From now on it is as ever.
+    again.lose(&own);
+    assert_eq!(again.cycle(), ["guest is recalled for gang"]);
+}
+
+#[test]
+fn a_node_of_spares_that_does_not_come_back_is_waited_for_for_a_while_only() {
+    let mut world = World::new().nodes("a b", 4);
+    world.submit(Job::named("gang", 4).spares(4));
+    assert_eq!(world.cycle().len(), 1);
+    let own = world.on("gang").remove(0);
+    let mut again = told_again(&world, "gang", None);
+    again.node(&own, 4, "H100");
+    again.node("c", 4, "H100");
+    let cycle = again.decide();
+    assert_eq!(again.spares("gang"), Vec::<String>::new());
+    let wake = cycle.wake.expect("it says until when it waits");
+    // Saved and restored meanwhile, it waits as before.
+    let saved = again.scheduler.save();
+    assert_eq!(Scheduler::restore(saved.clone()).unwrap().save(), saved);
+    again.now = wake.0;
+    again.decide();
+    assert_eq!(again.spares("gang"), ["c/0", "c/1", "c/2", "c/3"]);
+}
+
+#[test]
+fn a_spare_that_is_no_longer_fit_is_not_kept_again() {
+    let mut world = World::new().nodes("r1/a r1/b", 4);
+    world.submit(Job::named("gang", 4).spares(4).in_one("rack"));
+    assert_eq!(world.cycle().len(), 1);
+    let (own, spare) = (world.on("gang").remove(0), world.spares("gang").remove(0));
+    let spare = spare.split('/').next().unwrap().to_owned();
+    for (rack, model, kept) in [("r1", "H100", 4), ("r2", "H100", 0), ("r1", "A100", 0)] {
+        let mut again = told_again(&world, "gang", None);
+        again.node(&format!("r1/{own}"), 4, "H100");
+        again.cycle();
+        again.node(&format!("{rack}/{spare}"), 4, model);
+        again.cycle();
+        assert_eq!(again.spares("gang").len(), kept, "{rack} {model}");
+    }
+}

@@ -8,6 +8,7 @@
 //!
 //! The rules, in the order in which a cycle applies them, are in `docs/scheduling.md`.
 
+mod choice;
 mod consolidate;
 mod cycle;
 mod gaps;

@@ -7,7 +7,7 @@ use drumline_queue::{Charge, Place, QueueId, Tree};
 use drumline_spec::Gang;
 use drumline_types::{JobId, QueueName, Timestamp};
 
-use crate::cycle::Choice;
+use crate::choice::Choice;
 use crate::holds::Keep;
 use crate::job::{Stand, milli, sizes};
 use crate::lines::{By, Standing};

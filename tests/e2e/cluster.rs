@@ -99,7 +99,33 @@ impl Cluster {
 
     /// Waits until something holds of a job, and returns the job.
     pub(crate) fn wait_for(&self, id: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        self.wait_within(Duration::from_secs(60), id, what, holds)
+    }
+
+    /// As [`Self::wait_for`], for ranks whose first step may have to wait for a compiler.
+    pub(crate) fn wait_for_long(
+        &self,
+        id: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Value {
+        self.wait_within(Duration::from_secs(400), id, what, holds)
+    }
+
+    /// Waits as long for a job's end, and returns the job.
+    pub(crate) fn wait_long(&self, id: &str) -> Value {
+        let ends = ["succeeded", "failed", "cancelled"];
+        self.wait_for_long(id, "the end", |job| ends.iter().any(|phase| job["phase"] == *phase))
+    }
+
+    fn wait_within(
+        &self,
+        most: Duration,
+        id: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Value {
+        let deadline = Instant::now() + most;
         loop {
             // While the control plane is away, commands fail; that passes.
             let output = self.run(&["describe", "job", id, "--output", "json"]);
@@ -107,7 +133,7 @@ impl Cluster {
             if output.status.success() && holds(&job) {
                 return job;
             }
-            assert!(Instant::now() < deadline, "{what} within 60 s; the job is {job:#}");
+            assert!(Instant::now() < deadline, "{what} within {most:?}; the job is {job:#}");
             std::thread::sleep(Duration::from_millis(40));
         }
     }

@@ -3,6 +3,7 @@
 mod browser;
 mod cluster;
 mod commands;
+mod emulated;
 mod gpus;
 mod recovery;
 mod story;

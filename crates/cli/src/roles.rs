@@ -50,7 +50,14 @@ pub enum Role {
     Rank,
     /// One process of `bench collective`.
     #[command(hide = true)]
-    BenchCollectiveWorker,
+    BenchCollectiveWorker {
+        /// Its values are on a GPU.
+        #[arg(long)]
+        gpu: bool,
+    },
+    /// The tests of one GPU for `doctor`.
+    #[command(hide = true)]
+    DoctorGpu,
     /// Stands between an agent and one rank.
     #[command(hide = true)]
     Supervise {
@@ -198,17 +205,8 @@ impl Role {
                 crate::log_to_stderr();
                 Ok(drumline_rank::run())
             }
-            Self::BenchCollectiveWorker => {
-                let mut input = std::io::BufReader::new(std::io::stdin());
-                let worked = drumline_collective::bench::worker(&mut input, &mut std::io::stdout());
-                Ok(match worked {
-                    Ok(()) => ExitCode::SUCCESS,
-                    Err(error) => {
-                        crate::output::note(&error.to_string());
-                        ExitCode::FAILURE
-                    }
-                })
-            }
+            Self::BenchCollectiveWorker { gpu } => Ok(ended(crate::bench::collective_worker(gpu))),
+            Self::DoctorGpu => Ok(ended(crate::doctor::test_gpu())),
             other => Err(Box::new(other)),
         }
     }
@@ -287,9 +285,21 @@ impl Role {
             | Self::NodeAgent(_)
             | Self::PodGateway(_)
             | Self::Rank
-            | Self::BenchCollectiveWorker
+            | Self::BenchCollectiveWorker { .. }
+            | Self::DoctorGpu
             | Self::Supervise { .. }
             | Self::RankExec { .. } => Err(Failure::failed("this role has no runtime")),
+        }
+    }
+}
+
+/// Says why a helper process failed, if it did.
+fn ended<E: std::fmt::Display>(worked: Result<(), E>) -> ExitCode {
+    match worked {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            crate::output::note(&error.to_string());
+            ExitCode::FAILURE
         }
     }
 }

@@ -8,6 +8,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -133,12 +134,47 @@ pub enum BenchError {
     },
 }
 
+/// What is measured on one rank: calls on buffers of its own.
+pub trait Subject {
+    /// Makes buffers: one of `whole` values and one of `part`, which are zeros.
+    ///
+    /// # Errors
+    /// [`CollectiveError`] when there is no room.
+    fn prepare(&mut self, whole: usize, part: usize) -> Result<(), CollectiveError>;
+
+    /// Makes one call, which may end later.
+    ///
+    /// # Errors
+    /// [`CollectiveError`].
+    fn call(&mut self, op: Op) -> Result<(), CollectiveError>;
+
+    /// Waits for the end of all calls.
+    ///
+    /// # Errors
+    /// [`CollectiveError`].
+    fn finish(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+}
+
 /// Measures with the ranks of `c`, all of which call this with the same options; returns the same
 /// figures on each.
 ///
 /// # Errors
 /// [`CollectiveError`] when a call fails.
 pub fn measure(c: &dyn Collective, options: &Options) -> Result<Vec<Measurement>, CollectiveError> {
+    measure_on(c, &mut Host { c, whole: Vec::new(), part: Vec::new() }, options)
+}
+
+/// As [`measure`], of calls on `subject`; `c` keeps the ranks in step.
+///
+/// # Errors
+/// [`CollectiveError`] when a call fails.
+pub fn measure_on(
+    c: &dyn Collective,
+    subject: &mut dyn Subject,
+    options: &Options,
+) -> Result<Vec<Measurement>, CollectiveError> {
     let mut measurements = Vec::new();
     for &op in &options.ops {
         let sizes = match op {
@@ -146,7 +182,7 @@ pub fn measure(c: &dyn Collective, options: &Options) -> Result<Vec<Measurement>
             _ => &options.sizes_bytes[..],
         };
         for &bytes in sizes {
-            measurements.push(measure_one(c, options, op, bytes)?);
+            measurements.push(measure_one(c, subject, options, op, bytes)?);
         }
     }
     Ok(measurements)
@@ -154,6 +190,7 @@ pub fn measure(c: &dyn Collective, options: &Options) -> Result<Vec<Measurement>
 
 fn measure_one(
     c: &dyn Collective,
+    subject: &mut dyn Subject,
     options: &Options,
     op: Op,
     bytes: usize,
@@ -164,13 +201,14 @@ fn measure_one(
         Op::AllGather | Op::ReduceScatter => part * size,
         _ => bytes.div_ceil(4),
     };
-    let mut buffers = Buffers { whole: vec![0.0; whole], part: vec![0.0; part] };
+    subject.prepare(whole, part)?;
     // Warm-up, which also says how long a call takes; rank 0 decides for all.
-    buffers.call(c, op)?;
+    subject.call(op)?;
+    subject.finish()?;
     let mut repetitions = 1;
     let round = Duration::from_millis(options.round_ms.max(1));
     loop {
-        let took = buffers.round(c, op, repetitions)?;
+        let took = time_round(c, subject, op, repetitions)?;
         let mut enough = [if took * 2.0 >= round.as_secs_f64() { 1.0 } else { 0.0 }];
         c.broadcast(&mut enough, 0)?;
         if enough[0] != 0.0 || repetitions >= 1 << 20 {
@@ -180,7 +218,7 @@ fn measure_one(
     }
     let mut times = Vec::with_capacity(options.rounds);
     for _ in 0..options.rounds.max(1) {
-        times.push(buffers.round(c, op, repetitions)? / repetitions as f64);
+        times.push(time_round(c, subject, op, repetitions)? / repetitions as f64);
     }
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
@@ -197,13 +235,22 @@ fn measure_one(
     })
 }
 
-struct Buffers {
+/// Values in host memory.
+struct Host<'a> {
+    c: &'a dyn Collective,
     whole: Vec<f32>,
     part: Vec<f32>,
 }
 
-impl Buffers {
-    fn call(&mut self, c: &dyn Collective, op: Op) -> Result<(), CollectiveError> {
+impl Subject for Host<'_> {
+    fn prepare(&mut self, whole: usize, part: usize) -> Result<(), CollectiveError> {
+        self.whole = vec![0.0; whole];
+        self.part = vec![0.0; part];
+        Ok(())
+    }
+
+    fn call(&mut self, op: Op) -> Result<(), CollectiveError> {
+        let c = self.c;
         match op {
             Op::AllReduce => c.all_reduce(&mut self.whole, ReduceOp::Sum),
             Op::AllGather => c.all_gather(&self.part, &mut self.whole),
@@ -217,27 +264,28 @@ impl Buffers {
             },
         }
     }
+}
 
-    /// Returns the seconds that the slowest rank took for so many calls.
-    fn round(
-        &mut self,
-        c: &dyn Collective,
-        op: Op,
-        repetitions: usize,
-    ) -> Result<f64, CollectiveError> {
-        c.barrier()?;
-        let start = Instant::now();
-        for _ in 0..repetitions {
-            self.call(c, op)?;
-        }
-        let mut took = start.elapsed().as_secs_f64() as f32;
-        if op == Op::SendRecv {
-            took /= 2.0;
-        }
-        let mut slowest = [took];
-        c.all_reduce(&mut slowest, ReduceOp::Max)?;
-        Ok(f64::from(slowest[0]))
+/// Returns the seconds that the slowest rank took for so many calls.
+fn time_round(
+    c: &dyn Collective,
+    subject: &mut dyn Subject,
+    op: Op,
+    repetitions: usize,
+) -> Result<f64, CollectiveError> {
+    c.barrier()?;
+    let start = Instant::now();
+    for _ in 0..repetitions {
+        subject.call(op)?;
     }
+    subject.finish()?;
+    let mut took = start.elapsed().as_secs_f64() as f32;
+    if op == Op::SendRecv {
+        took /= 2.0;
+    }
+    let mut slowest = [took];
+    c.all_reduce(&mut slowest, ReduceOp::Max)?;
+    Ok(f64::from(slowest[0]))
 }
 
 /// What a worker is told first.
@@ -255,6 +303,26 @@ struct Setup {
 /// # Errors
 /// [`BenchError`] when the other end is not [`run`], or a collective fails.
 pub fn worker(input: &mut dyn BufRead, output: &mut dyn Write) -> Result<(), BenchError> {
+    worker_with(input, output, &mut |group, options| {
+        Ok((measure(group.as_ref(), options)?, String::new()))
+    })
+}
+
+/// Measures on one rank, and says in words how values went.
+pub type Measure<'a> = &'a mut dyn FnMut(
+    &Arc<dyn Collective>,
+    &Options,
+) -> Result<(Vec<Measurement>, String), CollectiveError>;
+
+/// As [`worker`], which measures by `by`.
+///
+/// # Errors
+/// As [`worker`].
+pub fn worker_with(
+    input: &mut dyn BufRead,
+    output: &mut dyn Write,
+    by: Measure<'_>,
+) -> Result<(), BenchError> {
     let setup: Setup = read_line(input, 0)?;
     let rank = setup.rank;
     let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))?;
@@ -265,11 +333,11 @@ pub fn worker(input: &mut dyn BufRead, output: &mut dyn Write) -> Result<(), Ben
     options.shared_memory = setup.shared_memory;
     options.streams = setup.options.streams;
     let world = HostWorld::connect(listener, &options)?;
-    let group = world.group(&everyone, 0)?;
-    let measurements = measure(&*group, &setup.options)?;
+    let group: Arc<dyn Collective> = world.group(&everyone, 0)?;
+    let measured = by(&group, &setup.options)?;
     group.barrier()?;
     if rank == 0 {
-        write_line(output, rank, &measurements)?;
+        write_line(output, rank, &measured)?;
     }
     Ok(())
 }
@@ -319,8 +387,21 @@ pub fn run(
     ranks: usize,
     shared_memory: bool,
     options: &Options,
-    mut command: impl FnMut(usize) -> Command,
+    command: impl FnMut(usize) -> Command,
 ) -> Result<Vec<Measurement>, BenchError> {
+    run_told(ranks, shared_memory, options, command).map(|(measurements, _)| measurements)
+}
+
+/// As [`run`]; returns also what rank 0 says of the way that values went.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_told(
+    ranks: usize,
+    shared_memory: bool,
+    options: &Options,
+    mut command: impl FnMut(usize) -> Command,
+) -> Result<(Vec<Measurement>, String), BenchError> {
     let mut secret = vec![0; 32];
     getrandom::fill(&mut secret).map_err(|error| failed(0, error))?;
     let mut workers = Vec::with_capacity(ranks);
@@ -344,14 +425,14 @@ pub fn run(
     for (rank, worker) in workers.iter_mut().enumerate() {
         worker.tell(rank, &addresses)?;
     }
-    let measurements = read_line(&mut workers[0].output, 0)?;
+    let measured = read_line(&mut workers[0].output, 0)?;
     for (rank, worker) in workers.iter_mut().enumerate() {
         let status = worker.child.wait().map_err(|error| failed(rank, error))?;
         if !status.success() {
             return Err(failed(rank, status));
         }
     }
-    Ok(measurements)
+    Ok(measured)
 }
 
 impl Worker {

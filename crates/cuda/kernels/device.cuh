@@ -1,7 +1,7 @@
 // What every kernel is written in. It comes before each source; nothing else is included, so that
 // NVRTC needs no headers.
 //
-// With EMULATED defined, tests/fake/emulated.h comes before it instead of a CUDA compiler's built-ins,
+// With EMULATED defined, crates/fakes/cpp/emulated.h comes before it instead of a CUDA compiler's built-ins,
 // and the pieces that are PTX on a GPU have a plain body there. An emulated run shows that the
 // arithmetic, the indexing and the barriers are right. It is not a run on a GPU.
 //

@@ -12,7 +12,7 @@ use crate::device::{Device, DeviceOptions, Shape};
 use crate::error::CudaError;
 use crate::matmul::{Factors, Matmul};
 use crate::matrix::Matrix;
-use crate::memory::{Buffer, Indices, Scratch, View, ViewMut, copy_in, copy_out};
+use crate::memory::{Buffer, Indices, Scratch, Staging, View, ViewMut, copy_in, copy_out};
 
 /// How a GPU works.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -36,7 +36,7 @@ pub struct Cuda {
     pub(crate) products: Mutex<Matmul>,
     pub(crate) scratch: Mutex<Scratch>,
     indices: Mutex<Indices>,
-    host: Mutex<Vec<f32>>,
+    host: Mutex<Staging>,
 }
 
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -171,12 +171,13 @@ impl Backend for Cuda {
 
     fn on_host<R>(&self, values: ViewMut<'_>, f: impl FnOnce(&mut [f32]) -> R) -> R {
         // Taken, not borrowed: `f` may wait for another rank.
-        let mut host = std::mem::take(&mut *locked(&self.host));
-        host.resize(values.elements, f32::NAN);
-        self.read(values.as_view(), &mut host);
-        let result = f(&mut host);
-        self.write(&host, values);
-        *locked(&self.host) = host;
+        let mut staging = std::mem::take(&mut *locked(&self.host));
+        let host = staging.take(&self.device, values.elements);
+        // The copy back of an earlier call is over when this read is.
+        self.read(values.as_view(), host);
+        let result = f(host);
+        self.write(host, values);
+        *locked(&self.host) = staging;
         result
     }
 

@@ -42,6 +42,8 @@ pub struct DeviceOptions {
 pub struct Properties {
     /// The driver's name for it.
     pub name: String,
+    /// Its own name in the world, as `GPU-...` spells it out; of an instance where MIG divides it.
+    pub uuid: [u8; 16],
     /// Compute capability.
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
@@ -135,6 +137,7 @@ impl Device {
         };
         let properties = Properties {
             name,
+            uuid: driver("cuDeviceGetUuid", context.uuid())?.bytes.map(|byte| byte as u8),
             capability,
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
             shared_max: attribute(

@@ -89,6 +89,72 @@ pub(crate) fn copy_out<T: Copy>(device: &Device, from: u64, to: &mut [T]) -> Res
     device.synchronise()
 }
 
+/// Host memory that the device's copies reach without a detour, where the system gives any: what
+/// goes to other ranks over the host waits here.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    pinned: Option<Pinned>,
+    /// Where none can be had.
+    plain: Vec<f32>,
+}
+
+impl Staging {
+    /// Returns `elements` values, of no meaning. It grows, and is kept from call to call.
+    pub(crate) fn take(&mut self, device: &Arc<Device>, elements: usize) -> &mut [f32] {
+        if self.pinned.as_ref().is_none_or(|pinned| pinned.elements < elements) {
+            // The old one first: locked memory is scarce.
+            self.pinned = None;
+            self.pinned = Pinned::new(device, elements.next_power_of_two());
+        }
+        match &mut self.pinned {
+            Some(pinned) => &mut pinned.as_mut_slice()[..elements],
+            None => {
+                self.plain.resize(elements, f32::NAN);
+                &mut self.plain
+            }
+        }
+    }
+}
+
+/// Page-locked host memory, freed when dropped.
+#[derive(Debug)]
+struct Pinned {
+    device: Arc<Device>,
+    values: std::ptr::NonNull<f32>,
+    elements: usize,
+}
+
+// SAFETY: it is memory like any other, and belongs to one owner.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(device: &Arc<Device>, elements: usize) -> Option<Self> {
+        device.bind().ok()?;
+        let bytes = elements.max(1) * size_of::<f32>();
+        // SAFETY: what it holds is written below before anybody reads it.
+        let memory = unsafe { result::malloc_host(bytes, 0) }.ok()?;
+        let values = std::ptr::NonNull::new(memory.cast::<f32>())?;
+        // SAFETY: the range was just allocated. All bits set are a value, if no number.
+        unsafe { std::ptr::write_bytes(values.as_ptr().cast::<u8>(), 0xff, bytes) };
+        Some(Self { device: Arc::clone(device), values, elements: elements.max(1) })
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: so many values are there, all written, and `self` is borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.values.as_ptr(), self.elements) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A copy from here may be under way.
+        if self.device.synchronise().is_ok() {
+            // SAFETY: nobody else has it, and no copy uses it any more.
+            let _ = unsafe { result::free_host(self.values.as_ptr().cast()) };
+        }
+    }
+}
+
 /// A flat allocation of f32 on the device.
 #[derive(Debug)]
 pub struct Buffer {

@@ -3,12 +3,14 @@
 
 mod support;
 
-use drumline_cuda::{Cuda, CudaOptions};
+use std::time::Duration;
+
+use drumline_cuda::{Cuda, CudaOptions, nccl};
 use drumline_engine::bench::{batches, in_process, job, local_groups, presets};
 use drumline_engine::infer::{Model, ModelOptions, Segment};
-use drumline_engine::{Snapshot, StepReport, Trainer};
+use drumline_engine::{DeviceGroups, Groups, Snapshot, StepReport, Trainer};
 use drumline_mesh::Mesh;
-use drumline_spec::{Family, ModelConfig, Parallelism, TrainingJob};
+use drumline_spec::{Family, MemoryOptions, ModelConfig, Parallelism, TrainingJob};
 use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
 
 /// f32 on both: only the order of additions differs. Norm of the difference over
@@ -51,10 +53,20 @@ fn train<B: Backend>(
     job: &TrainingJob,
     backend: impl Fn() -> B + Sync,
 ) -> Vec<(Vec<StepReport>, Snapshot, Snapshot)> {
+    train_linked(job, |_, _| (backend(), DeviceGroups::default()))
+}
+
+/// As [`train`], on devices that `open` opens and links.
+fn train_linked<B: Backend>(
+    job: &TrainingJob,
+    open: impl Fn(u32, &Groups) -> (B, DeviceGroups<B>) + Sync,
+) -> Vec<(Vec<StepReport>, Snapshot, Snapshot)> {
     let mesh = Mesh::new(job.parallelism);
     in_process(mesh, |rank, groups| {
         let coords = mesh.coords(rank);
-        let mut trainer = Trainer::new(job, coords, groups, backend()).expect("a tiny model fits");
+        let (backend, device) = open(rank, &groups);
+        let mut trainer = Trainer::new(job, coords, groups, backend).expect("a tiny model fits");
+        trainer.link_devices(device);
         let reports = (0..job.steps)
             .map(|step| trainer.step(step, &micros(job, coords.data, step)).expect("a step"))
             .collect();
@@ -87,10 +99,20 @@ fn cuda(matmul: MatmulPrecision) -> Cuda {
 /// Compares runs of one family and split, rank by rank.
 fn compare(family: Family, parallelism: Parallelism, matmul: MatmulPrecision, bound: f64) {
     let job = tiny_job(family, parallelism, 4);
-    let want = train(&job, || Cpu::new(1).expect("one thread"));
     let got = train(&job, || cuda(matmul));
+    compare_with_cpu(&job, &got, &format!("{family:?} {parallelism:?} {matmul:?}"), bound);
+}
+
+/// Compares what ranks did with what they do on the processor.
+fn compare_with_cpu(
+    job: &TrainingJob,
+    got: &[(Vec<StepReport>, Snapshot, Snapshot)],
+    what: &str,
+    bound: f64,
+) {
+    let want = train(job, || Cpu::new(1).expect("one thread"));
     for (rank, (got, want)) in got.iter().zip(&want).enumerate() {
-        let what = format!("{family:?} {parallelism:?} {matmul:?} rank {rank}");
+        let what = format!("{what} rank {rank}");
         for (got, want) in got.0.iter().zip(&want.0) {
             let off = f64::from((got.loss - want.loss).abs() / want.loss);
             assert!(off < bound, "{what}: loss {} {}", got.loss, want.loss);
@@ -116,6 +138,46 @@ fn split_training_in_f32_follows_the_cpu() {
         for (tensor, pipeline, data) in [(2, 1, 1), (1, 2, 1), (1, 1, 2)] {
             let parallelism = Parallelism { tensor, pipeline, data };
             compare(Family::Llama, parallelism, MatmulPrecision::F32, F32);
+        }
+    });
+}
+
+/// Opens a rank's own GPU, and joins it to those of the others.
+fn linked(rank: u32, groups: &Groups) -> (Cuda, DeviceGroups<Cuda>, String) {
+    let cuda = support::open_of(rank, CudaOptions::default());
+    let name = nccl::Rank { job: "test".to_owned(), attempt: 1, rank };
+    let linked = nccl::link(&cuda, groups, name, Duration::from_secs(60)).expect("they meet");
+    (cuda, linked.groups, linked.words)
+}
+
+#[test]
+fn split_training_over_nccl_follows_the_cpu() {
+    support::on_device("split_training_over_nccl_follows_the_cpu", |device| {
+        let options = |sequence_parallel, shard_optimizer| MemoryOptions {
+            sequence_parallel,
+            shard_optimizer,
+            ..MemoryOptions::default()
+        };
+        // Two families: one ties its embedding to the output, over both ends of a pipeline.
+        for (family, (tensor, pipeline, data), memory) in [
+            (Family::Llama, (2, 1, 1), options(false, false)),
+            (Family::Gpt2, (2, 1, 1), options(true, false)),
+            (Family::Gpt2, (1, 2, 1), options(false, false)),
+            (Family::Llama, (1, 1, 2), options(false, false)),
+            (Family::Llama, (1, 1, 2), options(false, true)),
+            (Family::Llama, (2, 2, 1), options(false, false)),
+        ] {
+            let parallelism = Parallelism { tensor, pipeline, data };
+            let job = TrainingJob { memory, ..tiny_job(family, parallelism, 4) };
+            let got = train_linked(&job, |rank, groups| {
+                let (cuda, groups, words) = linked(rank, groups);
+                // On a machine with fewer GPUs than ranks it may be the other way.
+                let emulated = device != "GPU";
+                assert!(!emulated || words.starts_with("over NCCL 2.30"), "{words}");
+                (cuda, groups)
+            });
+            let what = format!("{family:?} {parallelism:?} {memory:?} linked");
+            compare_with_cpu(&job, &got, &what, F32);
         }
     });
 }
@@ -200,5 +262,26 @@ fn serving_gives_the_logits_of_the_cpu() {
                 }
             }
         }
+    });
+}
+
+#[test]
+fn ranks_that_share_a_gpu_or_lack_nccl_say_why_they_go_through_the_host() {
+    let test = "ranks_that_share_a_gpu_or_lack_nccl_say_why_they_go_through_the_host";
+    // A library that is not there is named; the loader is not asked for another.
+    let missing = [("DRUMLINE_NCCL_LIBRARY", "/nowhere/libnccl.so.2")];
+    support::on_device_with_environment(test, &missing, |_| {
+        let parallelism = Parallelism { data: 2, ..Parallelism::SINGLE };
+        let job = tiny_job(Family::Llama, parallelism, 2);
+        let got = train_linked(&job, |rank, groups| {
+            let (cuda, groups, words) = linked(rank, groups);
+            assert!(
+                words.starts_with("through host memory, pinned: rank 0 has no NCCL"),
+                "{words}"
+            );
+            assert!(words.contains("/nowhere"), "{words}");
+            (cuda, groups)
+        });
+        compare_with_cpu(&job, &got, "through the host", F32);
     });
 }

@@ -9,10 +9,11 @@ use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, MemoryOptions, ModelConfig, Optimizer,
     Parallelism, Precision, TrainingJob,
 };
+use drumline_tensor::Backend;
 use drumline_tensor::reference::Random;
 
 use crate::error::EngineError;
-use crate::groups::Groups;
+use crate::groups::{DeviceGroups, Groups};
 use crate::probe::Probe;
 use crate::train::{Batch, Trainer, cpu};
 
@@ -29,8 +30,8 @@ pub struct Preset {
     pub sequence: u32,
 }
 
-/// Returns the presets: a small GPT of 10.8 million parameters, the same size as a LLaMA, and
-/// GPT-2 itself.
+/// Returns the presets: a small GPT of 10.8 million parameters, the same size as a LLaMA, GPT-2
+/// itself, a LLaMA of 1.3 billion for GPUs, and one that is just large enough to be split.
 #[must_use]
 pub fn presets() -> Vec<Preset> {
     let small = ModelConfig {
@@ -57,10 +58,33 @@ pub fn presets() -> Vec<Preset> {
         context: 1024,
         ..small.clone()
     };
+    let large = ModelConfig {
+        layers: 24,
+        hidden: 2048,
+        ffn: 5504,
+        heads: 16,
+        kv_heads: 16,
+        vocab: 32_000,
+        context: 4096,
+        tie_embeddings: false,
+        ..llama.clone()
+    };
+    let tiny = ModelConfig {
+        layers: 2,
+        hidden: 32,
+        ffn: 64,
+        heads: 4,
+        kv_heads: 2,
+        vocab: 64,
+        context: 32,
+        ..llama.clone()
+    };
     vec![
         Preset { name: "gpt-10m", model: small, batch: 8, sequence: 256 },
         Preset { name: "llama-10m", model: llama, batch: 8, sequence: 256 },
         Preset { name: "gpt2-124m", model: gpt2, batch: 1, sequence: 512 },
+        Preset { name: "llama-1.3b", model: large, batch: 4, sequence: 4096 },
+        Preset { name: "tiny", model: tiny, batch: 4, sequence: 16 },
     ]
 }
 
@@ -178,27 +202,33 @@ pub fn train<P: Probe + Clone>(
     probe: &P,
 ) -> Result<TrainingRate, EngineError> {
     let groups = local_groups(Mesh::new(job.parallelism));
-    train_linked(job, threads, groups, seconds, &Same(probe))
+    let open = |_: u32, _: &Groups| cpu(job, threads).map(|cpu| (cpu, DeviceGroups::default()));
+    train_linked(job, groups, &open, seconds, &Same(probe))
 }
 
-/// As [`train`], with ranks that talk through `groups`, in rank order, and each have a probe of
-/// their own.
+/// Opens a rank's device, and its way to the devices of the other ranks.
+pub type Open<'a, B> =
+    &'a (dyn Fn(u32, &Groups) -> Result<(B, DeviceGroups<B>), EngineError> + Sync);
+
+/// As [`train`], with ranks that talk through `groups`, in rank order, each on a device that `open`
+/// opens and with a probe of its own.
 ///
 /// # Errors
 /// [`EngineError`] from any rank.
-pub fn train_linked<W: Watch>(
+pub fn train_linked<B: Backend, W: Watch>(
     job: &TrainingJob,
-    threads: usize,
     groups: Vec<Groups>,
+    open: Open<'_, B>,
     seconds: &(dyn Fn() -> f64 + Sync),
     watch: &W,
 ) -> Result<TrainingRate, EngineError> {
     let mesh = Mesh::new(job.parallelism);
     let runs = with_groups(groups, |rank, groups| {
         let coords = mesh.coords(rank);
-        let backend = cpu(job, threads)?;
+        let (backend, device) = open(rank, &groups)?;
         let probe = watch.probe(rank);
         let mut trainer = Trainer::with_probe(job, coords, groups, backend, probe)?;
+        trainer.link_devices(device);
         let (mut times, mut losses) = (Vec::new(), Vec::new());
         for step in 0..job.steps {
             let micros = batches(job, coords.data, step);

@@ -9,10 +9,12 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 use drumline_collective::{Collective, CollectiveError, Pending, ReduceOp};
 use drumline_tensor::Backend;
 
+use crate::groups::DeviceGroup;
 use crate::layout::ALIGN;
 use crate::probe::{Probe, Span, timed};
 
@@ -30,12 +32,17 @@ pub struct Gradients<'a, 'g, B: Backend> {
     /// Add to the gradients of matrices instead of replacing them.
     pub accumulate: bool,
     /// The reduction, during the last micro-batch.
-    pub(crate) buckets: Option<&'a mut Buckets<'g>>,
+    pub(crate) buckets: Option<&'a mut Buckets<'g, B>>,
 }
 
 /// The buckets of one step.
-pub(crate) struct Buckets<'a> {
+pub(crate) struct Buckets<'a, B: Backend> {
     group: &'a dyn Collective,
+    /// The same copies on the device: then sums are queued there, beside the backward pass, and
+    /// nothing is looked at before the end. Each copy gets all sums.
+    device: Option<&'a dyn DeviceGroup<B>>,
+    /// To be queued there.
+    queued: Vec<Range<usize>>,
     /// What each copy keeps the optimizer of, where they share it: it needs no other sums.
     shares: Option<&'a [Range<usize>]>,
     under_way: VecDeque<(Range<usize>, Box<dyn Pending + 'a>)>,
@@ -45,10 +52,15 @@ pub(crate) struct Buckets<'a> {
     covered: Vec<Range<usize>>,
 }
 
-impl<'a> Buckets<'a> {
-    pub(crate) fn new(group: &'a dyn Collective, shares: Option<&'a [Range<usize>]>) -> Self {
+impl<'a, B: Backend> Buckets<'a, B> {
+    pub(crate) fn new(
+        group: &'a dyn Collective,
+        device: Option<&'a Arc<dyn DeviceGroup<B>>>,
+        shares: Option<&'a [Range<usize>]>,
+    ) -> Self {
         let (under_way, covered) = (VecDeque::new(), Vec::new());
-        Self { group, shares, under_way, gathering: None, covered }
+        let device = device.map(|group| &**group);
+        Self { group, device, queued: Vec::new(), shares, under_way, gathering: None, covered }
     }
 
     /// Takes note that the gradients of `range` will not change any more.
@@ -74,6 +86,11 @@ impl<'a> Buckets<'a> {
     }
 
     fn start<P: Probe>(&mut self, probe: &P, range: Range<usize>) -> Result<(), CollectiveError> {
+        self.covered.push(range.clone());
+        if self.device.is_some() {
+            self.queued.push(range);
+            return Ok(());
+        }
         if self.under_way.is_empty() {
             probe.under_way(true);
         }
@@ -85,18 +102,18 @@ impl<'a> Buckets<'a> {
                 self.group.start_reduce_scatter(&parts)?
             }
         };
-        self.covered.push(range.clone());
         self.under_way.push_back((range, pending));
         Ok(())
     }
 
     /// Moves the reductions on, without waiting.
-    pub(crate) fn poll<B: Backend, P: Probe>(
+    pub(crate) fn poll<P: Probe>(
         &mut self,
         b: &B,
         probe: &P,
         gradients: &mut B::Buffer,
     ) -> Result<(), CollectiveError> {
+        self.queue(b, gradients)?;
         while let Some((range, pending)) = self.under_way.front_mut() {
             let values = b.view_mut(gradients, range.clone());
             let done = timed(probe, Span::GradientComm, || b.on_host(values, |v| pending.poll(v)))?;
@@ -108,6 +125,12 @@ impl<'a> Buckets<'a> {
         Ok(())
     }
 
+    /// Queues the sums of what is final on the device.
+    fn queue(&mut self, b: &B, gradients: &mut B::Buffer) -> Result<(), CollectiveError> {
+        let Some(device) = self.device else { return Ok(()) };
+        self.queued.drain(..).try_for_each(|range| device.start_sum(b.view_mut(gradients, range)))
+    }
+
     fn pop<P: Probe>(&mut self, probe: &P) {
         self.under_way.pop_front();
         if self.under_way.is_empty() {
@@ -116,7 +139,7 @@ impl<'a> Buckets<'a> {
     }
 
     /// Reduces all that is left of `elements` gradients and waits for the end.
-    pub(crate) fn finish<B: Backend, P: Probe>(
+    pub(crate) fn finish<P: Probe>(
         mut self,
         b: &B,
         probe: &P,
@@ -138,6 +161,11 @@ impl<'a> Buckets<'a> {
         }
         if at < elements {
             rest.push(at..elements);
+        }
+        if let Some(device) = self.device {
+            self.queued.append(&mut rest);
+            self.queue(b, gradients)?;
+            return timed(probe, Span::GradientComm, || device.finish());
         }
         loop {
             // Started only as places become free: as many as there were layers may be left.
@@ -181,7 +209,7 @@ mod tests {
                         for (i, x) in gradients.as_mut_slice().iter_mut().enumerate() {
                             *x = own(i);
                         }
-                        let mut buckets = Buckets::new(&group, None);
+                        let mut buckets = Buckets::new(&group, None, None);
                         let layers: Vec<_> = layers(number).collect();
                         for range in layers.into_iter().rev() {
                             buckets.add(&NoProbe, range).unwrap();

@@ -111,7 +111,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         });
         timed(self.probe, Span::TensorComm, || {
             let maxima = b.view_mut(values, maxima.clone());
-            b.on_host(maxima, |v| self.tensor.all_reduce(v, ReduceOp::Max))
+            self.tensor.all_reduce(maxima, ReduceOp::Max)
         })?;
         timed(self.probe, Span::Other, || {
             let (max, sums) = b.split_mut(b.view_mut(values, n..4 * n), n);

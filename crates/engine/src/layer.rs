@@ -10,11 +10,12 @@
 
 use std::ops::Range;
 
-use drumline_collective::{Collective, CollectiveError, ReduceOp};
+use drumline_collective::{CollectiveError, ReduceOp};
 use drumline_spec::Recompute;
 use drumline_tensor::{Backend, Linear, WeightLayout};
 
 use crate::activations::{Dims, LayerMemory, Scratch, Slot};
+use crate::groups::Route;
 use crate::layout::{LayerAt, Layout, LinearAt, NormAt};
 use crate::probe::{Probe, Span, timed};
 
@@ -25,7 +26,7 @@ pub struct Stage<'a, B: Backend, P: Probe> {
     /// Who watches.
     pub probe: &'a P,
     /// The tensor group.
-    pub tensor: &'a dyn Collective,
+    pub tensor: Route<'a, B>,
     /// Extents.
     pub dims: Dims,
     /// Where parameters are.
@@ -55,16 +56,15 @@ pub(crate) fn all_mut<'a, B: Backend>(b: &B, buffer: &'a mut B::Buffer) -> B::Vi
 
 /// Adds the ranks' values, unless the group has one rank only.
 pub(crate) fn add_over<B: Backend, P: Probe>(
-    backend: &B,
     probe: &P,
     span: Span,
-    group: &dyn Collective,
+    group: Route<'_, B>,
     values: B::ViewMut<'_>,
 ) -> Result<(), CollectiveError> {
     if group.size() == 1 {
         return Ok(());
     }
-    timed(probe, span, || backend.on_host(values, |v| group.all_reduce(v, ReduceOp::Sum)))
+    timed(probe, span, || group.all_reduce(values, ReduceOp::Sum))
 }
 
 impl<B: Backend, P: Probe> Stage<'_, B, P> {
@@ -148,7 +148,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
 
     /// Adds the tensor group's partial results.
     pub(crate) fn add_partial(&self, values: B::ViewMut<'_>) -> Result<(), CollectiveError> {
-        add_over(self.backend, self.probe, Span::TensorComm, self.tensor, values)
+        add_over(self.probe, Span::TensorComm, self.tensor, values)
     }
 
     /// Adds the tensor group's partial results `[N, D]`; where the group shares the rows, this
@@ -157,9 +157,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let b = self.backend;
         let values = all_mut(b, values);
         let Some(rows) = self.rows else { return self.add_partial(values) };
-        timed(self.probe, Span::TensorComm, || {
-            b.on_host(values, |v| self.tensor.reduce_scatter_parts(v, rows))
-        })
+        timed(self.probe, Span::TensorComm, || self.tensor.reduce_scatter_parts(values, rows))
     }
 
     /// Returns this rank's rows of `[N, D]`.
@@ -178,7 +176,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let (Some(rows), Some(gathered)) = (self.rows, gathered) else { return Ok(own) };
         timed(self.probe, Span::TensorComm, || {
             b.copy(all(b, own), b.view_mut(gathered, self.dims.own()));
-            b.on_host(all_mut(b, gathered), |v| self.tensor.all_gather_parts(v, rows))
+            self.tensor.all_gather_parts(all_mut(b, gathered), rows)
         })?;
         Ok(gathered)
     }

@@ -30,7 +30,7 @@ pub mod work;
 
 pub use error::EngineError;
 pub use gradients::Gradients;
-pub use groups::Groups;
+pub use groups::{DeviceGroup, DeviceGroups, Groups};
 pub use layout::{Layout, Parameter, Split};
 pub use memory::Memory;
 pub use probe::{NoProbe, Probe, Span};

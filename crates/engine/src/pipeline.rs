@@ -8,6 +8,7 @@ use drumline_tensor::Backend;
 use crate::activations::Slot;
 use crate::error::EngineError;
 use crate::gradients::{Buckets, Gradients};
+use crate::groups::Route;
 use crate::head::Gradient;
 use crate::layer::{Stage, all_mut};
 use crate::layout::Split;
@@ -19,13 +20,13 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     pub(crate) fn run_pipeline<'g>(
         &mut self,
         micros: &[Batch],
-        mut buckets: Option<&mut Buckets<'g>>,
+        mut buckets: Option<&mut Buckets<'g, B>>,
     ) -> Result<f64, EngineError> {
         let b = &*self.backend;
         let stage = Stage {
             backend: b,
             probe: &self.probe,
-            tensor: &*self.groups.tensor,
+            tensor: Route::new(b, &*self.groups.tensor, self.device.tensor.as_ref()),
             dims: self.dims,
             layout: &self.layout,
             parameters: &self.state.parameters,
@@ -34,7 +35,8 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             recompute: self.job.memory.recompute,
             rows: self.rows.as_deref(),
         };
-        let (pipeline, probe) = (&*self.groups.pipeline, &self.probe);
+        let pipeline = Route::new(b, &*self.groups.pipeline, self.device.pipeline.as_ref());
+        let probe = &self.probe;
         let scale = 1.0 / self.job.tokens_per_step() as f32;
         let split = self.split;
         let (before, after) = neighbours(split);
@@ -44,9 +46,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                 Instruction::RecvForward { micro, chunk } => {
                     let slot = slot(&mut self.slots, micro, chunk);
                     let x = all_mut(b, &mut slot.layers[0].x);
-                    timed(probe, Span::PipelineWait, || {
-                        b.on_host(x, |v| pipeline.recv(v, before))
-                    })?;
+                    timed(probe, Span::PipelineWait, || pipeline.recv(x, before))?;
                 }
                 Instruction::Forward { micro, chunk } => {
                     let slot = slot(&mut self.slots, micro, chunk);
@@ -76,15 +76,11 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                 }
                 Instruction::SendForward { micro, chunk } => {
                     let out = all_mut(b, &mut slot(&mut self.slots, micro, chunk).out);
-                    timed(probe, Span::PipelineSend, || {
-                        b.on_host(out, |v| pipeline.send(v, after))
-                    })?;
+                    timed(probe, Span::PipelineSend, || pipeline.send(out, after))?;
                 }
                 Instruction::RecvBackward { .. } => {
                     let gradient = all_mut(b, &mut self.scratch.gradient);
-                    timed(probe, Span::PipelineWait, || {
-                        b.on_host(gradient, |v| pipeline.recv(v, after))
-                    })?;
+                    timed(probe, Span::PipelineWait, || pipeline.recv(gradient, after))?;
                 }
                 Instruction::Backward { micro, chunk } => {
                     let slot = slot(&mut self.slots, micro, chunk);
@@ -102,9 +98,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                 }
                 Instruction::SendBackward { .. } => {
                     let gradient = all_mut(b, &mut self.scratch.gradient);
-                    timed(probe, Span::PipelineSend, || {
-                        b.on_host(gradient, |v| pipeline.send(v, before))
-                    })?;
+                    timed(probe, Span::PipelineSend, || pipeline.send(gradient, before))?;
                 }
             }
         }
@@ -117,7 +111,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         let stage = Stage {
             backend: b,
             probe: &self.probe,
-            tensor: &*self.groups.tensor,
+            tensor: Route::new(b, &*self.groups.tensor, self.device.tensor.as_ref()),
             dims: self.dims,
             layout: &self.layout,
             parameters: &self.state.parameters,
@@ -126,7 +120,8 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             recompute: self.job.memory.recompute,
             rows: self.rows.as_deref(),
         };
-        let (pipeline, split) = (&*self.groups.pipeline, self.split);
+        let pipeline = Route::new(b, &*self.groups.pipeline, self.device.pipeline.as_ref());
+        let split = self.split;
         let (before, after) = neighbours(split);
         let mut loss = 0.0;
         for batch in batches {
@@ -137,7 +132,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                     stage.embed(&batch.tokens, &mut slot.layers[0].x, scratch)?;
                 } else {
                     let x = all_mut(b, &mut slot.layers[0].x);
-                    b.on_host(x, |v| pipeline.recv(v, before))?;
+                    pipeline.recv(x, before)?;
                 }
                 stage.forward(slot, &mut self.scratch)?;
                 match &mut slot.last {
@@ -146,12 +141,13 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
                     }
                     None => {
                         let out = all_mut(b, &mut slot.out);
-                        b.on_host(out, |v| pipeline.send(v, after))?;
+                        pipeline.send(out, after)?;
                     }
                 }
             }
         }
         b.status()?;
+        self.device.check()?;
         let speaks = split.is_last() && split.tensor_rank == 0;
         let tokens = if speaks { batches.len() * self.dims.rows } else { 0 };
         let mut sums = [self.own_loss(loss) as f32, tokens as f32];

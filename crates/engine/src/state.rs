@@ -9,10 +9,11 @@
 
 use std::ops::Range;
 
-use drumline_collective::{Collective, CollectiveError};
+use drumline_collective::CollectiveError;
 use drumline_mesh::ShardSpec;
 use drumline_tensor::{AdamW, Backend, TensorError};
 
+use crate::groups::Route;
 use crate::init;
 use crate::layer::all_mut;
 use crate::layout::{ALIGN, Layout, Parameter, Split};
@@ -139,9 +140,8 @@ impl<B: Backend> State<B> {
     }
 
     /// Brings the other copies' shares of the weights.
-    pub(crate) fn gather(&mut self, b: &B, data: &dyn Collective) -> Result<(), CollectiveError> {
-        let weights = all_mut(b, &mut self.parameters);
-        b.on_host(weights, |values| data.all_gather_parts(values, &self.shares))
+    pub(crate) fn gather(&mut self, b: &B, data: Route<'_, B>) -> Result<(), CollectiveError> {
+        data.all_gather_parts(all_mut(b, &mut self.parameters), &self.shares)
     }
 
     /// Copies what this rank owns to host memory: weights, then both moments.

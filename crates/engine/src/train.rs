@@ -12,7 +12,7 @@ use drumline_tensor::{Backend, Cpu, CpuOptions, MatmulPrecision};
 use crate::activations::{Dims, Scratch, Slot, in_flight, rotary_table};
 use crate::error::EngineError;
 use crate::gradients::Buckets;
-use crate::groups::Groups;
+use crate::groups::{DeviceGroups, Groups, Route};
 use crate::layer::all_mut;
 use crate::layout::{Layout, NormAt, Split};
 use crate::memory::{Memory, schedule};
@@ -61,6 +61,7 @@ pub struct Trainer<B: Backend, P: Probe = NoProbe> {
     pub(crate) job: TrainingJob,
     pub(crate) split: Split,
     pub(crate) groups: Groups,
+    pub(crate) device: DeviceGroups<B>,
     pub(crate) layout: Layout,
     pub(crate) dims: Dims,
     pub(crate) instructions: Vec<Instruction>,
@@ -155,6 +156,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             job: job.clone(),
             split,
             groups,
+            device: DeviceGroups::default(),
             layout,
             dims,
             instructions,
@@ -167,6 +169,12 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             positions,
             rows,
         })
+    }
+
+    /// Lets values go between devices by the devices' own groups, of the same ranks as those that the
+    /// trainer was made with. All ranks of a group do this, or none.
+    pub fn link_devices(&mut self, device: DeviceGroups<B>) {
+        self.device = device;
     }
 
     /// Returns where this rank's parameters are.
@@ -225,7 +233,9 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         });
         let data = Arc::clone(&self.groups.data);
         let shares = self.state.shared().map(<[_]>::to_vec);
-        let mut buckets = (data.size() > 1).then(|| Buckets::new(&*data, shares.as_deref()));
+        let device = self.device.data.clone();
+        let mut buckets =
+            (data.size() > 1).then(|| Buckets::new(&*data, device.as_ref(), shares.as_deref()));
         let loss = self.run_pipeline(micros, buckets.as_mut())?;
         self.add_norms()?;
         self.add_shared()?;
@@ -237,6 +247,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         let share = timed(&self.probe, Span::Optimizer, || self.state.sum_squares(b, &self.layout));
         // What was read so far is what the device made, or the step ends here.
         b.status()?;
+        self.device.check()?;
         // One exchange for both numbers.
         let mut sums = [self.own_loss(loss) as f32, share as f32];
         if self.groups.world.size() > 1 {
@@ -253,7 +264,8 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
         let constants = optimizer::adamw(&self.job, step, scale);
         timed(&self.probe, Span::Optimizer, || self.state.update(b, &self.layout, constants));
         if shares.is_some() {
-            timed(&self.probe, Span::GradientComm, || self.state.gather(b, &*data))?;
+            let copies = Route::new(b, &*data, self.device.data.as_ref());
+            timed(&self.probe, Span::GradientComm, || self.state.gather(b, copies))?;
         }
         Ok(StepReport { loss, grad_norm, learning_rate: constants.learning_rate })
     }

@@ -1,9 +1,11 @@
 //! Stand-ins for NVIDIA's libraries, for tests on machines without a GPU.
 //!
-//! They are C, built on the spot with `cc`, and loaded from a file exactly as the real ones are:
-//! what is tested is the whole way through the loader. A script file says how they behave; it is
-//! read again at every call, so that a test can break a device while a program uses it. Nothing in
-//! a shipped binary depends on this crate.
+//! They are C and C++, built on the spot, and loaded from a file exactly as the real ones are:
+//! what is tested is the whole way through the loader. A script file says how NVML and NCCL behave; it
+//! is read again at every call, so that a test can break a device while a program uses it.
+//! [`emulated`] computes. Nothing in a shipped binary depends on this crate.
+
+pub mod emulated;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,17 +29,26 @@ pub enum Library {
 /// Why a library could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The compiler cannot be run.
-    #[error("cannot run `cc`, a C compiler: {0}")]
-    NoCompiler(#[source] io::Error),
+    /// The compiler cannot be run, or there is no place for what it makes.
+    #[error("cannot have {what}: {source}")]
+    NoCompiler {
+        /// What was wanted.
+        what: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
     /// The compiler refused the source.
-    #[error("cc {library:?}: {message}")]
+    #[error("{library} does not compile: {message}")]
     Refused {
-        /// The library.
-        library: Library,
+        /// The source.
+        library: String,
         /// What the compiler said.
         message: String,
     },
+}
+
+fn cannot_run(what: &'static str, source: io::Error) -> BuildError {
+    BuildError::NoCompiler { what, source }
 }
 
 impl Library {
@@ -65,19 +76,36 @@ impl Library {
     pub fn build(self, folder: &Path) -> Result<PathBuf, BuildError> {
         let (name, text) = self.source();
         let (source, library) = (folder.join(name), folder.join(self.file_name()));
-        std::fs::write(&source, text).map_err(BuildError::NoCompiler)?;
+        std::fs::write(&source, text).map_err(|error| cannot_run("a file", error))?;
         let mut cc = Command::new("cc");
         cc.args(["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]);
         if matches!(self, Self::NvmlOld | Self::NcclOld) {
             cc.arg("-DOLD");
         }
+        // Known by this name whatever file it is opened by: the emulated device asks for it.
+        cc.arg(format!("-Wl,-soname,{}", self.file_name()));
         cc.arg("-o").arg(&library).arg(&source).arg("-lpthread").arg("-lrt");
-        let output = cc.output().map_err(BuildError::NoCompiler)?;
+        let output = cc.output().map_err(|error| cannot_run("a C compiler", error))?;
         if output.status.success() {
             return Ok(library);
         }
         let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(BuildError::Refused { library: self, message })
+        Err(BuildError::Refused { library: name.to_owned(), message })
+    }
+
+    /// As [`Library::build`], unless the library is there; tests of several binaries may come at
+    /// once.
+    fn build_once(self, folder: &Path) -> Result<(), BuildError> {
+        let there = folder.join(self.file_name());
+        if there.is_file() {
+            return Ok(());
+        }
+        let own = folder.join(format!("{}.tmp", std::process::id()));
+        std::fs::create_dir_all(&own).map_err(|error| cannot_run("a folder", error))?;
+        let made = self.build(&own)?;
+        std::fs::rename(made, there).map_err(|error| cannot_run("the file's name", error))?;
+        let _ = std::fs::remove_dir_all(own);
+        Ok(())
     }
 }
 
@@ -97,5 +125,21 @@ mod tests {
             assert!(file.metadata().unwrap().len() > 0);
         }
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn the_emulated_device_is_built_once() {
+        let own = format!("drumline-emulated-{}", std::process::id());
+        let parent = std::env::temp_dir().join(own);
+        let folder = emulated::build_all(&parent).unwrap();
+        let made =
+            |folder: &Path| folder.join("libcuda.so").metadata().unwrap().modified().unwrap();
+        let first = made(&folder);
+        assert_eq!(emulated::build_all(&parent).unwrap(), folder);
+        assert_eq!(made(&folder), first);
+        for name in ["libnvrtc.so", "libcublasLt.so", "libnvidia-ml.so.1", "libnccl.so.2"] {
+            assert!(folder.join(name).is_file(), "{name}");
+        }
+        std::fs::remove_dir_all(&parent).unwrap();
     }
 }

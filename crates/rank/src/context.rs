@@ -3,12 +3,17 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use drumline_collective::host::STREAMS_MAX;
 use drumline_spec::JobSpec;
 use drumline_wire::auth::Token;
 use drumline_wire::contract;
 use drumline_wire::line::Credential;
+
+/// Longest time without progress in a collective. The first step of a large model is slow, and a
+/// peer may be writing a checkpoint: the control plane's watchdog is the stricter one.
+const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Why a rank cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +67,8 @@ pub struct Context {
     pub listen_ip: IpAddr,
     /// TCP connections to each rank on another host; none: the default.
     pub tcp_streams: Option<usize>,
+    /// Longest time without progress in a collective.
+    pub collective_deadline: Duration,
     /// The job.
     pub spec: JobSpec,
 }
@@ -111,6 +118,12 @@ impl Context {
             tcp_streams: match std::env::var_os(contract::TCP_STREAMS) {
                 None => None,
                 Some(_) => Some(streams()?),
+            },
+            collective_deadline: match std::env::var_os(contract::COLLECTIVE_DEADLINE_MS) {
+                None => COLLECTIVE_DEADLINE,
+                Some(_) => {
+                    Duration::from_millis(parse::<u64>(contract::COLLECTIVE_DEADLINE_MS)?.max(1))
+                }
             },
             spec,
         })

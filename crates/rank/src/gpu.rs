@@ -1,8 +1,10 @@
-//! Opening the GPU that a rank was given.
+//! The GPU that a rank was given, and its way to the GPUs of the other ranks.
 
 use std::path::PathBuf;
 
+use drumline_cuda::nccl::{self, Linked};
 use drumline_cuda::{Cuda, CudaOptions, DeviceOptions};
+use drumline_engine::Groups;
 use drumline_tensor::MatmulPrecision;
 use drumline_wire::contract;
 
@@ -25,7 +27,9 @@ pub fn open(context: &Context, matmul: MatmulPrecision) -> Result<Cuda, RankErro
             .parse()
             .map_err(|_| RankError::Refused(format!("environment variable {name}: {text:?}")))?,
     };
-    let device = DeviceOptions { ordinal, kernel_cache: Some(kernels(context)), check_each: false };
+    // Or else beside the jobs.
+    let kernels = kernel_cache().unwrap_or_else(|| context.shared_dir.join("kernels"));
+    let device = DeviceOptions { ordinal, kernel_cache: Some(kernels), check_each: false };
     let cuda = Cuda::new(&CudaOptions { device, matmul, tf32: false })?;
     let of = cuda.device().properties();
     let (major, minor) = of.capability;
@@ -37,11 +41,25 @@ pub fn open(context: &Context, matmul: MatmulPrecision) -> Result<Cuda, RankErro
     Ok(cuda)
 }
 
-/// Where compiled kernels are kept: in the user's cache, so that every job finds them, or else
-/// beside the jobs.
-fn kernels(context: &Context) -> PathBuf {
+/// Joins the rank's GPU to those of the other ranks: over NCCL where all of them can. The log says
+/// which way it is.
+///
+/// # Errors
+/// [`RankError::Collective`].
+pub fn link(context: &Context, cuda: &Cuda, groups: &Groups) -> Result<Linked, RankError> {
+    let rank =
+        nccl::Rank { job: context.job.clone(), attempt: context.attempt, rank: context.rank };
+    let linked = nccl::link(cuda, groups, rank, context.collective_deadline)?;
+    println!("collectives between GPUs: {}", linked.words);
+    Ok(linked)
+}
+
+/// Returns where compiled kernels are kept: in the user's cache, so that every program finds them.
+/// None where the environment names none.
+#[must_use]
+pub fn kernel_cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("XDG_CACHE_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".cache")))
-        .map_or_else(|| context.shared_dir.join("kernels"), |cache| cache.join("drumline/kernels"))
+        .map(|cache| cache.join("drumline/kernels"))
 }

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use drumline_checkpoint::file::Shards;
 use drumline_checkpoint::{Checkpoint, RunState, Writer, WriterOptions};
 use drumline_collective::Collective;
+use drumline_cuda::Cuda;
 use drumline_data::{Batches, Dataset};
-use drumline_engine::{Batch, Snapshot, Span, StepReport, Trainer, Work};
+use drumline_engine::{Batch, DeviceGroups, Groups, Snapshot, Span, StepReport, Trainer, Work};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::{DeviceKind, Precision, TrainingJob};
-use drumline_tensor::{Backend, MatmulPrecision};
+use drumline_tensor::{Backend, Cpu, MatmulPrecision};
 use drumline_wire::v1;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -63,20 +64,27 @@ pub fn run(
     match context.spec.gang().device {
         DeviceKind::Cpu => {
             let backend = drumline_engine::train::cpu(job, context.threads)?;
-            run_on(backend, context, job, host, runtime)
+            let alone = |_: &Cpu, _: &Groups| Ok((DeviceGroups::default(), String::new()));
+            run_on(backend, alone, context, job, host, runtime)
         }
         DeviceKind::Gpu => {
             let matmul = match job.precision {
                 Precision::F32 => MatmulPrecision::F32,
                 Precision::Bf16 => MatmulPrecision::Bf16,
             };
-            run_on(gpu::open(context, matmul)?, context, job, host, runtime)
+            let link = |cuda: &Cuda, groups: &Groups| {
+                gpu::link(context, cuda, groups).map(|linked| {
+                    (linked.groups, format!(", collectives between GPUs {}", linked.words))
+                })
+            };
+            run_on(gpu::open(context, matmul)?, link, context, job, host, runtime)
         }
     }
 }
 
 fn run_on<B: Backend>(
     backend: B,
+    link: impl FnOnce(&B, &Groups) -> Result<(DeviceGroups<B>, String), RankError>,
     context: &Context,
     job: &TrainingJob,
     host: &Host,
@@ -87,7 +95,9 @@ fn run_on<B: Backend>(
     let World { coords, groups, .. } =
         runtime.block_on(world::join(context, host, job.parallelism, String::new()))?;
     let all = Arc::clone(&groups.world);
-    let trainer = Trainer::with_probe(job, coords, groups, backend, Stopwatch::default())?;
+    let (device, way) = link(&backend, &groups)?;
+    let mut trainer = Trainer::with_probe(job, coords, groups, backend, Stopwatch::default())?;
+    trainer.link_devices(device);
     let run_dir = run_dir(context, job);
     let start = agree_on_start(context, job, &run_dir, &*all)?;
     let mut rank = Rank {
@@ -107,6 +117,7 @@ fn run_on<B: Backend>(
         work: Work::of(job, coords)?,
         trainer,
         copy: coords.data,
+        way,
     };
     rank.load(&start)?;
     for step in start.step..job.steps {
@@ -228,6 +239,8 @@ struct Rank<'a, B: Backend> {
     host: &'a Host,
     leads: bool,
     copy: u32,
+    /// How values go between GPUs, to be told beside where the rank stands.
+    way: String,
     batches: Batches,
     work: Work,
     trainer: Trainer<B, Stopwatch>,
@@ -295,7 +308,10 @@ impl<B: Backend> Rank<'_, B> {
         if !self.leads {
             if due(self.last_report, REPORT_INTERVAL) || step == self.job.steps {
                 self.last_report = Some(now);
-                self.host.report(|report| report.step = step);
+                self.host.report(|report| {
+                    report.step = step;
+                    report.position = format!("step {step} finished{}", self.way);
+                });
             }
             return;
         }
@@ -334,7 +350,7 @@ impl<B: Backend> Rank<'_, B> {
         self.host.report(|report| {
             report.step = step;
             report.train = Some(train);
-            report.position = format!("step {step} finished");
+            report.position = format!("step {step} finished{}", self.way);
         });
     }
 

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use drumline_collective::host::{HostWorld, Listener, WorldOptions};
 use drumline_collective::{Collective, CollectiveError};
@@ -14,10 +13,6 @@ use drumline_wire::line::Credential;
 
 use crate::context::Context;
 use crate::host::{Host, HostError};
-
-/// Longest time without progress in a collective. The first step of a large model is slow, and a
-/// peer may be writing a checkpoint: the control plane's watchdog is the stricter one.
-const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Why a rank has no world.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +78,7 @@ pub async fn join(
         .collect::<Result<Vec<_>, _>>()?;
     let shared = secret.expose().as_bytes().to_vec();
     let mut options = WorldOptions::new(context.rank as usize, addresses, shared);
-    options.deadline = COLLECTIVE_DEADLINE;
+    options.deadline = context.collective_deadline;
     options.streams = context.tcp_streams.unwrap_or(options.streams);
     let rank = context.rank;
     // Linking blocks: it must not hold up the runtime that carries reports.

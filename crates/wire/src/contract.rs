@@ -30,6 +30,9 @@ pub const CORES: &str = "DRUMLINE_CORES";
 pub const DEVICE: &str = "DRUMLINE_DEVICE";
 /// Which of the GPUs in `CUDA_VISIBLE_DEVICES` is the rank's own, from 0; absent for CPU devices.
 pub const GPU_ORDINAL: &str = "DRUMLINE_GPU_ORDINAL";
+/// Longest time without progress in a collective between ranks, in milliseconds; the default is two
+/// minutes. Set where the agent is started.
+pub const COLLECTIVE_DEADLINE_MS: &str = "DRUMLINE_COLLECTIVE_DEADLINE_MS";
 /// Names the host, so that ranks on one host find each other's shared memory.
 pub const HOST: &str = "DRUMLINE_HOST";
 /// IP address on which the rank listens for its peers.

@@ -2,6 +2,7 @@
 
 mod collective;
 mod control;
+mod gpu;
 mod launch;
 mod node;
 mod predict;
@@ -18,7 +19,9 @@ use crate::failure::Failure;
 use crate::output::{self, Format};
 
 pub use collective::CollectiveArgs;
+pub(crate) use collective::worker as collective_worker;
 pub use control::ControlArgs;
+pub use gpu::DeviceArg;
 pub use launch::LaunchArgs;
 pub use profile::{PlanArgs, ProfileArgs};
 pub use schedule::ScheduleArgs;

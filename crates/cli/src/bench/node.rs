@@ -18,17 +18,79 @@ use drumline_tensor::{
     Rotary, TensorError, WeightLayout,
 };
 
-/// Rows, inputs and outputs of the products: tokens from few to many, matrices from those of a
-/// split layer of a small model to those of a whole one.
-const ROWS: [usize; 4] = [32, 128, 512, 1024];
-const MATRICES: [(usize, usize); 6] =
-    [(128, 512), (256, 1024), (512, 512), (512, 1536), (1024, 256), (1536, 512)];
-/// Tokens of one micro-batch, and a layer's widths, for the operators.
-const TOKENS: usize = 512;
-const WIDTH: usize = 512;
-const INNER: usize = 2048;
-/// Parameters of the optimizer's pass: 128 MiB in its four arrays, more than caches hold.
-const STREAMED: usize = 8 << 20;
+/// What is measured: how much work each kernel does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Extent {
+    /// Rows of the products: tokens from few to many.
+    rows: &'static [usize],
+    /// Inputs and outputs: matrices from those of a split layer of a small model to those of a whole
+    /// one.
+    matrices: &'static [(usize, usize)],
+    /// Tokens of one micro-batch, and a layer's widths, for the operators.
+    tokens: usize,
+    width: usize,
+    inner: usize,
+    /// Parameters of the optimizer's pass: more than caches hold, in its four arrays.
+    streamed: usize,
+    /// Tokens, heads, and width of a head.
+    attention: &'static [(usize, usize, usize)],
+    /// Attention is what bf16 training does.
+    attention_bf16: bool,
+}
+
+impl Extent {
+    /// Of a processor. The optimizer's arrays take 128 MiB.
+    pub(super) const PROCESSOR: Self = Self {
+        rows: &[32, 128, 512, 1024],
+        matrices: &[(128, 512), (256, 1024), (512, 512), (512, 1536), (1024, 256), (1536, 512)],
+        tokens: 512,
+        width: 512,
+        inner: 2048,
+        streamed: 8 << 20,
+        attention: &[(128, 32, 64), (256, 16, 64), (256, 32, 32), (512, 8, 64)],
+        attention_bf16: false,
+    };
+    /// Of a GPU. The optimizer's arrays take 2 GiB.
+    pub(super) const GPU: Self = Self {
+        rows: &[128, 1024, 4096, 16_384],
+        matrices: &[
+            (512, 2048),
+            (1024, 4096),
+            (2048, 2048),
+            (2048, 6144),
+            (4096, 1024),
+            (5504, 2048),
+        ],
+        tokens: 8192,
+        width: 2048,
+        inner: 8192,
+        streamed: 128 << 20,
+        attention: &[(1024, 16, 64), (2048, 16, 128), (4096, 16, 64), (4096, 16, 128)],
+        attention_bf16: true,
+    };
+    /// The least: shows that it runs.
+    pub(super) const LEAST: Self = Self {
+        rows: &[8, 32],
+        matrices: &[(16, 32), (32, 16), (32, 64)],
+        tokens: 16,
+        width: 64,
+        inner: 64,
+        streamed: 1 << 12,
+        attention: &[(16, 2, 32), (32, 2, 32)],
+        attention_bf16: false,
+    };
+
+    /// The values of the greatest operand.
+    fn operand(&self) -> usize {
+        let product = self.matrices.iter().flat_map(|(input, output)| {
+            let rows = self.rows.iter().max().copied().unwrap_or(0);
+            [input * output, rows * input, rows * output]
+        });
+        let attention = self.attention.iter().map(|(t, heads, width)| 3 * t * heads * width);
+        let operators = 2 * self.tokens * self.inner.max(2 * self.width);
+        product.chain(attention).fold(self.streamed.max(operators), usize::max)
+    }
+}
 
 /// Which ranks are measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +101,8 @@ pub(super) struct Setting {
     pub(super) at_once: usize,
     /// Products in bf16 too.
     pub(super) bf16: bool,
+    /// How much is measured.
+    pub(super) extent: Extent,
 }
 
 /// Samples of every kernel, by its place in the list, over all rounds so far.
@@ -65,12 +129,12 @@ enum Pass {
 }
 
 /// Lists the kernels in the order in which they are measured.
-fn kernels(bf16: bool) -> Vec<Kernel> {
+fn kernels(bf16: bool, extent: &Extent) -> Vec<Kernel> {
     let mut list = vec![Kernel::Stream];
     let precisions = [MatmulPrecision::F32, MatmulPrecision::Bf16];
     for precision in precisions.into_iter().take(if bf16 { 2 } else { 1 }) {
-        for (i, rows) in ROWS.into_iter().enumerate() {
-            for (j, (input, output)) in MATRICES.into_iter().enumerate() {
+        for (i, rows) in extent.rows.iter().copied().enumerate() {
+            for (j, (input, output)) in extent.matrices.iter().copied().enumerate() {
                 // Both ways in which the engine's families keep their weights.
                 let layout =
                     if (i + j) % 2 == 0 { WeightLayout::InOut } else { WeightLayout::OutIn };
@@ -81,7 +145,7 @@ fn kernels(bf16: bool) -> Vec<Kernel> {
             }
         }
     }
-    let (n, d, f) = (TOKENS as f64, WIDTH as f64, INNER as f64);
+    let (n, d, f) = (extent.tokens as f64, extent.width as f64, extent.inner as f64);
     list.extend([
         Kernel::Operator { name: "add_norm", numbers: 2.0 * 4.0 * n * d },
         Kernel::Operator { name: "norm_grad", numbers: 2.0 * 4.0 * n * d },
@@ -91,7 +155,7 @@ fn kernels(bf16: bool) -> Vec<Kernel> {
         Kernel::Operator { name: "swiglu", numbers: 3.0 * n * f },
         Kernel::Operator { name: "swiglu_grad", numbers: 5.0 * n * f },
     ]);
-    for (sequence, heads, head_dim) in [(128, 32, 64), (256, 16, 64), (256, 32, 32), (512, 8, 64)] {
+    for (sequence, heads, head_dim) in extent.attention.iter().copied() {
         list.push(Kernel::Attention { sequence, heads, head_dim });
     }
     list
@@ -100,39 +164,58 @@ fn kernels(bf16: bool) -> Vec<Kernel> {
 /// What the kernels of one rank work on. Factors are only read, and what is updated in place keeps
 /// its size: numbers that grow or shrink with each call would end as infinities or denormals, which
 /// processors treat in their own time.
-struct Bench {
-    a: Vec<f32>,
-    b: Vec<f32>,
-    c: Vec<f32>,
-    out: Vec<f32>,
-    twos: Vec<f32>,
+struct Bench<B: Backend> {
+    extent: Extent,
+    a: B::Buffer,
+    b: B::Buffer,
+    c: B::Buffer,
+    out: B::Buffer,
+    twos: B::Buffer,
     /// Cosines and sines of no rotation.
-    table: Vec<f32>,
-    stats: Vec<f32>,
-    vector: Vec<f32>,
-    moments: (Vec<f32>, Vec<f32>),
+    table: B::Buffer,
+    stats: B::Buffer,
+    gain: B::Buffer,
+    bias: B::Buffer,
+    moments: (B::Buffer, B::Buffer),
+    positions: Vec<u32>,
 }
 
-impl Bench {
-    fn new() -> Self {
+/// Width of a head in the measured rotation.
+const HEAD: usize = 64;
+
+impl<B: Backend> Bench<B> {
+    fn new(device: &B, extent: Extent) -> Result<Self, TensorError> {
+        let made = |n: usize, value: &dyn Fn(usize) -> f32| {
+            let mut buffer = device.alloc(n)?;
+            let values: Vec<f32> = (0..n).map(value).collect();
+            device.write(&values, device.view_mut(&mut buffer, 0..n));
+            Ok::<_, TensorError>(buffer)
+        };
         // Not zeros, so that no processor can take a short cut.
-        let fill = |n: usize, by: usize| (0..n).map(|i| (i % by) as f32 * 0.01 + 0.01).collect();
-        Self {
-            a: fill(STREAMED, 13),
-            b: fill(STREAMED, 7),
-            c: fill(STREAMED, 11),
-            out: fill(STREAMED, 3),
-            twos: vec![2.0; TOKENS * INNER],
-            table: (0..TOKENS * 64).map(|i| if i % 64 < 32 { 1.0 } else { 0.0 }).collect(),
-            stats: vec![1.0; 2 * ROWS[3] + 64 * 2048],
-            vector: fill(INNER * 2, 5),
-            moments: (vec![0.0; STREAMED], vec![0.0; STREAMED]),
-        }
+        let fill = |n: usize, by: usize| made(n, &|i| (i % by) as f32 * 0.01 + 0.01);
+        let (most, Extent { tokens, width, inner, .. }) = (extent.operand(), extent);
+        let rows = extent.rows.iter().max().copied().unwrap_or(0);
+        let log_sums = extent.attention.iter().map(|(t, heads, _)| t * heads).max().unwrap_or(0);
+        Ok(Self {
+            extent,
+            a: fill(most, 13)?,
+            b: fill(most, 7)?,
+            c: fill(most, 11)?,
+            out: fill(most, 3)?,
+            twos: made(tokens * inner, &|_| 2.0)?,
+            table: made(tokens * HEAD, &|i| if i % HEAD < HEAD / 2 { 1.0 } else { 0.0 })?,
+            stats: made((2 * rows.max(tokens)).max(log_sums), &|_| 1.0)?,
+            gain: fill(width, 5)?,
+            bias: fill(width, 5)?,
+            moments: (device.alloc(most)?, device.alloc(most)?),
+            positions: (0..tokens as u32).collect(),
+        })
     }
 
     /// Runs one kernel once.
-    fn call(&mut self, cpu: &Cpu, kernel: &Kernel) {
-        let Self { a, b, c, out, twos, table, stats, vector, moments } = self;
+    fn call(&mut self, device: &B, kernel: &Kernel) {
+        let Extent { tokens: n, width: d, inner: f, streamed, .. } = self.extent;
+        let Self { a, b, c, out, twos, table, stats, gain, bias, moments, positions, .. } = self;
         match kernel {
             Kernel::Stream => {
                 let step = AdamW {
@@ -145,73 +228,116 @@ impl Bench {
                     correction2: 0.5,
                     gradient_scale: 1.0,
                 };
-                cpu.sum_squares(b);
-                cpu.adamw(step, out, b, &mut moments.0, &mut moments.1);
+                let all = 0..streamed;
+                device.sum_squares(device.view(b, all.clone()));
+                device.adamw(
+                    step,
+                    device.view_mut(out, all.clone()),
+                    device.view(b, all.clone()),
+                    device.view_mut(&mut moments.0, all.clone()),
+                    device.view_mut(&mut moments.1, all),
+                );
             }
             Kernel::Product { shape, pass, .. } => {
                 let Linear { rows, input, output, .. } = *shape;
                 let (x, w, y) = (rows * input, input * output, rows * output);
                 match pass {
                     Pass::Forward => {
-                        cpu.linear(*shape, &a[..x], &b[..w], None, &mut out[..y]);
+                        let out = device.view_mut(out, 0..y);
+                        device.linear(
+                            *shape,
+                            device.view(a, 0..x),
+                            device.view(b, 0..w),
+                            None,
+                            out,
+                        );
                     }
                     Pass::GradInput => {
-                        cpu.linear_grad_input(*shape, &c[..y], &b[..w], &mut out[..x]);
+                        let out = device.view_mut(out, 0..x);
+                        device.linear_grad_input(
+                            *shape,
+                            device.view(c, 0..y),
+                            device.view(b, 0..w),
+                            out,
+                        );
                     }
                     Pass::GradWeight => {
-                        cpu.linear_grad_weight(*shape, &a[..x], &c[..y], &mut out[..w], false);
+                        let out = device.view_mut(out, 0..w);
+                        device.linear_grad_weight(
+                            *shape,
+                            device.view(a, 0..x),
+                            device.view(c, 0..y),
+                            out,
+                            false,
+                        );
                     }
                 }
             }
             Kernel::Operator { name, .. } => {
-                let (n, d, f) = (TOKENS, WIDTH, INNER);
                 let norm = Normalise { rows: n, width: d, kind: NormKind::Layer, epsilon: 1e-5 };
                 let rotary = Rotary {
                     rows: n,
                     width: 2 * d,
-                    heads: 2 * d / 64,
-                    head_dim: 64,
+                    heads: 2 * d / HEAD,
+                    head_dim: HEAD,
                     inverse: false,
                 };
-                let (gain, bias) = vector.split_at_mut(INNER);
-                let stats = &mut stats[..2 * n];
                 match *name {
                     "add_norm" => {
-                        let (sum, y) = out[..2 * n * d].split_at_mut(n * d);
-                        let x = &a[..n * d];
                         for _ in 0..2 {
-                            let branch = &b[..n * d];
-                            cpu.add_norm(
+                            let (sum, y) =
+                                device.split_mut(device.view_mut(out, 0..2 * n * d), n * d);
+                            device.add_norm(
                                 norm,
-                                x,
-                                branch,
+                                device.view(a, 0..n * d),
+                                device.view(b, 0..n * d),
                                 None,
                                 sum,
-                                &gain[..d],
-                                Some(&bias[..d]),
+                                device.view(gain, 0..d),
+                                Some(device.view(bias, 0..d)),
                                 y,
-                                stats,
+                                device.view_mut(stats, 0..2 * n),
                             );
                         }
                     }
                     "norm_grad" => {
                         for _ in 0..2 {
-                            let (dgain, dbias) = moments.0[..2 * d].split_at_mut(d);
-                            let dx = &mut out[..n * d];
-                            let (dy, x) = (&a[..n * d], &a[n * d..2 * n * d]);
-                            cpu.norm_grad(norm, dy, x, &gain[..d], stats, dx, dgain, Some(dbias));
+                            let both = device.view_mut(&mut moments.0, 0..2 * d);
+                            let (dgain, dbias) = device.split_mut(both, d);
+                            device.norm_grad(
+                                norm,
+                                device.view(a, 0..n * d),
+                                device.view(a, n * d..2 * n * d),
+                                device.view(gain, 0..d),
+                                device.view(stats, 0..2 * n),
+                                device.view_mut(out, 0..n * d),
+                                dgain,
+                                Some(dbias),
+                            );
                         }
                     }
                     "rotary" => {
-                        let positions: Vec<u32> = (0..n as u32).collect();
                         for _ in 0..2 {
-                            cpu.rotary(rotary, &table[..], &positions, &mut out[..n * 2 * d]);
+                            let x = device.view_mut(out, 0..n * 2 * d);
+                            device.rotary(rotary, device.view(table, 0..n * HEAD), positions, x);
                         }
                     }
-                    "gelu" => cpu.gelu(&a[..n * f], &mut out[..n * f]),
-                    "gelu_grad" => cpu.gelu_grad(&mut out[..n * f], &twos[..n * f]),
-                    "swiglu" => cpu.swiglu(f, &a[..2 * n * f], &mut out[..n * f]),
-                    _ => cpu.swiglu_grad(f, &mut out[..2 * n * f], &twos[..n * f]),
+                    "gelu" => device.gelu(device.view(a, 0..n * f), device.view_mut(out, 0..n * f)),
+                    "gelu_grad" => {
+                        device
+                            .gelu_grad(device.view_mut(out, 0..n * f), device.view(twos, 0..n * f));
+                    }
+                    "swiglu" => {
+                        device.swiglu(
+                            f,
+                            device.view(a, 0..2 * n * f),
+                            device.view_mut(out, 0..n * f),
+                        );
+                    }
+                    _ => {
+                        let x = device.view_mut(out, 0..2 * n * f);
+                        device.swiglu_grad(f, x, device.view(twos, 0..n * f));
+                    }
                 }
             }
             Kernel::Attention { sequence, heads, head_dim } => {
@@ -222,54 +348,80 @@ impl Bench {
                     kv_heads: *heads,
                     head_dim: *head_dim,
                 };
-                let n = sequence * heads * head_dim;
-                let lse = &mut stats[..sequence * heads];
-                let (qkv, out) = (&a[..3 * n], &mut out[..n]);
-                cpu.attention(shape, qkv, out, lse);
-                cpu.attention_grad(shape, qkv, out, lse, &b[..n], &mut moments.0[..3 * n]);
+                let (n, rows) = (sequence * heads * head_dim, sequence * heads);
+                let qkv = device.view(a, 0..3 * n);
+                device.attention(
+                    shape,
+                    qkv,
+                    device.view_mut(out, 0..n),
+                    device.view_mut(stats, 0..rows),
+                );
+                device.attention_grad(
+                    shape,
+                    qkv,
+                    device.view(out, 0..n),
+                    device.view(stats, 0..rows),
+                    device.view(b, 0..n),
+                    device.view_mut(&mut moments.0, 0..3 * n),
+                );
             }
         }
     }
+
+    /// Waits until the device has done everything.
+    fn wait(&self, device: &B) {
+        device.read(device.view(&self.out, 0..1), &mut [0.0]);
+    }
+}
+
+/// Opens a rank's device, with products that round their factors as asked.
+pub(super) type OpenDevice<'a, B> =
+    &'a (dyn Fn(u32, MatmulPrecision) -> Result<B, TensorError> + Sync);
+
+/// Opens the processor with so many threads.
+pub(super) fn processor(
+    threads: usize,
+) -> impl Fn(u32, MatmulPrecision) -> Result<Cpu, TensorError> {
+    move |_, matmul| Cpu::with_options(CpuOptions { threads, matmul, ..CpuOptions::default() })
 }
 
 /// Runs every kernel for about `round_ms` on `at_once` ranks together, and adds one sample each.
 ///
 /// # Errors
 /// [`TensorError`] when memory or threads cannot be had.
-pub(super) fn round(
+pub(super) fn round<B: Backend>(
     setting: Setting,
+    open: OpenDevice<'_, B>,
     round_ms: u64,
     samples: &mut Samples,
 ) -> Result<(), TensorError> {
-    let list = kernels(setting.bf16);
+    let list = kernels(setting.bf16, &setting.extent);
     samples.kernels.resize(list.len(), Vec::new());
     let mut ranks = Vec::with_capacity(setting.at_once);
-    for _ in 0..setting.at_once {
-        let cpu = |matmul| {
-            Cpu::with_options(CpuOptions {
-                threads: setting.threads,
-                matmul,
-                ..CpuOptions::default()
-            })
-        };
-        ranks.push((cpu(MatmulPrecision::F32)?, cpu(MatmulPrecision::Bf16)?, Bench::new()));
+    for rank in 0..setting.at_once as u32 {
+        let (f32, bf16) = (open(rank, MatmulPrecision::F32)?, open(rank, MatmulPrecision::Bf16)?);
+        let bench = Bench::new(&f32, setting.extent)?;
+        bench.wait(&f32);
+        ranks.push((f32, bf16, bench));
     }
     let (gate, list) = (&Barrier::new(setting.at_once), &list);
-    let times: Vec<Vec<f64>> = std::thread::scope(|scope| {
+    let times: Vec<Result<Vec<f64>, TensorError>> = std::thread::scope(|scope| {
         let threads: Vec<_> = ranks
             .into_iter()
             .map(|(f32, bf16, mut bench)| {
-                scope.spawn(move || -> Vec<f64> {
+                scope.spawn(move || {
                     let measure = |kernel: &Kernel| {
-                        let cpu = match kernel {
+                        let device = match kernel {
                             Kernel::Product { precision: MatmulPrecision::Bf16, .. } => &bf16,
+                            Kernel::Attention { .. } if setting.extent.attention_bf16 => &bf16,
                             _ => &f32,
                         };
                         // All ranks begin together: each is measured while the others work.
                         gate.wait();
-                        cpu.scope(|| timed(cpu, &mut bench, kernel, round_ms))
+                        device.scope(|| timed(device, &mut bench, kernel, round_ms))
                     };
-                    list.iter().map(measure).collect()
+                    let times = list.iter().map(measure).collect();
+                    f32.status().and(bf16.status()).map(|()| times)
                 })
             })
             .collect();
@@ -278,6 +430,7 @@ pub(super) fn round(
             .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
     });
+    let times = times.into_iter().collect::<Result<Vec<_>, _>>()?;
     for (i, samples) in samples.kernels.iter_mut().enumerate() {
         let sum: f64 = times.iter().filter_map(|rank| rank.get(i)).sum();
         samples.push(sum / times.len() as f64);
@@ -286,16 +439,19 @@ pub(super) fn round(
 }
 
 /// Returns the seconds of one call, over as many as fill `round_ms`.
-fn timed(cpu: &Cpu, bench: &mut Bench, kernel: &Kernel, round_ms: u64) -> f64 {
-    bench.call(cpu, kernel);
+fn timed<B: Backend>(device: &B, bench: &mut Bench<B>, kernel: &Kernel, round_ms: u64) -> f64 {
+    bench.call(device, kernel);
+    bench.wait(device);
     let start = Instant::now();
-    bench.call(cpu, kernel);
+    bench.call(device, kernel);
+    bench.wait(device);
     let once = start.elapsed().as_secs_f64().max(1e-7);
     let calls = (round_ms as f64 * 1e-3 / once).clamp(1.0, 1e5) as u32;
     let start = Instant::now();
     for _ in 0..calls {
-        bench.call(cpu, kernel);
+        bench.call(device, kernel);
     }
+    bench.wait(device);
     start.elapsed().as_secs_f64() / f64::from(calls)
 }
 
@@ -386,11 +542,13 @@ pub(super) fn profile(
         power_w: None,
         price_per_hour: None,
     };
-    for (kernel, times) in kernels(setting.bf16).iter().zip(&samples.kernels) {
+    for (kernel, times) in kernels(setting.bf16, &setting.extent).iter().zip(&samples.kernels) {
         let seconds = median(times);
         match kernel {
             // Adam reads four numbers and writes three, the norm reads one.
-            Kernel::Stream => profile.memory_bandwidth = 32.0 * STREAMED as f64 / seconds,
+            Kernel::Stream => {
+                profile.memory_bandwidth = 32.0 * setting.extent.streamed as f64 / seconds
+            }
             Kernel::Product { shape, pass, precision } => {
                 let [r, i, o] = [shape.rows, shape.input, shape.output].map(|x| x as u32);
                 let (m, n, k) = match pass {

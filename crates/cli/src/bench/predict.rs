@@ -11,7 +11,7 @@ use drumline_planner::{Batch, Dtype, Model, Split, Stack};
 use drumline_spec::{Family, ModelConfig, Parallelism};
 use serde::Serialize;
 
-use super::node::{self, Samples, Setting};
+use super::node::{self, Extent, Samples, Setting};
 
 /// One run: a model and a split.
 #[derive(Debug, Clone)]
@@ -106,7 +106,7 @@ impl Case {
     fn setting(&self, cores: usize) -> Setting {
         let ranks = self.split.world_size() as usize;
         let at_once = ranks.min((cores / self.threads).max(1));
-        Setting { threads: self.threads, at_once, bf16: false }
+        Setting { threads: self.threads, at_once, bf16: false, extent: Extent::PROCESSOR }
     }
 }
 
@@ -130,7 +130,8 @@ pub(super) fn run(
         }
         tell(format!("round {} of {rounds}: kernels", round + 1));
         for (setting, samples) in &mut samples {
-            node::round(*setting, 10, samples).map_err(|error| error.to_string())?;
+            let open = node::processor(setting.threads);
+            node::round(*setting, &open, 10, samples).map_err(|error| error.to_string())?;
             let mut worlds: Vec<u32> = cases
                 .iter()
                 .filter(|case| case.setting(cores) == *setting)

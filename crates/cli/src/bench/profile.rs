@@ -7,9 +7,11 @@ use std::process::Command;
 use clap::Args;
 use drumline_collective::bench as collective;
 use drumline_planner::profile::{CollectivePoint, Profile};
+use drumline_tensor::MatmulPrecision;
 use serde_json::{Value, json};
 
-use super::node::{self, Samples, Setting};
+use super::gpu::{self, DeviceArg};
+use super::node::{self, Extent, Samples, Setting};
 use super::{Figure, Measured, predict};
 use crate::failure::Failure;
 use crate::output::{self, Format, note};
@@ -20,6 +22,12 @@ pub struct ProfileArgs {
     /// Write the profile to this file, for `drumline plan --profile FILE`.
     #[arg(long, value_name = "FILE")]
     pub output_file: Option<PathBuf>,
+    /// What is measured: the processor, or one GPU.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+    /// The least of everything: shows that it runs, and nothing else.
+    #[arg(long, hide = true)]
+    pub least: bool,
     /// Threads of a rank.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: u32,
@@ -53,18 +61,44 @@ fn cores() -> usize {
 pub(super) async fn run(args: &ProfileArgs) -> Result<Measured, Failure> {
     let threads = args.threads as usize;
     let at_once = if args.ranks == 0 { (cores() / threads).max(1) } else { args.ranks as usize };
-    let setting = Setting { threads, at_once, bf16: true };
-    let devices = if args.devices == 0 { at_once as u32 } else { args.devices };
+    let on_gpu = args.device == DeviceArg::Gpu;
+    let gpus = if on_gpu { gpu::count().map_err(failed)? } else { 0 };
+    let extent = match args.device {
+        _ if args.least => Extent::LEAST,
+        DeviceArg::Cpu => Extent::PROCESSOR,
+        DeviceArg::Gpu => Extent::GPU,
+    };
+    // GPUs do not share what the cores of a processor share: one is measured alone.
+    let at_once = if on_gpu { 1 } else { at_once };
+    let setting = Setting { threads, at_once, bf16: true, extent };
+    let devices = match args.devices {
+        0 if on_gpu => gpus as u32,
+        0 => at_once as u32,
+        given => given,
+    };
     let rounds = args.rounds;
-    let binary = std::env::current_exe()?;
+    let (binary, args_device) = (std::env::current_exe()?, args.device);
+    let gpu_device = |rank: u32, matmul: MatmulPrecision| {
+        gpu::open(rank, matmul).map_err(|error| error.during("open", "the GPU"))
+    };
     let profile = tokio::task::spawn_blocking(move || -> Result<Profile, Failure> {
         let mut samples = Samples::default();
         for round in 0..rounds {
             note(&format!("round {} of {rounds}", round + 1));
-            node::round(setting, 10, &mut samples).map_err(failed)?;
+            match args_device {
+                DeviceArg::Cpu => node::round(setting, &node::processor(threads), 10, &mut samples),
+                DeviceArg::Gpu => node::round(setting, &gpu_device, 10, &mut samples),
+            }
+            .map_err(failed)?;
         }
-        let memory = memory_bytes() / f64::from(devices);
-        let mut profile = node::profile(processor(), setting, devices, memory, &samples);
+        let (name, memory) = if on_gpu {
+            let cuda = gpu::open(0, MatmulPrecision::F32).map_err(failed)?;
+            let of = cuda.device().properties();
+            (of.name.clone(), of.memory as f64)
+        } else {
+            (processor(), memory_bytes() / f64::from(devices))
+        };
+        let mut profile = node::profile(name, setting, devices, memory, &samples);
         // Between processes, as ranks run: two of them, and as many as there are devices.
         let mut worlds = vec![2, devices.clamp(2, 16)];
         worlds.dedup();
@@ -72,7 +106,9 @@ pub(super) async fn run(args: &ProfileArgs) -> Result<Measured, Failure> {
             for (shared, points) in
                 [(true, &mut profile.all_reduce), (false, &mut profile.all_reduce_tcp)]
             {
-                points.extend(between_processes(&binary, ranks, shared)?);
+                // Between GPUs where there are enough: over NCCL, or as it goes without.
+                let on_gpus = on_gpu && shared && gpus >= ranks as usize;
+                points.extend(between_processes(&binary, ranks, shared, on_gpus)?);
             }
         }
         Ok(profile)
@@ -90,7 +126,11 @@ pub(super) async fn run(args: &ProfileArgs) -> Result<Measured, Failure> {
             file.display()
         ));
     }
-    Ok(("profile", setting_words(setting, devices), figures(&profile)))
+    let words = match args.device {
+        DeviceArg::Cpu => setting_words(setting, devices),
+        DeviceArg::Gpu => format!("{}, {devices} devices", gpu::words(1)?),
+    };
+    Ok(("profile", words, figures(&profile)))
 }
 
 fn setting_words(setting: Setting, devices: u32) -> String {
@@ -139,10 +179,14 @@ fn between_processes(
     binary: &std::path::Path,
     ranks: u32,
     shared_memory: bool,
+    on_gpus: bool,
 ) -> Result<Vec<CollectivePoint>, Failure> {
     let measured = collective::run(ranks as usize, shared_memory, &node::all_reduces(20), |_| {
         let mut command = Command::new(binary);
         command.arg("bench-collective-worker");
+        if on_gpus {
+            command.arg("--gpu");
+        }
         command
     })
     .map_err(failed)?;

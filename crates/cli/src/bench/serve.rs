@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::gpu::DeviceArg;
 use super::launch::prepare;
 use super::{Figure, Measured, quantile};
 use crate::client::Access;
@@ -27,9 +28,12 @@ pub struct ServeArgs {
     /// parameters.
     #[arg(long)]
     pub model: Option<String>,
-    /// Ranks that share each layer.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=4))]
-    pub tensor: u32,
+    /// What ranks compute on.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+    /// Ranks that share each layer; the default is 2, and 1 on GPUs.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4))]
+    pub tensor: Option<u32>,
     /// Requests in all.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub requests: u32,
@@ -42,6 +46,23 @@ pub struct ServeArgs {
     /// How matrices are stored.
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "int8"])]
     pub weights: String,
+}
+
+impl ServeArgs {
+    fn tensor(&self) -> u32 {
+        self.tensor.unwrap_or(match self.device {
+            DeviceArg::Cpu => 2,
+            DeviceArg::Gpu => 1,
+        })
+    }
+
+    /// Returns the manifest's word.
+    fn device_word(&self) -> &'static str {
+        match self.device {
+            DeviceArg::Cpu => "cpu",
+            DeviceArg::Gpu => "gpu",
+        }
+    }
 }
 
 /// What every request asks the model to continue.
@@ -60,8 +81,12 @@ struct Sample {
 pub(super) async fn run(args: &ServeArgs) -> Result<Measured, Failure> {
     let folder = tempfile::Builder::new().prefix("drumline-bench-").tempdir()?;
     let state = StateDir::resolve(Some(folder.path()))?;
-    let cluster =
-        EmbeddedCluster::start(ClusterOptions::new(state.clone())?).map_err(crate::up::failure)?;
+    let mut options = ClusterOptions::new(state.clone())?;
+    options.gpus = match args.device {
+        DeviceArg::Cpu => "off",
+        DeviceArg::Gpu => "required",
+    };
+    let cluster = EmbeddedCluster::start(options).map_err(crate::up::failure)?;
     let measured = measure(args, &cluster, &state).await;
     cluster.shutdown().await;
     let (samples, seconds) = measured?;
@@ -73,11 +98,12 @@ pub(super) async fn run(args: &ServeArgs) -> Result<Measured, Failure> {
     let (first, each) = (sorted(|s| s.first_ms), sorted(|s| s.each_ms));
     let tokens: u64 = samples.iter().map(|sample| sample.tokens).sum();
     let setting = format!(
-        "{} requests, {} at a time, {} tokens each, tensor {}, weights {}; {}",
+        "{} requests, {} at a time, {} tokens each, on {}, tensor {}, weights {}; {}",
         args.requests,
         args.concurrency,
         args.max_tokens,
-        args.tensor,
+        args.device_word(),
+        args.tensor(),
         args.weights,
         args.model.as_deref().unwrap_or("an untrained LLaMA of 10 million parameters")
     );
@@ -112,7 +138,8 @@ async fn measure(
         "kind": "ModelService",
         "metadata": { "name": "bench" },
         "spec": {
-            "model": model, "servedName": "bench", "parallelism": { "tensor": args.tensor },
+            "model": model, "servedName": "bench", "parallelism": { "tensor": args.tensor() },
+            "resources": { "device": args.device_word() },
             "maxBatch": args.concurrency, "maxQueue": args.concurrency,
             "weights": args.weights,
         },

@@ -8,14 +8,17 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use drumline_collective::host::{Listener, WorldOptions};
 use drumline_engine::bench::{self, Preset, TrainingRate, Watch};
-use drumline_engine::{Groups, Memory, Span, Work};
+use drumline_engine::train::cpu;
+use drumline_engine::{DeviceGroups, EngineError, Groups, Memory, Span, Work};
 use drumline_mesh::Mesh;
 use drumline_rank::stopwatch::{Breakdown, Stopwatch};
 use drumline_spec::{MemoryOptions, Parallelism, Precision, Recompute, TrainingJob};
 use drumline_tensor::{MatmulPrecision, peak};
 
+use super::gpu::{self, DeviceArg};
 use super::{Figure, Measured};
 use crate::failure::Failure;
+use crate::output;
 
 /// Products that the matmul peak is the best of.
 const PEAK_ROUNDS: usize = 8;
@@ -23,9 +26,18 @@ const PEAK_ROUNDS: usize = 8;
 /// Arguments of `bench train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// The model: gpt-10m, llama-10m or gpt2-124m.
+    /// The model: gpt-10m, llama-10m, gpt2-124m, llama-1.3b or tiny.
     #[arg(long, default_value = "llama-10m")]
     pub model: String,
+    /// What ranks compute on; they go round the GPUs that there are.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
+    pub device: DeviceArg,
+    /// Sequences in a step; 0: the model's own.
+    #[arg(long, default_value_t = 0)]
+    pub batch: u32,
+    /// Tokens in a sequence; 0: the model's own.
+    #[arg(long, default_value_t = 0)]
+    pub sequence: u32,
     /// Steps, the first of which does not count.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(2..=10_000))]
     pub steps: u32,
@@ -130,17 +142,24 @@ pub(super) async fn run(args: &TrainArgs) -> Result<Measured, Failure> {
     ] {
         setting.push_str(if wanted { what } else { "" });
     }
-    setting.push_str(&format!("{threads} threads a rank"));
-    let (shared, breakdown) = (args.transport == Transport::Shm, args.breakdown);
-    let figures = tokio::task::spawn_blocking(move || figures(&job, threads, shared, breakdown))
-        .await
-        .map_err(|error| Failure::failed(error.to_string()))??;
+    let (shared, breakdown, device) =
+        (args.transport == Transport::Shm, args.breakdown, args.device);
+    match device {
+        DeviceArg::Cpu => setting.push_str(&format!("{threads} threads a rank")),
+        DeviceArg::Gpu => setting.push_str(&gpu::words(p.world_size())?),
+    }
+    let figures = tokio::task::spawn_blocking(move || match device {
+        DeviceArg::Cpu => figures(&job, threads, shared, breakdown),
+        DeviceArg::Gpu => gpu_figures(&job, shared),
+    })
+    .await
+    .map_err(|error| Failure::failed(error.to_string()))??;
     Ok(("train", setting, figures))
 }
 
 fn job(args: &TrainArgs) -> Result<(Preset, TrainingJob), Failure> {
     let presets = bench::presets();
-    let Some(preset) = presets.iter().find(|preset| preset.name == args.model).cloned() else {
+    let Some(mut preset) = presets.iter().find(|preset| preset.name == args.model).cloned() else {
         let names: Vec<_> = presets.iter().map(|preset| preset.name).collect();
         return Err(Failure::user(format!(
             "--model {:?} is not one of {}",
@@ -148,6 +167,20 @@ fn job(args: &TrainArgs) -> Result<(Preset, TrainingJob), Failure> {
             names.join(", ")
         )));
     };
+    if args.batch > 0 {
+        preset.batch = args.batch;
+    }
+    if args.sequence > 0 {
+        preset.sequence = args.sequence;
+    }
+    if preset.sequence > preset.model.context {
+        let context = preset.model.context;
+        return Err(Failure::user(format!("--sequence is at most {context} with {}", preset.name)));
+    }
+    if args.device == DeviceArg::Gpu && args.breakdown {
+        // Work is queued there: the host's clock does not see where its time goes.
+        return Err(Failure::user("--breakdown is measured on the processor alone"));
+    }
     let split = Parallelism { tensor: args.tensor, pipeline: args.pipeline, data: args.data };
     let mistakes = preset.model.check(split.tensor, split.pipeline * args.virtual_stages);
     if let Some(mistake) = mistakes.first() {
@@ -211,7 +244,8 @@ fn figures(
     let before = Usage::now();
     // Two readings of the clock for each of some hundred stretches of a step: some ten microseconds.
     let watch = Watcher::new(job);
-    let rate = bench::train_linked(job, threads, groups, &seconds, &watch);
+    let open = |_: u32, _: &Groups| cpu(job, threads).map(|cpu| (cpu, DeviceGroups::default()));
+    let rate = bench::train_linked(job, groups, &open, &seconds, &watch);
     let rate = rate.map_err(|error| failed(&error))?;
     let mut figures = rate_figures(&rate);
     if !breakdown {
@@ -221,6 +255,29 @@ fn figures(
     figures.extend(parts(job, threads, &found)?);
     figures.extend(memory(job, before, &found)?);
     Ok(figures)
+}
+
+/// As [`figures`], on GPUs.
+fn gpu_figures(job: &TrainingJob, shared_memory: bool) -> Result<Vec<Figure>, Failure> {
+    let begin = Instant::now();
+    let seconds = || begin.elapsed().as_secs_f64();
+    let groups = link(job.parallelism, shared_memory)?;
+    let matmul = match job.precision {
+        Precision::F32 => MatmulPrecision::F32,
+        Precision::Bf16 => MatmulPrecision::Bf16,
+    };
+    let open = |rank: u32, groups: &Groups| -> Result<_, EngineError> {
+        let cuda =
+            gpu::open(rank, matmul).map_err(|error| error.during("open", "the rank's GPU"))?;
+        let linked = gpu::link(&cuda, groups, rank)?;
+        if rank == 0 && job.parallelism.world_size() > 1 {
+            output::note(&format!("collectives between GPUs: {}", linked.words));
+        }
+        Ok((cuda, linked.groups))
+    };
+    let rate = bench::train_linked(job, groups, &open, &seconds, &Watcher::new(job))
+        .map_err(|error| Failure::failed(error.to_string()))?;
+    Ok(rate_figures(&rate))
 }
 
 /// Links ranks of this process as ranks of different processes are.

@@ -4,11 +4,14 @@
 //! It needs no cluster. Everything is asked behind a deadline or behind a look at whether it is there:
 //! a broken driver must not break the program that is meant to say so.
 
+mod gpu;
 mod libraries;
 mod report;
 mod selftest;
 
 use clap::Args;
+
+pub(crate) use gpu::test_this_process as test_gpu;
 
 use crate::failure::{Class, Failure};
 use crate::output::{self, Format, note};
@@ -49,6 +52,9 @@ pub async fn run(args: &DoctorArgs, format: Format) -> Result<(), Failure> {
 fn examine(require_gpu: bool, test: bool) -> Report {
     let found = Found::look();
     let mut devices = vec![selftest::cpu(test)];
-    devices.extend(found.gpus.iter().map(|gpu| selftest::gpu(gpu, &found, test)));
+    devices.extend(found.gpus.iter().map(|seen| gpu::test(seen, &found, test)));
+    if test {
+        devices.extend(gpu::together(&devices[1..], &found));
+    }
     Report { found, devices, require_gpu }
 }

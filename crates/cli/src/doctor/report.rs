@@ -2,13 +2,15 @@
 
 use std::fmt::Write as _;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::libraries::Found;
 use crate::output;
 
 /// Whether something works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Verdict {
     /// It does.
     Good,
@@ -29,12 +31,12 @@ impl Verdict {
 }
 
 /// One test of one device.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Check {
-    pub(super) name: &'static str,
+    pub(super) name: String,
     /// What was measured, in `unit`.
     pub(super) value: Option<f64>,
-    pub(super) unit: &'static str,
+    pub(super) unit: String,
     pub(super) verdict: Verdict,
     /// What is wrong, or what was compared.
     pub(super) message: String,
@@ -212,7 +214,7 @@ impl Report {
                     check.value.map_or_else(String::new, |v| format!("{v:.1} {}", check.unit));
                 rows.push(vec![
                     device.name.clone(),
-                    check.name.to_owned(),
+                    check.name.clone(),
                     value,
                     check.verdict.as_str().to_owned(),
                     check.message.clone(),
@@ -237,9 +239,9 @@ mod tests {
 
     fn device(verdicts: &[Verdict]) -> Device {
         let check = |verdict: &Verdict| Check {
-            name: "test",
+            name: "test".to_owned(),
             value: None,
-            unit: "",
+            unit: String::new(),
             verdict: *verdict,
             message: String::new(),
         };

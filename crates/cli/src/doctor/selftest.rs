@@ -1,4 +1,4 @@
-//! The tests of one device, each a few seconds.
+//! The tests of the processor, each a few seconds, and what GPUs are held against.
 
 use std::process::Command;
 use std::time::Instant;
@@ -8,9 +8,8 @@ use drumline_engine::bench::{batches, in_process, job, presets};
 use drumline_engine::{EngineError, Trainer};
 use drumline_mesh::Mesh;
 use drumline_spec::{Family, ModelConfig, Parallelism};
-use drumline_tensor::{Cpu, peak};
+use drumline_tensor::{Backend, Cpu, peak};
 
-use super::libraries::{Found, Seen};
 use super::report::{Check, Device, Verdict};
 
 /// Steps of training: enough for an optimizer step to depend on earlier ones.
@@ -28,7 +27,7 @@ pub(super) fn cpu(test: bool) -> Device {
         vec![
             rate("matmul", "GFLOP/s", 1e9, peak::matmul_f32(threads, 4, seconds)),
             rate("memory read", "GB/s", 1e9, peak::read_bandwidth(threads, 2, seconds)),
-            all_reduce(),
+            all_reduce(2, false),
             steps_of_a_split(),
         ]
     } else {
@@ -37,50 +36,7 @@ pub(super) fn cpu(test: bool) -> Device {
     Device { name: "cpu".to_owned(), model: format!("{threads} threads"), checks }
 }
 
-/// Tests a GPU: whether it answers, whether the driver objects to it, and whether everything that it
-/// needs to compute is there.
-pub(super) fn gpu(seen: &Seen, found: &Found, test: bool) -> Device {
-    let mut checks = vec![driver_content(seen)];
-    if test {
-        let missing = found.missing_for_compute();
-        if !missing.is_empty() {
-            checks.push(Check {
-                name: "compute",
-                value: None,
-                unit: "",
-                verdict: Verdict::Bad,
-                message: format!("missing: {}", missing.join(", ")),
-            });
-        }
-    }
-    let name = match seen.gpu.mig {
-        Some(instance) => format!("gpu {} instance {instance}", seen.gpu.index),
-        None => format!("gpu {}", seen.gpu.index),
-    };
-    Device { name, model: seen.gpu.model.clone(), checks }
-}
-
-/// Judges what the driver tells of a GPU, as an agent does.
-fn driver_content(seen: &Seen) -> Check {
-    use drumline_agent::health::{Signs, judge};
-    let signs = Signs {
-        recovery: seen.sample.recovery,
-        lost: seen.sample.lost.clone(),
-        remap_pending: seen.sample.remap_pending.unwrap_or(false),
-        remap_failed: seen.sample.remap_failed.unwrap_or(false),
-        ..Signs::default()
-    };
-    let verdict = judge(&signs);
-    Check {
-        name: "driver",
-        value: None,
-        unit: "",
-        verdict: if verdict.action.is_usable() { Verdict::Good } else { Verdict::Bad },
-        message: verdict.reason,
-    }
-}
-
-fn rate<E: std::fmt::Display>(
+pub(super) fn rate<E: std::fmt::Display>(
     name: &'static str,
     unit: &'static str,
     per: f64,
@@ -88,7 +44,7 @@ fn rate<E: std::fmt::Display>(
 ) -> Check {
     match measured {
         Ok(value) if value.is_finite() && value > 0.0 => {
-            let message = String::new();
+            let (name, unit, message) = (name.to_owned(), unit.to_owned(), String::new());
             Check { name, value: Some(value / per), unit, verdict: Verdict::Good, message }
         }
         Ok(value) => bad(name, format!("measured {value}")),
@@ -96,12 +52,14 @@ fn rate<E: std::fmt::Display>(
     }
 }
 
-fn bad(name: &'static str, message: String) -> Check {
-    Check { name, value: None, unit: "", verdict: Verdict::Bad, message }
+pub(super) fn bad(name: &str, message: String) -> Check {
+    let (name, unit) = (name.to_owned(), String::new());
+    Check { name, value: None, unit, verdict: Verdict::Bad, message }
 }
 
-/// Reduces 4 MiB between two processes of this machine.
-fn all_reduce() -> Check {
+/// Reduces 4 MiB between so many processes of this machine, in host memory or on a GPU each. The message
+/// is what the first says of the way that values went.
+pub(super) fn all_reduce(ranks: usize, on_gpus: bool) -> Check {
     const NAME: &str = "all-reduce";
     let binary = match std::env::current_exe() {
         Ok(binary) => binary,
@@ -110,20 +68,32 @@ fn all_reduce() -> Check {
     let sizes_bytes = vec![4 << 20];
     let options =
         Options { ops: vec![Op::AllReduce], sizes_bytes, rounds: 3, ..Options::default() };
-    let measured = bench::run(2, true, &options, |_| {
+    let measured = bench::run_told(ranks, true, &options, |_| {
         let mut command = Command::new(&binary);
         command.arg("bench-collective-worker");
+        if on_gpus {
+            command.arg("--gpu");
+        }
         command
     });
-    let gibps = measured.map(|all| all.first().map_or(0.0, |one| one.bus_gibps * 1.073_741_824e9));
-    rate(NAME, "GB/s", 1e9, gibps)
+    let mut way = String::new();
+    let gibps = measured.map(|(all, told)| {
+        way = told;
+        all.first().map_or(0.0, |one| one.bus_gibps * 1.073_741_824e9)
+    });
+    let mut check = rate(NAME, "GB/s", 1e9, gibps);
+    if check.verdict == Verdict::Good {
+        check.message = way;
+    }
+    check
 }
 
 /// Trains a small model alone and split over two ranks, which must come to the same.
 fn steps_of_a_split() -> Check {
     const NAME: &str = "training";
-    let both = losses(Parallelism::SINGLE).and_then(|alone| {
-        let split = losses(Parallelism { tensor: 2, ..Parallelism::SINGLE })?;
+    let cpu = || Ok(Cpu::new(1)?);
+    let both = losses(Parallelism::SINGLE, cpu).and_then(|alone| {
+        let split = losses(Parallelism { tensor: 2, ..Parallelism::SINGLE }, cpu)?;
         Ok((alone, split))
     });
     match both {
@@ -132,7 +102,7 @@ fn steps_of_a_split() -> Check {
     }
 }
 
-fn compare(name: &'static str, one: &[f32], other: &[f32], who: &str) -> Check {
+pub(super) fn compare(name: &str, one: &[f32], other: &[f32], who: &str) -> Check {
     let greatest = one
         .iter()
         .zip(other)
@@ -146,11 +116,14 @@ fn compare(name: &'static str, one: &[f32], other: &[f32], who: &str) -> Check {
         Verdict::Bad
     };
     let message = if learns { message } else { format!("{message}; the loss does not fall") };
-    Check { name, value: None, unit: "", verdict, message }
+    Check { name: name.to_owned(), value: None, unit: String::new(), verdict, message }
 }
 
-/// Returns the losses of a few steps on the CPU.
-fn losses(split: Parallelism) -> Result<Vec<f32>, EngineError> {
+/// Returns the losses of a few steps on devices that `open` opens, one for each rank.
+pub(super) fn losses<B: Backend>(
+    split: Parallelism,
+    open: impl Fn() -> Result<B, EngineError> + Sync,
+) -> Result<Vec<f32>, EngineError> {
     let presets = presets();
     let Some(preset) = presets.first() else { return Ok(Vec::new()) };
     let mut preset = preset.clone();
@@ -171,7 +144,7 @@ fn losses(split: Parallelism) -> Result<Vec<f32>, EngineError> {
     let mesh = Mesh::new(split);
     let ranks = in_process(mesh, |rank, groups| {
         let coords = mesh.coords(rank);
-        let mut trainer = Trainer::new(&job, coords, groups, Cpu::new(1)?)?;
+        let mut trainer = Trainer::new(&job, coords, groups, open()?)?;
         (0..STEPS)
             .map(|step| Ok(trainer.step(step, &batches(&job, coords.data, step))?.loss))
             .collect::<Result<Vec<f32>, EngineError>>()

@@ -10,7 +10,7 @@ use drumline_collective::ReduceOp;
 
 use super::library::{Config, IN_PROGRESS, Nccl, RawComm, SUCCESS, UniqueId};
 use super::place::Place;
-use super::watchdog::{Flight, Watchdog};
+use super::watchdog::{AskFailure, Flight, Watchdog};
 
 /// `ncclFloat32`.
 const FLOAT32: c_int = 7;
@@ -105,7 +105,7 @@ unsafe impl Send for Comm {}
 /// One communicator and its stream.
 pub struct Channel {
     nccl: Arc<Nccl>,
-    comm: Mutex<Comm>,
+    comm: Arc<Mutex<Comm>>,
     place: Arc<dyn Place>,
     flight: Arc<Flight>,
     watchdog: Watchdog,
@@ -140,6 +140,10 @@ impl Channel {
         watchdog: &Watchdog,
     ) -> Result<Self, NcclError> {
         const WHAT: &str = "joining a communicator";
+        // Joining can hang too, and is what the watchdog tells of then.
+        let flight = Flight::new(group.to_owned(), Arc::clone(&place));
+        watchdog.add(&flight);
+        flight.begin(watchdog.rank(), "init", 0);
         let (opened, opening) = mpsc::sync_channel(1);
         let (theirs, there) = (Arc::clone(nccl), Arc::clone(&place));
         let given_up = Arc::new(AtomicBool::new(false));
@@ -160,11 +164,12 @@ impl Channel {
             let waited_ms = deadline.as_millis() as u64;
             NcclError::TimedOut { what: WHAT, group: group.to_owned(), waited_ms }
         })??;
-        let flight = Flight::new(group.to_owned(), Arc::clone(&place));
-        watchdog.add(&flight);
+        flight.joined();
+        let comm = Arc::new(Mutex::new(comm));
+        flight.ask_failure_of(ask_failure(nccl, &comm));
         Ok(Self {
             nccl: Arc::clone(nccl),
-            comm: Mutex::new(comm),
+            comm,
             place,
             flight,
             watchdog: watchdog.clone(),
@@ -391,9 +396,10 @@ impl Drop for Channel {
     fn drop(&mut self) {
         // One that has failed, or that still works, is left behind: ending it can hang.
         if !self.is_broken() && self.place.is_idle() == Ok(true) {
-            let comm = self.comm.get_mut().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: it is open, and nobody else has it any more.
+            let mut comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: it is open, and nobody uses it again: the watchdog sees that it is null.
             let _ = unsafe { (self.nccl.functions.destroy)(comm.0) };
+            comm.0 = std::ptr::null_mut();
         }
     }
 }
@@ -418,6 +424,20 @@ fn join(
         state = async_error(nccl, &comm);
     }
     if state == SUCCESS { Ok(comm) } else { Err(refused(nccl, &comm, WHAT, state)) }
+}
+
+/// Makes the question for an error of a communicator. It does not wait for one that is in use.
+fn ask_failure(nccl: &Arc<Nccl>, comm: &Arc<Mutex<Comm>>) -> Box<AskFailure> {
+    let (nccl, comm) = (Arc::clone(nccl), Arc::downgrade(comm));
+    Box::new(move || {
+        let comm = comm.upgrade()?;
+        let comm = comm.try_lock().ok()?;
+        if comm.0.is_null() {
+            return None;
+        }
+        let state = async_error(&nccl, &comm);
+        (state != SUCCESS && state != IN_PROGRESS).then(|| nccl.words(state))
+    })
 }
 
 fn async_error(nccl: &Nccl, comm: &Comm) -> c_int {

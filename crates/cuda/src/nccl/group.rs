@@ -278,6 +278,116 @@ impl NcclGroup {
         }
     }
 
+    /// Sends `elements` values from a buffer of the group's own, which `fill` fills.
+    fn send_copy(
+        &self,
+        way: &Way,
+        elements: usize,
+        fill: impl FnOnce(&Buffer) -> Result<(), String>,
+    ) -> Result<(), CollectiveError> {
+        const OP: &str = "send";
+        let mut under_way = lock(&way.under_way);
+        let done = way.channel.poll(OP).map_err(|error| told(OP, error))?;
+        if !done && under_way.len() >= SENDS_MAX {
+            way.channel.wait(OP).map_err(|error| told(OP, error))?;
+        }
+        if done || under_way.len() >= SENDS_MAX {
+            under_way.drain(..).for_each(|buffer| self.give_back(buffer));
+        }
+        // A spare one was seen idle: nothing that is queued anywhere uses it.
+        let buffer = self.buffer(&way.channel, OP, elements)?;
+        fill(&buffer).map_err(|words| io(OP, words))?;
+        // SAFETY: the buffer is large enough, and kept until the channel is idle.
+        let queued =
+            unsafe { way.channel.queue(Exchange::Send { to: 1 }, buffer.address(), 0, elements) };
+        under_way.push_back(buffer);
+        queued.map_err(|error| told(OP, error))
+    }
+
+    /// Sends values that are on the device; they may be overwritten by what is computed afterwards.
+    ///
+    /// # Safety
+    /// There are `elements` f32 at `address`, and they stay there until the device has done all.
+    ///
+    /// # Errors
+    /// [`CollectiveError`]; the group is of no use then.
+    pub unsafe fn send_on_device(
+        &self,
+        address: u64,
+        elements: usize,
+        to: usize,
+    ) -> Result<(), CollectiveError> {
+        let way = self.way(&self.to, "send", to)?;
+        if elements == 0 {
+            return Ok(());
+        }
+        // What sends would else hold up what is computed: two neighbours that send to one another
+        // would wait for each other's receives for ever.
+        self.send_copy(way, elements, |buffer| {
+            let place = way.channel.place();
+            // SAFETY: the caller's promise, and the buffer is made to fit.
+            unsafe { place.copy_computed(address, buffer.address(), elements) }
+        })
+    }
+
+    /// Receives values where what is computed afterwards finds them; returns at once.
+    ///
+    /// # Safety
+    /// There is room for `elements` f32 at `address`, and it stays until the device has done all.
+    ///
+    /// # Errors
+    /// [`CollectiveError`]; the group is of no use then.
+    pub unsafe fn recv_on_device(
+        &self,
+        address: u64,
+        elements: usize,
+        from: usize,
+    ) -> Result<(), CollectiveError> {
+        const OP: &str = "recv";
+        let way = self.way(&self.from, OP, from)?;
+        if elements == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { way.channel.queue(Exchange::Recv { from: 0 }, 0, address, elements) }
+            .and_then(|()| way.channel.before_compute(OP))
+            .map_err(|error| told(OP, error))
+    }
+
+    /// Tells an error of anything that was queued. Does not wait.
+    ///
+    /// # Errors
+    /// [`CollectiveError`]; the group is of no use then.
+    pub fn check_queued(&self) -> Result<(), CollectiveError> {
+        const OP: &str = "earlier collectives";
+        let ways = self.to.values().chain(self.from.values()).map(|way| &way.channel);
+        for channel in self.main.iter().chain(ways) {
+            channel.poll(OP).map_err(|error| told(OP, error))?;
+        }
+        Ok(())
+    }
+
+    /// Queues exchanges on the device that go on together; what is computed afterwards sees what they
+    /// bring.
+    ///
+    /// # Safety
+    /// As [`Channel::queue_together`].
+    ///
+    /// # Errors
+    /// [`CollectiveError`]; the group is of no use then.
+    pub(crate) unsafe fn together_on_device(
+        &self,
+        what: &'static str,
+        all: &[(Exchange, u64, u64, usize)],
+    ) -> Result<(), CollectiveError> {
+        if self.alone() || all.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.main()?.queue_together(all) }.map_err(|error| told(what, error))?;
+        self.join_compute(what)
+    }
+
     fn way<'a>(
         &self,
         ways: &'a BTreeMap<usize, Way>,
@@ -413,22 +523,7 @@ impl Collective for NcclGroup {
         if data.is_empty() {
             return Ok(());
         }
-        let mut under_way = lock(&way.under_way);
-        let done = way.channel.poll(OP).map_err(|error| told(OP, error))?;
-        if !done && under_way.len() >= SENDS_MAX {
-            way.channel.wait(OP).map_err(|error| told(OP, error))?;
-        }
-        if done || under_way.len() >= SENDS_MAX {
-            under_way.drain(..).for_each(|buffer| self.give_back(buffer));
-        }
-        // Not a shared spare one: a copy to it would be in the order of its own stream.
-        let buffer = Buffer::new(way.channel.place(), data.len()).map_err(|words| io(OP, words))?;
-        buffer.upload(data).map_err(|words| io(OP, words))?;
-        // SAFETY: the buffer is large enough, and kept until the channel is idle.
-        let queued =
-            unsafe { way.channel.queue(Exchange::Send { to: 1 }, buffer.address(), 0, data.len()) };
-        under_way.push_back(buffer);
-        queued.map_err(|error| told(OP, error))
+        self.send_copy(way, data.len(), |buffer| buffer.upload(data))
     }
 
     fn recv(&self, data: &mut [f32], from: usize) -> Result<(), CollectiveError> {
@@ -437,13 +532,17 @@ impl Collective for NcclGroup {
         if data.is_empty() {
             return Ok(());
         }
-        let buffer = Buffer::new(way.channel.place(), data.len()).map_err(|words| io(OP, words))?;
+        let buffer = self.buffer(&way.channel, OP, data.len())?;
         // SAFETY: the buffer is large enough, and lives until the receive is done, or is leaked.
         let queued = unsafe {
             way.channel.queue(Exchange::Recv { from: 0 }, 0, buffer.address(), data.len())
         };
         match queued.and_then(|()| way.channel.wait(OP)) {
-            Ok(()) => buffer.download(data).map_err(|words| io(OP, words)),
+            Ok(()) => {
+                let read = buffer.download(data).map_err(|words| io(OP, words));
+                self.give_back(buffer);
+                read
+            }
             Err(error) => {
                 buffer.leak();
                 Err(told(OP, error))

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{result, sys};
+
+use crate::device::Device;
 
 /// Memory and a stream of one device.
 ///
@@ -38,6 +40,15 @@ pub unsafe trait Place: Send + Sync {
     /// # Errors
     /// The driver's words, when the device has failed.
     fn is_idle(&self) -> Result<bool, String>;
+
+    /// Copies values from one place on the device to another, in the order of what it computes.
+    ///
+    /// # Safety
+    /// There are `elements` at `from`, and there is room for them at `to`.
+    ///
+    /// # Errors
+    /// The driver's words.
+    unsafe fn copy_computed(&self, from: u64, to: u64, elements: usize) -> Result<(), String>;
 
     /// Allocates `elements` f32.
     ///
@@ -120,18 +131,76 @@ impl Drop for Buffer {
 /// A stream of its own beside the one on which a GPU computes.
 #[derive(Debug)]
 pub struct CudaPlace {
-    stream: Arc<CudaStream>,
-    compute: Arc<CudaStream>,
+    device: Arc<Device>,
+    stream: sys::CUstream,
+    /// Told when the device has computed what an exchange waits for.
+    computed: sys::CUevent,
+    /// Told when an exchange is done.
+    exchanged: sys::CUevent,
 }
 
+// SAFETY: the driver's handles may be used from any thread that has bound the context.
+unsafe impl Send for CudaPlace {}
+// SAFETY: as above; the driver locks what it must.
+unsafe impl Sync for CudaPlace {}
+
 impl CudaPlace {
-    /// Makes a stream beside `compute`, on the same device.
+    /// Makes a stream beside the one on which `device` computes.
     ///
     /// # Errors
     /// The driver's words.
-    pub fn beside(compute: &Arc<CudaStream>) -> Result<Self, String> {
-        let stream = compute.context().new_stream().map_err(told)?;
-        Ok(Self { stream, compute: Arc::clone(compute) })
+    pub fn beside(device: &Arc<Device>) -> Result<Self, String> {
+        device.bind().map_err(|error| error.to_string())?;
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        let mut place = Self {
+            device: Arc::clone(device),
+            stream: std::ptr::null_mut(),
+            computed: std::ptr::null_mut(),
+            exchanged: std::ptr::null_mut(),
+        };
+        // What was made before a failure is destroyed with `place`.
+        place.stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(told)?;
+        place.computed = event().map_err(told)?;
+        place.exchanged = event().map_err(told)?;
+        Ok(place)
+    }
+
+    /// Makes what `second` is given from now on wait for what `first` has been given.
+    fn join(
+        &self,
+        event: sys::CUevent,
+        first: sys::CUstream,
+        second: sys::CUstream,
+    ) -> Result<(), String> {
+        self.bind()?;
+        // SAFETY: the event and both streams live as long as `self`. A wait means the newest record
+        // at the time of the call, so the event can be used again at once.
+        unsafe {
+            result::event::record(event, first).map_err(told)?;
+            let plain = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            result::stream::wait_event(second, event, plain).map_err(told)
+        }
+    }
+}
+
+impl Drop for CudaPlace {
+    fn drop(&mut self) {
+        if self.bind().is_err() {
+            return;
+        }
+        // SAFETY: nobody else has them. There is nothing to do about a failure. A stream on which
+        // something hangs is not waited for: the driver frees it when that has ended.
+        unsafe {
+            for event in [self.computed, self.exchanged] {
+                if !event.is_null() {
+                    let _ = result::event::destroy(event);
+                }
+            }
+            if !self.stream.is_null() {
+                let _ = result::stream::destroy(self.stream);
+            }
+        }
     }
 }
 
@@ -142,29 +211,36 @@ fn told(error: result::DriverError) -> String {
 // SAFETY: addresses come from the driver's allocator, and the stream is held as long as `self`.
 unsafe impl Place for CudaPlace {
     fn stream(&self) -> *mut std::ffi::c_void {
-        self.stream.cu_stream().cast()
+        self.stream.cast()
     }
 
     fn bind(&self) -> Result<(), String> {
-        self.stream.context().bind_to_thread().map_err(told)
+        self.device.bind().map_err(|error| error.to_string())
     }
 
     fn after_compute(&self) -> Result<(), String> {
-        self.stream.join(&self.compute).map_err(told)
+        self.join(self.computed, self.device.stream(), self.stream)
     }
 
     fn before_compute(&self) -> Result<(), String> {
-        self.compute.join(&self.stream).map_err(told)
+        self.join(self.exchanged, self.stream, self.device.stream())
     }
 
     fn is_idle(&self) -> Result<bool, String> {
         self.bind()?;
         // SAFETY: the stream is held by `self`.
-        match unsafe { sys::cuStreamQuery(self.stream.cu_stream()) } {
+        match unsafe { sys::cuStreamQuery(self.stream) } {
             sys::CUresult::CUDA_SUCCESS => Ok(true),
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             error => Err(told(result::DriverError(error))),
         }
+    }
+
+    unsafe fn copy_computed(&self, from: u64, to: u64, elements: usize) -> Result<(), String> {
+        self.bind()?;
+        let bytes = elements * size_of::<f32>();
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.device.stream()) }.map_err(told)
     }
 
     fn allocate(&self, elements: usize) -> Result<u64, String> {
@@ -183,14 +259,18 @@ unsafe impl Place for CudaPlace {
     unsafe fn upload(&self, from: &[f32], to: u64) -> Result<(), String> {
         self.bind()?;
         // SAFETY: the caller's promise; the source is read before the wait below is over.
-        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(told)?;
-        self.stream.synchronize().map_err(told)
+        unsafe {
+            result::memcpy_htod_async(to, from, self.stream).map_err(told)?;
+            result::stream::synchronize(self.stream).map_err(told)
+        }
     }
 
     unsafe fn download(&self, from: u64, to: &mut [f32]) -> Result<(), String> {
         self.bind()?;
         // SAFETY: the caller's promise; the target is written before the wait below is over.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(told)?;
-        self.stream.synchronize().map_err(told)
+        unsafe {
+            result::memcpy_dtoh_async(to, from, self.stream).map_err(told)?;
+            result::stream::synchronize(self.stream).map_err(told)
+        }
     }
 }

@@ -6,13 +6,15 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::place::Place;
 
 /// How often queues are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long work of a communicator that has failed may stay.
+const FAILED_FOR: Duration = Duration::from_secs(5);
 /// Queued work that is remembered for each channel; of more, the oldest and the newest count.
 const PENDING_MAX: usize = 1024;
 
@@ -42,6 +44,8 @@ pub struct Record {
     pub elements: usize,
     /// When it was queued.
     pub since: Instant,
+    /// What the library says of its communicator, where that has failed.
+    pub failure: Option<String>,
 }
 
 impl fmt::Display for Record {
@@ -56,7 +60,8 @@ impl fmt::Display for Record {
             self.group,
             self.elements,
             self.since.elapsed().as_secs_f64()
-        )
+        )?;
+        self.failure.as_ref().map_or(Ok(()), |words| write!(f, ": NCCL: {words}"))
     }
 }
 
@@ -65,7 +70,12 @@ pub(crate) struct Flight {
     pub(crate) group: String,
     place: Arc<dyn Place>,
     queued: Mutex<Queued>,
+    /// Asks for an error of the communicator. Never waits.
+    failure: OnceLock<Box<AskFailure>>,
 }
+
+/// Returns the library's words for an error of a communicator, if it has one.
+pub(crate) type AskFailure = dyn Fn() -> Option<String> + Send + Sync;
 
 #[derive(Default)]
 struct Queued {
@@ -77,7 +87,12 @@ struct Queued {
 
 impl Flight {
     pub(crate) fn new(group: String, place: Arc<dyn Place>) -> Arc<Self> {
-        Arc::new(Self { group, place, queued: Mutex::default() })
+        Arc::new(Self { group, place, queued: Mutex::default(), failure: OnceLock::new() })
+    }
+
+    /// Says whom to ask for errors, once.
+    pub(crate) fn ask_failure_of(&self, ask: Box<AskFailure>) {
+        let _ = self.failure.set(ask);
     }
 
     fn queued(&self) -> std::sync::MutexGuard<'_, Queued> {
@@ -96,11 +111,17 @@ impl Flight {
             sequence: queued.sequence,
             elements,
             since: Instant::now(),
+            failure: None,
         };
         if queued.pending.len() == PENDING_MAX {
             queued.pending.pop_back();
         }
         queued.pending.push_back(record);
+    }
+
+    /// Notes that the communicator is there: collectives count from here.
+    pub(crate) fn joined(&self) {
+        *self.queued() = Queued::default();
     }
 
     /// Notes that the call has returned: the work is queued.
@@ -129,7 +150,11 @@ impl Flight {
             }
             return None;
         }
-        (oldest.since.elapsed() >= deadline).then_some(oldest)
+        // Whoever queued it may see the error too, and end in its own way; whoever waits for the device
+        // does not.
+        let failure = self.failure.get().and_then(|ask| ask());
+        let limit = if failure.is_some() { deadline.min(FAILED_FOR) } else { deadline };
+        (oldest.since.elapsed() >= limit).then_some(Record { failure, ..oldest })
     }
 }
 

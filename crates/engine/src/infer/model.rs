@@ -13,7 +13,7 @@ use super::plan::{Segment, StepPlan};
 use super::weights::Weights;
 use crate::activations::{Dims, rotary_table};
 use crate::error::EngineError;
-use crate::groups::Groups;
+use crate::groups::{DeviceGroups, Groups, Route};
 use crate::layer::{Stage, all, all_mut};
 use crate::layout::{Layout, LinearAt, Split};
 use crate::probe::{NoProbe, Probe, Span, timed};
@@ -83,6 +83,7 @@ pub struct Model<B: Backend, P: Probe = NoProbe> {
     config: ModelConfig,
     split: Split,
     groups: Groups,
+    device: DeviceGroups<B>,
     limits: Limits,
     weights: Weights<B>,
     keys: Vec<B::Buffer>,
@@ -173,6 +174,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             config: config.clone(),
             split,
             groups,
+            device: DeviceGroups::default(),
             limits,
             weights,
             keys,
@@ -183,6 +185,12 @@ impl<B: Backend, P: Probe> Model<B, P> {
             gathered: Vec::with_capacity(parts),
             logits: Vec::with_capacity(whole),
         })
+    }
+
+    /// Lets values go between devices by the devices' own groups, of the same ranks as those that the
+    /// model was made with. All ranks of a group do this, or none.
+    pub fn link_devices(&mut self, device: DeviceGroups<B>) {
+        self.device = device;
     }
 
     /// Returns what a batcher for this model may use: the same on every rank.
@@ -271,7 +279,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let stage = Stage {
             backend: b,
             probe: &self.probe,
-            tensor: &*self.groups.tensor,
+            tensor: Route::new(b, &*self.groups.tensor, self.device.tensor.as_ref()),
             dims,
             layout: &self.weights.layout,
             parameters: &self.weights.vectors,
@@ -280,13 +288,14 @@ impl<B: Backend, P: Probe> Model<B, P> {
             recompute: Recompute::None,
             rows: None,
         };
-        let (pipeline, split, m) = (&*self.groups.pipeline, self.split, &mut self.memory);
+        let pipeline = Route::new(b, &*self.groups.pipeline, self.device.pipeline.as_ref());
+        let (split, m) = (self.split, &mut self.memory);
         let width = n * dims.hidden;
         if split.is_first() {
             stage.embed_stored(&self.weights, &rows.tokens, &mut m.x)?;
         } else {
             timed(&self.probe, Span::PipelineWait, || {
-                b.on_host(b.view_mut(&mut m.x, 0..width), |v| pipeline.recv(v, split.stage - 1))
+                pipeline.recv(b.view_mut(&mut m.x, 0..width), split.stage - 1)
             })?;
         }
         for index in 0..self.weights.layout.layers.len() {
@@ -304,16 +313,18 @@ impl<B: Backend, P: Probe> Model<B, P> {
                 &mut self.logits,
             )?;
             if split.stages > 1 && split.tensor_rank == 0 {
-                timed(&self.probe, Span::PipelineSend, || pipeline.send(&self.logits, 0))?;
+                timed(&self.probe, Span::PipelineSend, || pipeline.host().send(&self.logits, 0))?;
             }
         } else {
             timed(&self.probe, Span::PipelineSend, || {
-                b.on_host(b.view_mut(&mut m.x, 0..width), |v| pipeline.send(v, split.stage + 1))
+                pipeline.send(b.view_mut(&mut m.x, 0..width), split.stage + 1)
             })?;
             if split.is_first() && split.tensor_rank == 0 {
                 self.logits.resize(rows.samples.len() * self.config.vocab as usize, 0.0);
                 let logits = &mut self.logits;
-                timed(&self.probe, Span::PipelineWait, || pipeline.recv(logits, split.stages - 1))?;
+                timed(&self.probe, Span::PipelineWait, || {
+                    pipeline.host().recv(logits, split.stages - 1)
+                })?;
             }
         }
         Ok(())
@@ -533,7 +544,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         }
         gathered.resize(size * ranks, 0.0);
         timed(self.probe, Span::TensorComm, || {
-            b.on_host(b.view_mut(out, 0..size), |own| self.tensor.all_gather(own, gathered))
+            b.on_host(b.view_mut(out, 0..size), |own| self.tensor.host().all_gather(own, gathered))
         })?;
         // Rank by rank, row by row -> row by row, without the padding at the vocabulary's end.
         logits.resize(count * vocab, 0.0);

@@ -10,9 +10,10 @@ pub mod text;
 use std::sync::Arc;
 
 use drumline_checkpoint::{ModelSource, open_model};
+use drumline_cuda::Cuda;
 use drumline_data::Tokenizer;
-use drumline_engine::EngineError;
 use drumline_engine::infer::{Model, ModelOptions};
+use drumline_engine::{DeviceGroups, EngineError, Groups};
 use drumline_spec::{DeviceKind, ModelService, WeightStorage};
 use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
 use drumline_wire::auth::Token;
@@ -46,17 +47,22 @@ pub fn run(
     match context.spec.gang().device {
         DeviceKind::Cpu => {
             let backend = Cpu::new(context.threads).map_err(EngineError::from)?;
-            run_on(backend, context, service, host, runtime)
+            let alone = |_: &Cpu, _: &Groups| Ok(DeviceGroups::default());
+            run_on(backend, alone, context, service, host, runtime)
         }
         DeviceKind::Gpu => {
             let backend = gpu::open(context, MatmulPrecision::F32)?;
-            run_on(backend, context, service, host, runtime)
+            let link = |cuda: &Cuda, groups: &Groups| {
+                gpu::link(context, cuda, groups).map(|linked| linked.groups)
+            };
+            run_on(backend, link, context, service, host, runtime)
         }
     }
 }
 
 fn run_on<B: Backend>(
     backend: B,
+    link: impl FnOnce(&B, &Groups) -> Result<DeviceGroups<B>, RankError>,
     context: &Context,
     service: &ModelService,
     host: &Host,
@@ -75,6 +81,7 @@ fn run_on<B: Backend>(
     let url = front.as_ref().map(|front| front.url.clone()).unwrap_or_default();
     let World { coords, groups, secret } =
         runtime.block_on(world::join(context, host, service.parallelism, url))?;
+    let device = link(&backend, &groups)?;
     let options = ModelOptions {
         max_batch: service.max_batch as usize,
         max_context: service.max_context as usize,
@@ -91,6 +98,7 @@ fn run_on<B: Backend>(
     };
     let mut model =
         Model::new(&source.model, service.parallelism, coords, groups, backend, options)?;
+    model.link_devices(device);
     let reader = source.reader;
     model.load(|shard, values| reader.read(shard, values))?;
     drop(reader);

@@ -1,6 +1,11 @@
-// A fake libcuda: the entry points that crate `cuda` uses, for one emulated device whose kernels are
+// A fake libcuda: the entry points that crate `cuda` uses, for emulated devices whose kernels are
 // shared objects made by the fake NVRTC. Test equipment: it shows that the calls are right, not that
 // anything ran on a GPU.
+//
+// The devices are those that CUDA_VISIBLE_DEVICES names, else as many as DRUMLINE_FAKE_CUDA_DEVICES
+// says, else two, as NVML's stand-in has. Their memory is the process's own. Kernels and copies are done when their call
+// returns; a collective of the fake NCCL is done later, so whoever waits for its stream, or copies on
+// it, is held up here.
 //
 // Stricter than a driver: memory ends at a page that may not be touched, is full of NaN when it is
 // allocated, and copies must lie inside one allocation; launches are held to a GPU's limits.
@@ -19,6 +24,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -32,12 +38,14 @@ enum {
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     LAUNCH_FAILED = 719,
 };
 typedef uint64_t DevicePointer;
 
 namespace {
 
+constexpr int DEVICES_MAX = 16;
 constexpr size_t PAGE = 4096, SHARED_DEFAULT = 48 << 10, SHARED_MAX = 227 << 10;
 
 struct Allocation {
@@ -53,6 +61,12 @@ struct Module {
     void* handle;
     std::map<std::string, Function*> functions;
 };
+struct Stream {
+    int device;
+};
+struct Event {
+    Stream* recorded = nullptr;
+};
 
 std::mutex lock;
 std::map<DevicePointer, Allocation> allocations;
@@ -60,7 +74,7 @@ size_t allocated;
 int sticky;
 long launches;
 thread_local void* current_context;
-int context_object, stream_object;
+int contexts[DEVICES_MAX];
 
 std::string fault(const char* name) {
     const char* value = getenv("DRUMLINE_FAKE_CUDA");
@@ -73,6 +87,43 @@ std::string fault(const char* name) {
 size_t total_memory() {
     std::string limit = fault("memory");
     return limit.empty() ? (size_t)2 << 30 : strtoull(limit.c_str(), nullptr, 10);
+}
+// The names of this process's devices, as NVML's stand-in has them.
+std::vector<std::string> devices() {
+    std::vector<std::string> names;
+    if (const char* visible = getenv("CUDA_VISIBLE_DEVICES")) {
+        std::string name;
+        for (const char* c = visible;; c++) {
+            if (*c && *c != ',') {
+                name += *c;
+                continue;
+            }
+            if (!name.empty()) names.push_back(name);
+            name.clear();
+            if (!*c) break;
+        }
+    } else {
+        const char* count = getenv("DRUMLINE_FAKE_CUDA_DEVICES");
+        for (int i = 0, n = count ? atoi(count) : 2; i < n; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "GPU-00000000-0000-0000-0000-%012d", i);
+            names.push_back(name);
+        }
+    }
+    if (names.size() > DEVICES_MAX) names.resize(DEVICES_MAX);
+    return names;
+}
+// Collectives that the fake NCCL has on a stream and has not done.
+long pending(void* stream) {
+    static long (*ask)(void*);
+    if (!ask) {
+        void* nccl = dlopen("libnccl.so.2", RTLD_NOW | RTLD_NOLOAD);
+        if (nccl) ask = (long (*)(void*))dlsym(nccl, "fake_nccl_pending");
+    }
+    return ask ? ask(stream) : 0;
+}
+void wait_for(void* stream) {
+    while (stream && pending(stream) > 0) usleep(20);
 }
 bool inside(DevicePointer p, size_t bytes) {
     if (bytes == 0) return true;
@@ -90,22 +141,35 @@ EXPORT int cuDriverGetVersion(int* v) {
     return SUCCESS;
 }
 EXPORT int cuDeviceGetCount(int* n) {
-    *n = 1;
+    *n = (int)devices().size();
     return SUCCESS;
 }
 EXPORT int cuDeviceGet(int* d, int ordinal) {
-    if (ordinal != 0) return INVALID_DEVICE;
-    *d = 0;
+    if (ordinal < 0 || (size_t)ordinal >= devices().size()) return INVALID_DEVICE;
+    *d = ordinal;
     return SUCCESS;
 }
 EXPORT int cuDeviceGetName(char* name, int length, int) {
     snprintf(name, length, "emulated device (no GPU)");
     return SUCCESS;
 }
-EXPORT int cuDeviceGetUuid_v2(void* uuid, int) {
-    memset(uuid, 0xEE, 16);
+EXPORT int cuDeviceGetUuid_v2(unsigned char* uuid, int device) {
+    std::vector<std::string> names = devices();
+    if (device < 0 || (size_t)device >= names.size()) return INVALID_DEVICE;
+    // The digits of GPU-00000000-0000-..., two to a byte.
+    const std::string& name = names[device];
+    size_t digits = 0, from = name.find('-');
+    memset(uuid, 0, 16);
+    for (size_t i = from == std::string::npos ? 0 : from; i < name.size() && digits < 32; i++) {
+        char c = name[i];
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        if (digit < 0) continue;
+        uuid[digits / 2] |= digit << (digits % 2 ? 0 : 4);
+        digits++;
+    }
     return SUCCESS;
 }
+EXPORT int cuDeviceGetUuid(unsigned char* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 EXPORT int cuDeviceTotalMem_v2(size_t* bytes, int) {
     *bytes = total_memory();
     return SUCCESS;
@@ -121,8 +185,9 @@ EXPORT int cuDeviceGetAttribute(int* v, int attribute, int) {
     }
     return SUCCESS;
 }
-EXPORT int cuDevicePrimaryCtxRetain(void** context, int) {
-    *context = &context_object;
+EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
+    if (device < 0 || device >= DEVICES_MAX) return INVALID_DEVICE;
+    *context = &contexts[device];
     return SUCCESS;
 }
 EXPORT int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
@@ -137,11 +202,56 @@ EXPORT int cuCtxGetCurrent(void** context) {
 EXPORT int cuCtxSynchronize() { return sticky; }
 EXPORT int cuStreamCreate(void** stream, unsigned) {
     if (!current_context) return INVALID_CONTEXT;
-    *stream = &stream_object;
+    *stream = new Stream{(int)((int*)current_context - contexts)};
     return SUCCESS;
 }
-EXPORT int cuStreamDestroy_v2(void*) { return SUCCESS; }
-EXPORT int cuStreamSynchronize(void*) { return sticky; }
+EXPORT int cuStreamDestroy_v2(Stream* stream) {
+    // As a driver has it: nobody waits, and what is under way keeps the stream.
+    if (pending(stream) == 0) delete stream;
+    return SUCCESS;
+}
+EXPORT int cuStreamSynchronize(void* stream) {
+    wait_for(stream);
+    return sticky;
+}
+EXPORT int cuStreamQuery(void* stream) {
+    if (sticky) return sticky;
+    return pending(stream) > 0 ? NOT_READY : SUCCESS;
+}
+EXPORT int cuStreamWaitEvent(void*, Event* event, unsigned) {
+    // What the stream is given from now on would wait; here its giver does.
+    wait_for(event->recorded);
+    return sticky;
+}
+EXPORT int cuEventCreate(Event** event, unsigned) {
+    if (!current_context) return INVALID_CONTEXT;
+    *event = new Event;
+    return SUCCESS;
+}
+EXPORT int cuEventRecord(Event* event, Stream* stream) {
+    // As a driver has it: both belong to the current device.
+    if (!stream || &contexts[stream->device] != current_context) return INVALID_VALUE;
+    event->recorded = stream;
+    return SUCCESS;
+}
+EXPORT int cuEventDestroy_v2(Event* event) {
+    delete event;
+    return SUCCESS;
+}
+
+// Host memory that copies need not go through the driver's own for.
+EXPORT int cuMemHostAlloc(void** p, size_t bytes, unsigned) {
+    if (!current_context) return INVALID_CONTEXT;
+    if (bytes == 0) return INVALID_VALUE;
+    *p = malloc(bytes);
+    if (!*p) return OUT_OF_MEMORY;
+    memset(*p, 0xff, bytes);
+    return SUCCESS;
+}
+EXPORT int cuMemFreeHost(void* p) {
+    free(p);
+    return SUCCESS;
+}
 
 EXPORT int cuMemGetInfo_v2(size_t* free, size_t* total) {
     std::lock_guard<std::mutex> guard(lock);
@@ -182,28 +292,32 @@ EXPORT int cuMemFree_v2(DevicePointer p) {
     munmap(a.base, a.mapped);
     return SUCCESS;
 }
-EXPORT int cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes, void*) {
+EXPORT int cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes, void* stream) {
+    wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
     if (!inside(to, bytes)) return INVALID_VALUE;
     memcpy((void*)to, from, bytes);
     return SUCCESS;
 }
-EXPORT int cuMemcpyDtoHAsync_v2(void* to, DevicePointer from, size_t bytes, void*) {
+EXPORT int cuMemcpyDtoHAsync_v2(void* to, DevicePointer from, size_t bytes, void* stream) {
+    wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
     if (!inside(from, bytes)) return INVALID_VALUE;
     memcpy(to, (void*)from, bytes);
     return SUCCESS;
 }
-EXPORT int cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t bytes, void*) {
+EXPORT int cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t bytes, void* stream) {
+    wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
     if (!inside(from, bytes) || !inside(to, bytes)) return INVALID_VALUE;
     memmove((void*)to, (void*)from, bytes);
     return SUCCESS;
 }
-EXPORT int cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, void*) {
+EXPORT int cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, void* stream) {
+    wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
     if (!inside(to, bytes)) return INVALID_VALUE;
@@ -284,6 +398,7 @@ EXPORT int cuGetErrorName(int error, const char** name) {
     switch (error) {
         case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
         case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
+        case NOT_READY: *name = "CUDA_ERROR_NOT_READY"; break;
         case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
         default: *name = "CUDA_ERROR_INVALID_VALUE";

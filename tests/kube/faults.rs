@@ -86,7 +86,8 @@ async fn an_api_server_that_is_away_forgets_and_refuses_is_survived() {
     let refusals = proxy.faults.injected.load(Ordering::SeqCst) - injected;
     let (seconds, calls) = (began.elapsed().as_secs_f64(), proxy.requests() - counted);
     println!("{refusals} first updates refused: {calls} requests in {seconds:.1} s");
-    assert!(refusals >= 10, "{refusals}");
+    // Three finalizers taken off, one put on, and the lease: pods are only created, bound and deleted.
+    assert!(refusals >= 5, "{refusals}");
     let pods = admin.pods().list(&ListParams::default()).await.unwrap().items;
     assert_eq!(pods.len(), 8, "no pod is left of what was deleted");
 

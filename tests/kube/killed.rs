@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use drumline_operator::WhenAway;
 use drumline_spec::JobKind;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams};
@@ -13,7 +14,7 @@ use serde_json::json;
 
 use crate::cluster::{Admin, OPERATOR, cluster};
 use crate::kubelet::{Kubelets, try_finish};
-use crate::operator::options;
+use crate::operator::{guard, options};
 
 const C: JobKind = JobKind::CommandJob;
 /// Kills; more with `DRUMLINE_KILLS=200`, which is what `make test-kube` asks for.
@@ -25,15 +26,17 @@ struct Process(Child);
 impl Process {
     fn start(kubeconfig: &str, number: u64) -> Self {
         let log = std::env::temp_dir().join("drumline-killed-operator.log");
-        Self(spawn_operator(kubeconfig, &format!("process-{number}"), Duration::from_secs(1), &log))
+        let identity = format!("process-{number}");
+        Self(spawn_operator(kubeconfig, &identity, Duration::from_secs(1), None, &log))
     }
 }
 
-/// Starts this test program in the part of an operator.
+/// Starts this test program in the part of an operator, with a guard on a port of loopback or without.
 pub(crate) fn spawn_operator(
     kubeconfig: &str,
     identity: &str,
     lease: Duration,
+    guard: Option<u16>,
     log: &Path,
 ) -> Child {
     let program = std::env::current_exe().expect("this program");
@@ -43,6 +46,7 @@ pub(crate) fn spawn_operator(
         .env("DRUMLINE_TEST_OPERATOR", kubeconfig)
         .env("DRUMLINE_TEST_IDENTITY", identity)
         .env("DRUMLINE_TEST_LEASE_MS", lease.as_millis().to_string())
+        .env("DRUMLINE_TEST_GUARD", guard.unwrap_or(0).to_string())
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a log"))
         .stderr(log)
@@ -71,6 +75,8 @@ async fn an_operator_to_be_killed() {
     let mut options = options(config.await.unwrap(), &identity);
     let lease = std::env::var("DRUMLINE_TEST_LEASE_MS").unwrap();
     options.lease.duration = Duration::from_millis(lease.parse().unwrap());
+    let port: u16 = std::env::var("DRUMLINE_TEST_GUARD").unwrap().parse().unwrap();
+    options.guard = (port > 0).then(|| guard(port, WhenAway::Fail));
     // The process dies by its parent's hand; this is for when the parent has died.
     let stop = tokio_util::sync::CancellationToken::new();
     let run = drumline_operator::run(options, stop);

@@ -6,18 +6,22 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use drumline_operator::deploy;
 use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::cluster::{ADMIN, Cluster, OPERATOR, Setup, child, own, program};
+use crate::cluster::{ADMIN, Cluster, OPERATOR, Setup, child, free_port, own, program};
 
 /// Label: which kwok plays a node's kubelet.
 const PLAYER: &str = "drumline.test/player";
 /// The node whose kubelet a kwok of its own plays, so that it can die.
 pub(crate) const DOOMED: &str = "n0000";
+/// The token of kube-scheduler's user.
+const SCHEDULER: &str = "scheduler-token";
 /// Calls that a test has under way at a time.
 const CALLS_MAX: usize = 32;
 
@@ -53,7 +57,8 @@ impl Kwok {
     /// Starts it with its nodes, or says what is missing.
     pub(crate) async fn start(size: Size) -> Result<Self, String> {
         let kwok = program("kwok")?;
-        let mut cluster = own(Setup::default())?;
+        let user = (SCHEDULER, "system:kube-scheduler".to_owned(), "drumline-test");
+        let mut cluster = own(Setup { users: vec![user], ..Setup::default() })?;
         let client = cluster.client(ADMIN).await;
         let folder = cluster.folder().to_owned();
         let kubeconfig = cluster.kubeconfig_file(ADMIN);
@@ -127,13 +132,28 @@ impl Kwok {
     /// Starts an operator as a process of its own.
     pub(crate) fn operator(&self) -> Process {
         let kubeconfig = self.cluster.kubeconfig_file(OPERATOR);
-        Process::operator(&kubeconfig, &self.folder.join("operator.log"))
+        Process::operator(&kubeconfig, None, &self.folder.join("operator.log"))
+    }
+
+    /// Starts an operator with a guard that fails closed: on a busy machine an answer may come too late.
+    pub(crate) async fn guarded_operator(&self) -> Process {
+        let all: Api<ValidatingWebhookConfiguration> = Api::all(self.client.clone());
+        let empty = serde_json::from_value(deploy::guard()).unwrap();
+        all.create(&PostParams::default(), &empty).await.expect("the configuration is created");
+        let kubeconfig = self.cluster.kubeconfig_file(OPERATOR);
+        Process::operator(&kubeconfig, Some(free_port()), &self.folder.join("operator.log"))
+    }
+
+    /// Counts the lines of the operator's log that say something.
+    pub(crate) fn logged(&self, text: &str) -> usize {
+        let log = std::fs::read_to_string(self.folder.join("operator.log")).unwrap_or_default();
+        log.lines().filter(|line| line.contains(text)).count()
     }
 
     /// Starts kube-scheduler, held back by nothing but its own speed.
     pub(crate) fn kube_scheduler(&self) -> Result<Process, String> {
         let scheduler = program("kube-scheduler")?;
-        let kubeconfig = self.cluster.kubeconfig_file(ADMIN);
+        let kubeconfig = self.cluster.kubeconfig_file(SCHEDULER);
         let config = self.folder.join("scheduler.json");
         let text = json!({
             "apiVersion": "kubescheduler.config.k8s.io/v1",
@@ -251,17 +271,23 @@ pub(crate) struct Process(Child);
 impl Process {
     /// Starts `drumline operator` where `DRUMLINE_BIN` names the program, else this test program in
     /// the part of one.
-    fn operator(kubeconfig: &Path, log: &Path) -> Self {
+    fn operator(kubeconfig: &Path, guard: Option<u16>, log: &Path) -> Self {
         if let Some(program) = std::env::var_os("DRUMLINE_BIN") {
             let out = std::fs::File::create(log).expect("a log");
             let mut command = Command::new(program);
             command.args(["operator", "--namespace", "drumline-system", "--image", "x"]);
+            if let Some(port) = guard {
+                command.arg(format!("--guard-listen=127.0.0.1:{port}"));
+                command.arg(format!("--guard-url=https://127.0.0.1:{port}"));
+                command.arg("--guard-when-away=fail");
+            }
             command.env("KUBECONFIG", kubeconfig).stdin(Stdio::null());
             command.stdout(out.try_clone().expect("a log")).stderr(out);
             return Self(command.spawn().expect("the operator starts"));
         }
         let text = std::fs::read_to_string(kubeconfig).expect("a kubeconfig");
-        Self(crate::killed::spawn_operator(&text, "scale", Duration::from_secs(15), log))
+        let lease = Duration::from_secs(15);
+        Self(crate::killed::spawn_operator(&text, "scale", lease, guard, log))
     }
 
     /// Returns the most memory that it ever had resident, in MiB.

@@ -3,7 +3,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use drumline_operator::{FleetRules, LeaseRules, Options, PodRules, RankRules};
+use drumline_operator::{
+    FleetRules, GuardRules, LeaseRules, Options, PodRules, RankRules, WhenAway,
+};
 use kube::Config;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +29,16 @@ pub(crate) fn options(client: Config, identity: &str) -> Options {
             pod: String::new(),
         },
         observe: None,
+        guard: None,
+    }
+}
+
+/// Returns a guard on loopback.
+pub(crate) fn guard(port: u16, when_away: WhenAway) -> GuardRules {
+    GuardRules {
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+        url: Some(format!("https://127.0.0.1:{port}")),
+        when_away,
     }
 }
 

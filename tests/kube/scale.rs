@@ -29,7 +29,7 @@ fn size() -> Size {
 }
 
 /// Returns gangs of 8 to the largest size that hold `pods` devices together, by name.
-fn gangs(prefix: &str, pods: u32, largest: u32) -> Vec<(String, u32)> {
+pub(crate) fn gangs(prefix: &str, pods: u32, largest: u32) -> Vec<(String, u32)> {
     let mut gangs = Vec::new();
     let (mut left, mut ranks) = (pods, 8);
     while left > 0 {
@@ -42,10 +42,10 @@ fn gangs(prefix: &str, pods: u32, largest: u32) -> Vec<(String, u32)> {
 }
 
 /// The test as it goes on.
-struct Run {
-    kwok: Kwok,
-    witness: Witness,
-    size: Size,
+pub(crate) struct Run {
+    pub(crate) kwok: Kwok,
+    pub(crate) witness: Witness,
+    pub(crate) size: Size,
 }
 
 impl Run {
@@ -54,7 +54,8 @@ impl Run {
         Api::namespaced_with(self.kwok.client.clone(), "scale", &kind)
     }
 
-    async fn apply(&self, gangs: &[(String, u32)]) {
+    /// Applies gangs, by name and ranks.
+    pub(crate) async fn apply(&self, gangs: &[(String, u32)]) {
         let jobs = self.jobs();
         stream::iter(gangs)
             .map(Ok::<_, kube::Error>)
@@ -75,7 +76,8 @@ impl Run {
             .expect("jobs are applied");
     }
 
-    async fn delete(&self, gangs: &[(String, u32)]) {
+    /// Deletes gangs.
+    pub(crate) async fn delete(&self, gangs: &[(String, u32)]) {
         for (name, _) in gangs {
             self.jobs().delete(name, &DeleteParams::default()).await.expect("a job is deleted");
         }
@@ -86,11 +88,13 @@ impl Run {
         self.witness.until(&format!("{pods} bound"), LIMIT, is_bound).await
     }
 
-    async fn all_gone(&self) {
+    /// Waits until no pod is there.
+    pub(crate) async fn all_gone(&self) {
         self.witness.until("all gone", LIMIT, |witness| witness.pods() == 0).await;
     }
 
-    fn check(&self) {
+    /// Fails when the watcher has seen a fault.
+    pub(crate) fn check(&self) {
         let faults = self.witness.faults();
         assert!(
             faults.is_empty(),

@@ -106,6 +106,13 @@ impl Witness {
         books.pods.values().filter(is_theirs).filter(is_bound).count()
     }
 
+    /// Counts the pods of no gang that are bound and not on their way out.
+    pub(crate) fn bound_plain(&self) -> usize {
+        let books = self.books.lock().unwrap();
+        let is_bound = |pod: &&Seen| pod.node.is_some() && !pod.is_over && !pod.is_going;
+        books.pods.values().filter(is_bound).filter(|pod| pod.job.is_none()).count()
+    }
+
     /// Returns the gangs that hold devices, of one node or of all, and how many pods each has bound in
     /// all.
     pub(crate) fn gangs(&self, node: Option<&str>) -> BTreeMap<String, usize> {

@@ -118,8 +118,6 @@ fn pods() -> Value {
                 { "name": "labels", "expression": keys("object") },
                 { "name": "isUntouched", "expression": format!(
                     "oldObject != null && \
-                     object.spec.?schedulingGates.orValue([]).size() == \
-                     oldObject.spec.?schedulingGates.orValue([]).size() && \
                      variables.labels.size() == ({}).size() && \
                      variables.labels.all(key, has(oldObject.metadata.labels) && key in \
                      oldObject.metadata.labels && oldObject.metadata.labels[key] == \
@@ -131,7 +129,7 @@ fn pods() -> Value {
                     "variables.isUntouched || \
                      authorizer.group('{GROUP}').resource('{GANGS}').check('bind').allowed()"),
                 "message": format!(
-                    "schedulerName {SCHEDULER}, its gate and labels of {GROUP} are for pods that the \
+                    "schedulerName {SCHEDULER} and labels of {GROUP} are for pods that the \
                      operator makes; apply a CommandJob instead"),
                 "reason": "Forbidden",
             }],

@@ -17,14 +17,17 @@ use kube::api::DynamicObject;
 use kube::runtime::reflector::Store;
 use tokio::sync::{Semaphore, mpsc, watch};
 
+use crate::ask::Ask;
 use crate::budgets::guarded;
 use crate::crd::status::JobStatus;
 use crate::desk::{Desk, Holding, Scene, Wanting, request};
-use crate::fleet::{Fleet, FleetRules, Held, Layout, held, is_ready};
-use crate::gang::Member;
+use crate::fleet::{Fleet, FleetRules, Held, is_ready};
+use crate::gang::{Member, UID};
+use crate::guard::InEffect;
 use crate::job::Job;
 use crate::launch::{LaunchError, Writer};
-use crate::pods::Seat;
+use crate::ledger::{Ledger, Place};
+use crate::pods::{Seat, ask};
 use crate::promise::Promise;
 use crate::queues::QueueStates;
 use crate::ranks::keys::Keys;
@@ -38,8 +41,16 @@ use crate::wake::Wake;
 const TASKS_MAX: usize = 32;
 /// After a call failed, its job rests for so long.
 pub(crate) const REST: Duration = Duration::from_millis(300);
+/// A job whose plan found no room for what it wants beside its devices is tried again so late.
+const EXTRA_REST: Duration = Duration::from_secs(2);
 /// The message of a job that waits is written at most so often.
 const WAIT_TOLD: Duration = Duration::from_secs(2);
+/// Why gangs wait while the guard is not in effect.
+const UNGUARDED: &str = "bindings of other schedulers do not come by the operator, and gangs wait \
+                         until they do: can the API server reach it? See the webhook configuration \
+                         drumline-bindings";
+/// It is told of no earlier after an operator has begun to lead, in milliseconds.
+const UNGUARDED_TOLD_MS: u64 = 10_000;
 /// How far a run is, is written at most so often.
 const PROGRESS_TOLD: Duration = Duration::from_secs(10);
 
@@ -52,6 +63,8 @@ pub(crate) struct Stores {
     pub(crate) nodes: Store<KubeNode>,
     pub(crate) pods: Store<Pod>,
     pub(crate) budgets: Store<PodDisruptionBudget>,
+    /// What pods ask of nodes, by the watches of both.
+    pub(crate) ledger: Ledger,
 }
 
 /// A task's last word.
@@ -85,7 +98,15 @@ pub(crate) struct Core {
     /// What gateways are told.
     pub(crate) board: watch::Sender<Board>,
     desk: Desk,
-    layout: Layout,
+    fleet: Fleet,
+    /// Whether other schedulers' bindings are held against the ledger; `None`: nobody asks for it.
+    guard: Option<InEffect>,
+    /// Members of gangs by their jobs' uids, as the watches show them.
+    members: BTreeMap<String, Vec<Member>>,
+    /// Jobs whose pods the ledger tells as gangs'.
+    gangs: BTreeSet<String>,
+    /// Nodes whose kubelets are heard.
+    ready: BTreeSet<String>,
     pub(crate) queues: QueueStates,
     /// When this operator began to lead.
     since: Timestamp,
@@ -108,15 +129,18 @@ pub(crate) struct Core {
 
 impl Core {
     /// Returns the state of an operator that has just started: it remembers nothing.
+    #[expect(clippy::too_many_arguments, reason = "its parts, put together once")]
     pub(crate) fn new(
         stores: Stores,
         rules: FleetRules,
         writer: Writer,
         keys: Arc<Keys>,
         board: watch::Sender<Board>,
+        guard: Option<InEffect>,
         done: mpsc::UnboundedSender<Done>,
         now: Timestamp,
     ) -> Self {
+        stores.ledger.open().begin();
         Self {
             stores,
             rules,
@@ -125,7 +149,11 @@ impl Core {
             worlds: Worlds::default(),
             board,
             desk: Desk::new(now.0),
-            layout: Layout::default(),
+            fleet: Fleet::default(),
+            guard,
+            members: BTreeMap::new(),
+            gangs: BTreeSet::new(),
+            ready: BTreeSet::new(),
             queues: QueueStates::default(),
             since: now,
             read: BTreeMap::new(),
@@ -144,24 +172,10 @@ impl Core {
     pub(crate) fn pass(&mut self, now: Timestamp) -> Duration {
         let mut wake = Wake::new(now);
         let jobs = self.jobs();
-        let mut members: BTreeMap<String, Vec<Member>> = BTreeMap::new();
-        let (mut ours, mut others) = (Vec::new(), Vec::new());
-        for pod in self.stores.pods.state() {
-            match Member::read(&pod) {
-                // Pods of a job that is gone are like anybody's, until the garbage collector comes.
-                Some(member) if jobs.contains_key(&member.job) => {
-                    members.entry(member.job.clone()).or_default().push(member);
-                    ours.push(pod);
-                }
-                _ => others.push(pod),
-            }
-        }
-        let nodes = self.stores.nodes.state();
-        let ready: BTreeMap<&str, bool> = nodes
-            .iter()
-            .filter_map(|node| Some((node.metadata.name.as_deref()?, is_ready(node))))
-            .collect();
-        let is_lost = |name: &str| !ready.get(name).copied().unwrap_or(false);
+        let (scene, turn) = self.changes(&jobs, &mut wake);
+        // Put back below: it is lent to calls that change everything else.
+        let (members, ready) = (std::mem::take(&mut self.members), std::mem::take(&mut self.ready));
+        let is_lost = |name: &str| !ready.contains(name);
         self.settle_promises(&members, &mut wake);
         let mut wanting: Vec<&Job> = Vec::new();
         let mut between = BTreeSet::new();
@@ -190,22 +204,66 @@ impl Core {
                 between.insert(job.id.clone());
             }
         }
-        let held = self.all_held(&members);
-        let fleet = Fleet::build(
-            &self.rules,
-            &mut self.layout,
-            nodes.iter().map(AsRef::as_ref),
-            &held,
-            others.iter().map(AsRef::as_ref),
-        );
-        let guarded = guarded(&self.stores.budgets.state(), ours.iter().map(AsRef::as_ref));
-        self.decide(fleet, &jobs, &wanting, between, &guarded, now, &mut wake);
+        (self.members, self.ready) = (members, ready);
+        let guarded = self.guarded(&jobs);
+        let scene = Scene { between, ..scene };
+        self.decide(scene, turn, &jobs, wanting, &guarded, now, &mut wake);
         self.tell_queues(&jobs, &mut wake);
         self.told.retain(|uid, _| jobs.contains_key(uid));
         self.latest.retain(|uid, _| jobs.contains_key(uid));
         self.worlds.retain(|uid| jobs.contains_key(uid));
         self.publish(&jobs, now);
         wake.left()
+    }
+
+    /// Takes in what the ledger has new: the nodes of the scene, and the turn that it is of.
+    fn changes(&mut self, jobs: &BTreeMap<String, Job>, wake: &mut Wake) -> (Scene, u64) {
+        let mut books = self.stores.ledger.open();
+        // Pods of a job that is gone are like anybody's, until the garbage collector comes.
+        let gangs: BTreeSet<String> = jobs.keys().cloned().collect();
+        for changed in gangs.symmetric_difference(&self.gangs) {
+            books.touch_job(changed);
+        }
+        self.gangs = gangs;
+        let changes = books.changes(&|uid| jobs.contains_key(uid), Instant::now());
+        drop(books);
+        if let Some(lapses) = changes.lapses {
+            wake.at(lapses);
+        }
+        for (uid, members) in changes.members {
+            if members.is_empty() {
+                self.members.remove(&uid);
+            } else {
+                self.members.insert(uid, members);
+            }
+        }
+        let mut scene = Scene::default();
+        for now in &changes.nodes {
+            if now.node.as_ref().is_some_and(|node| is_ready(node)) {
+                self.ready.insert(now.name.clone());
+            } else {
+                self.ready.remove(&now.name);
+            }
+            match self.fleet.update(&self.rules, now) {
+                Ok(node) => scene.nodes.push(node),
+                Err(gone) => scene.gone.push(gone),
+            }
+        }
+        (scene, changes.turn)
+    }
+
+    /// Returns the uids of the jobs whose gangs a disruption budget guards.
+    fn guarded(&self, jobs: &BTreeMap<String, Job>) -> BTreeSet<String> {
+        let budgets = self.stores.budgets.state();
+        if budgets.is_empty() {
+            return BTreeSet::new();
+        }
+        let is_ours = |pod: &Pod| {
+            let job = pod.metadata.labels.as_ref().and_then(|labels| labels.get(UID));
+            job.is_some_and(|job| jobs.contains_key(job))
+        };
+        let pods = self.stores.pods.state();
+        guarded(&budgets, pods.iter().map(AsRef::as_ref).filter(|pod| is_ours(pod)))
     }
 
     /// Returns what is to be done for one job; `None`: nothing, for a reason of our own.
@@ -285,17 +343,6 @@ impl Core {
         jobs
     }
 
-    fn all_held(&self, members: &BTreeMap<String, Vec<Member>>) -> Vec<Held> {
-        let mut all: Vec<Held> = Vec::new();
-        for (uid, members) in members {
-            let promised = self.promised.get(uid).map(|promise| promise.attempt);
-            let shown = members.iter().filter(|member| Some(member.attempt) != promised);
-            all.extend(shown.filter_map(held));
-        }
-        all.extend(self.promised.values().flat_map(|promise| promise.held.iter().cloned()));
-        all
-    }
-
     fn request(&self, job: &Job, guarded: &BTreeSet<String>) -> Option<Request> {
         let spec = job.spec.as_ref().ok()?;
         let mut request = request(&job.id, spec, job.created_ms, self.rules.cpu_device_milli);
@@ -306,22 +353,27 @@ impl Core {
     #[expect(clippy::too_many_arguments, reason = "what one pass has found, used once")]
     fn decide(
         &mut self,
-        mut fleet: Fleet,
+        scene: Scene,
+        turn: u64,
         jobs: &BTreeMap<String, Job>,
-        wanting: &[&Job],
-        between: BTreeSet<JobId>,
+        mut wanting: Vec<&Job>,
         guarded: &BTreeSet<String>,
         now: Timestamp,
         wake: &mut Wake,
     ) {
         let known: BTreeMap<&JobId, &Job> = jobs.values().map(|job| (&job.id, job)).collect();
-        let mut scene = Scene {
-            nodes: std::mem::take(&mut fleet.nodes),
-            queues: self.queues.read(&self.stores.queues),
-            between,
-            ..Scene::default()
-        };
-        for (id, (attempt, devices)) in &fleet.held {
+        let mut scene = Scene { queues: self.queues.read(&self.stores.queues), ..scene };
+        if self.guard.as_ref().is_some_and(|guard| !guard.holds()) {
+            // What is bound beside us would not be held against what is promised here.
+            let why = Explanation::new(Reason::NotYetConsidered, UNGUARDED);
+            for job in wanting.drain(..) {
+                scene.between.insert(job.id.clone());
+                if now.0.saturating_sub(self.since.0) > UNGUARDED_TOLD_MS {
+                    self.tell_wait(job, &why, now, wake);
+                }
+            }
+        }
+        for (id, (attempt, devices)) in self.fleet.held() {
             let Some(job) = known.get(id) else { continue };
             let request = self.request(job, guarded).unwrap_or_else(|| unread(job, devices.len()));
             scene.holding.push(Holding {
@@ -333,7 +385,7 @@ impl Core {
                 checkpoint: job.status.checkpoint,
             });
         }
-        for job in wanting {
+        for job in &wanting {
             let Some(request) = self.request(job, guarded) else { continue };
             scene.wanting.push(Wanting {
                 request,
@@ -344,7 +396,17 @@ impl Core {
         let decision = self.desk.look(scene, now);
         for checked in decision.start {
             if let Some(job) = known.get(&checked.plan().job) {
-                self.launch(&fleet, job, &checked, now);
+                if let Err(why) = self.launch(job, &checked, turn, now) {
+                    // Another scheduler was faster, and the next pass knows what it took; or the core
+                    // does not know of a resource that the job wants beside its devices.
+                    tracing::info!(job = %job.id, %why, "a plan came too late");
+                    if job.template.extra() != Ask::default() {
+                        self.resting.insert(job.uid.clone(), Instant::now() + EXTRA_REST);
+                        let why = Explanation::new(Reason::WaitingForDevices, why);
+                        self.tell_wait(job, &why, now, wake);
+                    }
+                    wake.at(Instant::now());
+                }
             }
         }
         for (id, attempt, why) in decision.leave {
@@ -386,29 +448,43 @@ impl Core {
         self.write(job, status);
     }
 
-    fn launch(&mut self, fleet: &Fleet, job: &Job, checked: &CheckedJob, now: Timestamp) {
+    /// Begins to launch a checked plan that was made on `turn` of the ledger.
+    ///
+    /// # Errors
+    /// What has come between, in words: nothing was begun.
+    fn launch(
+        &mut self,
+        job: &Job,
+        checked: &CheckedJob,
+        turn: u64,
+        now: Timestamp,
+    ) -> Result<(), String> {
         let plan = checked.plan();
-        let Ok(spec) = &job.spec else { return };
+        let attempt = plan.attempt.0;
+        let spec = job.spec.as_ref().map_err(Clone::clone)?.at(plan.split);
+        let extra = job.template.extra();
+        let ask = Arc::new(ask(&self.writer.rules, &spec, &extra));
         let mut seats = Vec::new();
-        let mut holds = Vec::new();
+        let mut places = Vec::new();
         for assignment in &plan.assignments {
-            let Some(node) = fleet.node_name(&assignment.device.node) else {
-                tracing::error!(job = %job.id, "a plan names a node that is not there");
-                return;
+            let Some(node) = self.fleet.node_name(&assignment.device.node) else {
+                return Err("a plan names a node that is not there".to_owned());
             };
-            let device = plan.gang.device;
-            let slot = self.layout.slot(node, device, assignment.device.index);
-            seats.push(Seat { rank: assignment.rank.0, node: node.to_owned(), slot });
-            holds.push(Held {
+            let (rank, device) = (assignment.rank.0, plan.gang.device);
+            let slot = self.fleet.slot(node, device, assignment.device.index);
+            seats.push(Seat { rank, node: node.to_owned(), slot });
+            let held = Held {
                 job: job.id.clone(),
                 attempt: plan.attempt,
-                rank: assignment.rank.0,
+                rank,
                 device,
                 node: node.to_owned(),
                 slot: Some(slot),
-            });
+            };
+            let pod = (job.namespace.clone(), job.pod(attempt, rank));
+            places.push(Place { pod, held, ask: ask.clone() });
         }
-        let attempt = plan.attempt.0;
+        self.stores.ledger.open().promise(&job.uid, places, &extra, turn)?;
         let message = format!("attempt {attempt} is being bound to {} devices", seats.len());
         let why = Explanation::new(Reason::StartingRanks, message);
         let mut status = told(job, JobPhase::Starting, &why, now.0);
@@ -418,13 +494,14 @@ impl Core {
         status.checkpoint_at_launch = status.checkpoint;
         status.ranks = u32::try_from(seats.len()).unwrap_or(u32::MAX);
         status.ready = format!("0/{}", seats.len());
-        self.promised.insert(job.uid.clone(), Promise::new(job.clone(), attempt, holds));
-        let (uid, spec) = (job.uid.clone(), spec.at(plan.split));
+        self.promised.insert(job.uid.clone(), Promise::new(job.clone(), attempt, seats.len()));
+        let uid = job.uid.clone();
         self.spawn(job.clone(), move |writer, job| async move {
             let mut written = None;
             let answer = writer.launch(&job, &spec, attempt, &status, &seats, &mut written).await;
             Done::Launched { uid, answer, written }
         });
+        Ok(())
     }
 
     /// Whether a status only tells that a run has come on, and the last one is not old enough.

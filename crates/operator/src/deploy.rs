@@ -48,12 +48,16 @@ pub fn cluster_role() -> Value {
             rule("policy", &["poddisruptionbudgets"], &["get", "list", "watch"]),
             // No objects: who may bind it makes pods of gangs, which others may not.
             rule(GROUP, &[admission::GANGS], &["bind"]),
-            // `patch` takes the scheduling gate off.
+            // `patch` labels the operator's own pod that leads.
             rule("", &["pods"], &["get", "list", "watch", "create", "patch", "delete"]),
             rule("", &["pods/binding"], &["create"]),
             rule("", &["services"], &["get", "create", "delete"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
-            rule("authentication.k8s.io", &["tokenreviews"], &["create"]),
+            // Its certificate and where it listens are filled in; the rest is the chart's.
+            { "apiGroups": ["admissionregistration.k8s.io"],
+              "resources": ["validatingwebhookconfigurations"],
+              "resourceNames": [crate::guard::NAME], "verbs": ["patch"] },
+            rule("authentication.k8s.io", &["tokenreviews", "selfsubjectreviews"], &["create"]),
             rule("authorization.k8s.io", &["subjectaccessreviews"], &["create"]),
         ],
     })
@@ -112,6 +116,16 @@ pub fn all(namespace: &str) -> Vec<Value> {
     all
 }
 
+/// Returns the webhook configuration of the guard, empty: the operator that leads fills it in.
+#[must_use]
+pub fn guard() -> Value {
+    json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingWebhookConfiguration",
+        "metadata": { "name": crate::guard::NAME, "labels": labels() },
+    })
+}
+
 /// Returns what a gateway's account is bound to: it may learn where models are served.
 #[must_use]
 pub fn gateway_role() -> Value {
@@ -133,7 +147,10 @@ pub fn service(namespace: &str) -> Value {
         "metadata": { "name": NAME, "namespace": namespace, "labels": labels() },
         "spec": {
             "selector": { "app.kubernetes.io/name": NAME, crate::ranks::place::LEADS: "true" },
-            "ports": [{ "name": "ranks", "port": RANKS_PORT, "targetPort": "ranks" }],
+            "ports": [
+                { "name": "ranks", "port": RANKS_PORT, "targetPort": "ranks" },
+                { "name": "guard", "port": crate::guard::PORT, "targetPort": "guard" },
+            ],
         },
     })
 }

@@ -6,6 +6,7 @@
 //! runs and decides anew.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use drumline_audit::{Auditor, CheckedJob};
 use drumline_cluster::{Change, Node, Request};
@@ -24,7 +25,7 @@ pub struct Holding {
     /// Its attempt.
     pub attempt: Attempt,
     /// What it holds, in rank order.
-    pub devices: Vec<DeviceId>,
+    pub devices: Arc<[DeviceId]>,
     /// When the attempt was launched.
     pub started: Timestamp,
     /// Whether every rank runs.
@@ -44,11 +45,14 @@ pub struct Wanting {
     pub not_before: Timestamp,
 }
 
-/// Everything that a decision depends on, as the API server shows it.
+/// What a decision depends on, as the API server shows it: of nodes what has changed, of jobs
+/// everything.
 #[derive(Debug, Clone, Default)]
 pub struct Scene {
-    /// The nodes, with what others use of them.
+    /// Nodes that may have changed, with what others use of them.
     pub nodes: Vec<Node>,
+    /// Nodes that are gone.
+    pub gone: Vec<NodeName>,
     /// The queues that exist.
     pub queues: Vec<QueueSpec>,
     /// Who holds devices.
@@ -146,7 +150,7 @@ impl Desk {
         for wanting in back {
             self.see_wanting(wanting, now);
         }
-        self.see_nodes(scene.nodes, now);
+        self.see_nodes(scene.nodes, scene.gone, now);
         self.see_queues(scene.queues, now);
         for held in scene.holding {
             self.see_holding(held, now);
@@ -160,19 +164,17 @@ impl Desk {
         self.decide(now)
     }
 
-    fn see_nodes(&mut self, nodes: Vec<Node>, now: Timestamp) {
-        let shown: BTreeSet<NodeName> = nodes.iter().map(|node| node.name.clone()).collect();
+    fn see_nodes(&mut self, nodes: Vec<Node>, gone: Vec<NodeName>, now: Timestamp) {
         for node in nodes {
             if self.nodes.get(&node.name) != Some(&node) {
                 self.nodes.insert(node.name.clone(), node.clone());
                 self.apply(Change::Node { node: Box::new(node) }, now);
             }
         }
-        let gone: Vec<NodeName> =
-            self.nodes.keys().filter(|name| !shown.contains(name)).cloned().collect();
         for node in gone {
-            self.nodes.remove(&node);
-            self.apply(Change::NodeGone { node }, now);
+            if self.nodes.remove(&node).is_some() {
+                self.apply(Change::NodeGone { node }, now);
+            }
         }
     }
 
@@ -228,6 +230,7 @@ impl Desk {
             // Also a gang whose queue or priority has changed: it holds what it held.
             None => {
                 let request = Box::new(request.clone());
+                let devices = devices.to_vec();
                 let adopted = Change::Adopted { request, attempt, devices, started };
                 if !self.apply(adopted, now) {
                     return;

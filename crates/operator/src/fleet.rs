@@ -1,12 +1,14 @@
 //! Nodes and pods of the API server, as the decision core sees them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use drumline_cluster::{Device, Domain, External, Health, Node, Taint};
 use drumline_spec::{DeviceKind, WHOLE_DEVICE};
 use drumline_types::{Attempt, Bytes, DeviceId, JobId, NodeName};
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 
+use crate::ask::Ask;
 use crate::gang::Member;
 use crate::quantity::milli;
 
@@ -35,19 +37,35 @@ impl Default for FleetRules {
     }
 }
 
-/// The fleet at one moment.
-#[derive(Debug, Clone, Default)]
+/// What the decision core is told of the fleet, kept node by node: only what has changed is read again.
+#[derive(Debug, Default)]
 pub struct Fleet {
-    /// The nodes, with what pods of others use of them.
-    pub nodes: Vec<Node>,
-    /// What each gang holds, in rank order.
-    pub held: BTreeMap<JobId, (Attempt, Vec<DeviceId>)>,
+    layout: Layout,
     /// From the core's name of a node to Kubernetes', which may have dots.
     names: BTreeMap<NodeName, String>,
+    /// What the gangs hold of each node, as it was last given out.
+    on_node: BTreeMap<String, Vec<(JobId, DeviceId)>>,
+    /// Who holds each device of each job: rank and attempt.
+    ranks: BTreeMap<JobId, BTreeMap<DeviceId, (u32, Attempt)>>,
+    /// What each gang holds, in rank order.
+    held: BTreeMap<JobId, (Attempt, Arc<[DeviceId]>)>,
 }
 
-/// What the ranks of each gang hold.
-type Ranks = BTreeMap<JobId, (Attempt, Vec<(u32, DeviceId)>)>;
+/// What has become of one node.
+#[derive(Debug, Clone)]
+pub struct NodeNow {
+    /// Kubernetes' name of it.
+    pub name: String,
+    /// The node; `None`: it is gone.
+    pub node: Option<Arc<KubeNode>>,
+    /// What ranks of gangs hold of it.
+    pub held: Vec<Held>,
+    /// What all other pods ask of it.
+    pub others: Ask,
+}
+
+/// What the ranks of each gang hold of one node.
+type Ranks = Vec<(JobId, Attempt, u32, DeviceId)>;
 
 /// A rank's hold on a device of one node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,19 +78,10 @@ struct Ours {
     rank: u32,
 }
 
-/// What one node's pods take.
-#[derive(Debug, Clone, Default)]
-struct Taken {
-    gpus: u64,
-    cpu_milli: u64,
-    memory: u64,
-    ours: Vec<Ours>,
-}
-
 /// A node's devices in the core's order: GPU slots first, then those of CPU devices. A slot keeps
 /// its place for as long as the layout is kept, also while the node does not offer it.
 #[derive(Debug, Clone, Default)]
-pub struct Layout {
+struct Layout {
     gpu_slots: BTreeMap<String, u32>,
 }
 
@@ -80,7 +89,7 @@ pub struct Layout {
 const SLOTS_MAX: u32 = 1 << 14;
 
 /// A rank that holds a device of a node: seen on the API server, or assumed until it is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// The job.
     pub job: JobId,
@@ -98,58 +107,94 @@ pub struct Held {
 }
 
 impl Fleet {
-    /// Reads every node, what gangs hold, and what all other pods take.
-    #[must_use]
-    pub fn build<'a>(
-        rules: &FleetRules,
-        layout: &mut Layout,
-        nodes: impl IntoIterator<Item = &'a KubeNode>,
-        held: &[Held],
-        others: impl IntoIterator<Item = &'a Pod>,
-    ) -> Self {
-        let mut taken: BTreeMap<&str, Taken> = BTreeMap::new();
-        for rank in held {
-            taken.entry(&rank.node).or_default().ours.push(Ours {
-                kind: rank.device,
-                slot: rank.slot.filter(|slot| *slot < SLOTS_MAX).unwrap_or(u32::MAX),
-                job: rank.job.clone(),
-                attempt: rank.attempt,
-                rank: rank.rank,
-            });
-        }
-        for pod in others {
-            let Some(node) = occupied(pod) else { continue };
-            let taken = taken.entry(node).or_default();
-            taken.gpus += requested(pod, &rules.gpu_resource).div_ceil(1000);
-            taken.cpu_milli += requested(pod, "cpu");
-            taken.memory += requested(pod, "memory").div_ceil(1000);
-        }
-        let mut fleet = Self::default();
+    /// Reads one node anew. Returns it as the core sees it; an error is the name of one that is gone.
+    ///
+    /// # Errors
+    /// The core's name of the node, when it is gone. What is held of it is held all the same.
+    pub fn update(&mut self, rules: &FleetRules, now: &NodeNow) -> Result<Node, NodeName> {
+        let name = now.name.as_str();
+        let alias = alias(name);
+        let ours: Vec<Ours> = now.held.iter().map(Ours::from).collect();
         let mut ranks = Ranks::new();
-        for node in nodes {
-            let Some(name) = node.metadata.name.as_deref() else { continue };
-            let alias = alias(name);
-            let taken = taken.remove(name).unwrap_or_default();
-            fleet.names.insert(alias.clone(), name.to_owned());
-            fleet.nodes.push(read(rules, layout, node, alias, taken, &mut ranks));
+        let node = match &now.node {
+            Some(node) => {
+                self.names.insert(alias.clone(), name.to_owned());
+                Ok(read(rules, &mut self.layout, node, alias, &ours, &now.others, &mut ranks))
+            }
+            None => {
+                let slots = Slots::of(&ours);
+                slots.give_out(&alias, self.layout.gpu_slots(name, slots.gpus), &mut ranks);
+                self.names.remove(&alias);
+                Err(alias)
+            }
+        };
+        self.give_out(name, ranks);
+        node
+    }
+
+    /// Takes in what gangs hold of one node.
+    fn give_out(&mut self, node: &str, ranks: Ranks) {
+        let mut jobs = BTreeSet::new();
+        for (job, device) in self.on_node.remove(node).unwrap_or_default() {
+            if let Some(theirs) = self.ranks.get_mut(&job) {
+                theirs.remove(&device);
+            }
+            jobs.insert(job);
         }
-        // What is held of nodes that are gone is held all the same.
-        for (name, taken) in taken {
-            let slots = Slots::of(&taken.ours);
-            slots.give_out(&alias(name), layout.gpu_slots(name, slots.gpus), &mut ranks);
+        let mut there = Vec::new();
+        for (job, attempt, rank, device) in ranks {
+            let theirs = self.ranks.entry(job.clone()).or_default();
+            theirs.insert(device.clone(), (rank, attempt));
+            there.push((job.clone(), device));
+            jobs.insert(job);
         }
-        for (job, (attempt, mut devices)) in ranks {
+        if !there.is_empty() {
+            self.on_node.insert(node.to_owned(), there);
+        }
+        for job in jobs {
+            let theirs = self.ranks.get(&job).filter(|theirs| !theirs.is_empty());
+            let Some(theirs) = theirs else {
+                self.ranks.remove(&job);
+                self.held.remove(&job);
+                continue;
+            };
+            let mut devices: Vec<(u32, &DeviceId)> =
+                theirs.iter().map(|(device, (rank, _))| (*rank, device)).collect();
             devices.sort();
-            let devices = devices.into_iter().map(|(_, device)| device).collect();
-            fleet.held.insert(job, (attempt, devices));
+            let newest = theirs.values().map(|(_, attempt)| *attempt).max();
+            let devices = devices.into_iter().map(|(_, device)| device.clone()).collect();
+            self.held.insert(job, (newest.unwrap_or(Attempt(0)), devices));
         }
-        fleet
+    }
+
+    /// Returns what each gang holds, in rank order.
+    #[must_use]
+    pub fn held(&self) -> &BTreeMap<JobId, (Attempt, Arc<[DeviceId]>)> {
+        &self.held
     }
 
     /// Returns Kubernetes' name of a node.
     #[must_use]
     pub fn node_name(&self, alias: &NodeName) -> Option<&str> {
         self.names.get(alias).map(String::as_str)
+    }
+
+    /// Returns which of its kind a device is.
+    #[must_use]
+    pub fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
+        self.layout.slot(node, kind, index)
+    }
+}
+
+impl From<&Held> for Ours {
+    fn from(rank: &Held) -> Self {
+        Self {
+            kind: rank.device,
+            slot: rank.slot.filter(|slot| *slot < SLOTS_MAX).unwrap_or(u32::MAX),
+            job: rank.job.clone(),
+            attempt: rank.attempt,
+            rank: rank.rank,
+        }
     }
 }
 
@@ -161,9 +206,7 @@ impl Layout {
         *slots
     }
 
-    /// Returns which of its kind a device is.
-    #[must_use]
-    pub fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
+    fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
         let gpus = self.gpu_slots.get(node).copied().unwrap_or(0);
         if kind == DeviceKind::Gpu { index } else { index.saturating_sub(gpus) }
     }
@@ -210,8 +253,7 @@ impl<'a> Slots<'a> {
         for (one, slot) in &self.held {
             let first = if one.kind == DeviceKind::Gpu { 0 } else { gpu_slots };
             let device = DeviceId { node: node.clone(), index: first + slot };
-            let entry = ranks.entry(one.job.clone()).or_insert((one.attempt, Vec::new()));
-            entry.1.push((one.rank, device));
+            ranks.push((one.job.clone(), one.attempt, one.rank, device));
         }
     }
 }
@@ -223,7 +265,8 @@ fn read(
     layout: &mut Layout,
     node: &KubeNode,
     alias: NodeName,
-    taken: Taken,
+    ours: &[Ours],
+    taken: &Ask,
     ranks: &mut Ranks,
 ) -> Node {
     let labels = node.metadata.labels.clone().unwrap_or_default();
@@ -234,7 +277,7 @@ fn read(
     let cpu_milli = allocatable(node, "cpu").unwrap_or(0);
     let device_milli = rules.cpu_device_milli.max(1);
     let cpus = count(cpu_milli / device_milli);
-    let slots = Slots::of(&taken.ours);
+    let slots = Slots::of(ours);
     let gpu_slots = layout.gpu_slots(name, gpus.max(slots.gpus));
     let cpu_slots = cpus.max(slots.cpus);
     slots.give_out(&alias, gpu_slots, ranks);
@@ -250,12 +293,13 @@ fn read(
         let free = (0..count).rev().filter(move |slot| !slots.has(kind, *slot));
         free.take(used.min(room) as usize).map(move |slot| (first + slot, WHOLE_DEVICE))
     };
-    let cpus_others = taken.cpu_milli.div_ceil(device_milli);
+    let gpus_others = taken.get(&rules.gpu_resource).div_ceil(1000);
+    let cpus_others = taken.get("cpu").div_ceil(device_milli);
     out.external = External {
-        cpu_milli: taken.cpu_milli,
-        memory: Bytes(taken.memory),
+        cpu_milli: taken.get("cpu"),
+        memory: Bytes(taken.get("memory").div_ceil(1000)),
         devices: [
-            others(DeviceKind::Gpu, 0, gpus, taken.gpus).collect::<Vec<_>>(),
+            others(DeviceKind::Gpu, 0, gpus, gpus_others).collect::<Vec<_>>(),
             others(DeviceKind::Cpu, gpu_slots, cpus, cpus_others).collect(),
         ]
         .concat()
@@ -334,35 +378,6 @@ pub fn occupied(pod: &Pod) -> Option<&str> {
     (!matches!(phase, Some("Succeeded" | "Failed"))).then_some(node)
 }
 
-/// Returns what a pod asks of a resource, in thousandths: the greater of its containers together
-/// and its largest init container, and its overhead.
-fn requested(pod: &Pod, resource: &str) -> u64 {
-    let Some(spec) = pod.spec.as_ref() else { return 0 };
-    let of = |container: &k8s_openapi::api::core::v1::Container| {
-        let resources = container.resources.as_ref();
-        let named = |all: Option<&BTreeMap<String, _>>| {
-            let quantity: &k8s_openapi::apimachinery::pkg::api::resource::Quantity =
-                all?.get(resource)?;
-            milli(&quantity.0)
-        };
-        named(resources.and_then(|r| r.requests.as_ref()))
-            .or_else(|| named(resources.and_then(|r| r.limits.as_ref())))
-            .unwrap_or(0)
-    };
-    let together: u64 = spec.containers.iter().map(of).sum();
-    // An init container that always restarts is a sidecar: it stays beside the others.
-    let (sidecars, before): (Vec<_>, Vec<_>) = spec
-        .init_containers
-        .iter()
-        .flatten()
-        .partition(|container| container.restart_policy.as_deref() == Some("Always"));
-    let sidecars: u64 = sidecars.into_iter().map(of).sum();
-    let before = before.into_iter().map(of).max().unwrap_or(0);
-    let overhead = spec.overhead.as_ref().and_then(|all| all.get(resource));
-    (together + sidecars).max(before + sidecars)
-        + overhead.and_then(|quantity| milli(&quantity.0)).unwrap_or(0)
-}
-
 /// Returns what the members of gangs hold.
 #[must_use]
 pub fn held(member: &Member) -> Option<Held> {
@@ -419,13 +434,24 @@ mod tests {
         .unwrap()
     }
 
+    /// Reads a node with what gangs and other pods have of it.
+    fn update(fleet: &mut Fleet, node: &KubeNode, held: &[Held], others: &[Pod]) -> Node {
+        let name = node.metadata.name.clone().unwrap();
+        let mut asks = Ask::default();
+        for pod in others.iter().filter(|pod| occupied(pod) == Some(&name)) {
+            asks.add(&Ask::of(pod));
+        }
+        let held = held.iter().filter(|held| held.node == name).cloned().collect();
+        let now = NodeNow { name, node: Some(Arc::new(node.clone())), held, others: asks };
+        fleet.update(&FleetRules::default(), &now).unwrap()
+    }
+
     /// Counts the devices of a kind that neither gangs nor other pods have.
-    fn free(fleet: &Fleet, name: &str, kind: DeviceKind) -> usize {
-        let node = fleet.nodes.iter().find(|node| node.name == alias(name)).unwrap();
+    fn free(fleet: &Fleet, node: &Node, kind: DeviceKind) -> usize {
         let held: Vec<u32> = fleet
             .held
             .values()
-            .flat_map(|(_, devices)| devices)
+            .flat_map(|(_, devices)| devices.iter())
             .filter(|device| device.node == node.name)
             .map(|device| device.index)
             .collect();
@@ -441,23 +467,23 @@ mod tests {
 
     #[test]
     fn what_other_pods_take_is_not_free() {
-        let rules = FleetRules::default();
-        let nodes = [node("a", 8, "4"), node("b.example.org", 8, "3900m")];
+        let mut fleet = Fleet::default();
         let others = [
             pod("a", "Running", json!({ "nvidia.com/gpu": "3", "cpu": "1200m" })),
             pod("a", "Succeeded", json!({ "nvidia.com/gpu": "5" })),
             pod("b.example.org", "Pending", json!({ "cpu": "100m" })),
         ];
-        let fleet = Fleet::build(&rules, &mut Layout::default(), &nodes, &[], &others);
-        assert_eq!(free(&fleet, "a", DeviceKind::Gpu), 5);
-        assert_eq!(free(&fleet, "a", DeviceKind::Cpu), 2);
-        assert_eq!(free(&fleet, "b.example.org", DeviceKind::Cpu), 2);
+        let a = update(&mut fleet, &node("a", 8, "4"), &[], &others);
+        let b = update(&mut fleet, &node("b.example.org", 8, "3900m"), &[], &others);
+        assert_eq!(free(&fleet, &a, DeviceKind::Gpu), 5);
+        assert_eq!(free(&fleet, &a, DeviceKind::Cpu), 2);
+        assert_eq!(free(&fleet, &b, DeviceKind::Cpu), 2);
         assert_eq!(fleet.node_name(&alias("b.example.org")), Some("b.example.org"));
     }
 
     #[test]
     fn a_gang_holds_its_devices_over_several_nodes() {
-        let nodes = [node("a", 2, "0"), node("b", 2, "0")];
+        let mut fleet = Fleet::default();
         let held: Vec<Held> = [("a", 0), ("a", 1), ("b", 2)]
             .map(|(node, rank)| Held {
                 job: "j".parse().unwrap(),
@@ -468,17 +494,34 @@ mod tests {
                 slot: None,
             })
             .to_vec();
-        let fleet =
-            Fleet::build(&FleetRules::default(), &mut Layout::default(), &nodes, &held, &[]);
-        assert_eq!(fleet.held[&"j".parse().unwrap()].1.len(), 3);
-        assert_eq!(free(&fleet, "a", DeviceKind::Gpu), 0);
-        assert_eq!(free(&fleet, "b", DeviceKind::Gpu), 1);
+        let job: JobId = "j".parse().unwrap();
+        let a = update(&mut fleet, &node("a", 2, "0"), &held, &[]);
+        let b = update(&mut fleet, &node("b", 2, "0"), &held, &[]);
+        let places = |fleet: &Fleet| -> Vec<String> {
+            let devices = fleet.held.get(&job).map(|(_, devices)| devices.to_vec());
+            devices.unwrap_or_default().iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(places(&fleet), ["a/0", "a/1", "b/0"]);
+        assert_eq!(free(&fleet, &a, DeviceKind::Gpu), 0);
+        assert_eq!(free(&fleet, &b, DeviceKind::Gpu), 1);
+        // A node that is gone is held all the same, until the pods are gone too.
+        let gone = NodeNow {
+            name: "b".to_owned(),
+            node: None,
+            held: held[2..].to_vec(),
+            others: Ask::default(),
+        };
+        assert!(fleet.update(&FleetRules::default(), &gone).is_err());
+        assert_eq!(places(&fleet), ["a/0", "a/1", "b/0"]);
+        update(&mut fleet, &node("a", 2, "0"), &[], &[]);
+        assert_eq!(places(&fleet), ["b/0"]);
+        assert!(fleet.update(&FleetRules::default(), &NodeNow { held: vec![], ..gone }).is_err());
+        assert!(fleet.held.is_empty() && fleet.ranks.is_empty() && fleet.on_node.is_empty());
     }
 
     #[test]
     fn a_held_device_keeps_its_place_whatever_the_node_offers() {
-        let rules = FleetRules::default();
-        let mut layout = Layout::default();
+        let mut fleet = Fleet::default();
         let mut held = Held {
             job: "j".parse().unwrap(),
             attempt: Attempt(1),
@@ -489,11 +532,9 @@ mod tests {
         };
         let job = held.job.clone();
         let mut index = |held: &Held, gpus, others: &[Pod]| {
-            let nodes = [node("a", gpus, "4")];
             let held = std::slice::from_ref(held);
-            let fleet = Fleet::build(&rules, &mut layout, &nodes, held, others);
+            let node = update(&mut fleet, &node("a", gpus, "4"), held, others);
             let device = fleet.held[&job].1[0].index;
-            let node = &fleet.nodes[0];
             assert_eq!(node.devices[device as usize].kind, held[0].device);
             assert!(!node.external.devices.contains_key(&device), "given away twice");
             device
@@ -505,7 +546,7 @@ mod tests {
         assert_eq!(index(&held, 2, &others), 4);
         (held.device, held.slot) = (DeviceKind::Gpu, Some(1));
         assert_eq!(index(&held, 0, &others), 1);
-        assert_eq!(layout.slot("a", DeviceKind::Cpu, 4), 2);
+        assert_eq!(fleet.slot("a", DeviceKind::Cpu, 4), 2);
     }
 
     #[test]
@@ -517,9 +558,7 @@ mod tests {
             { "key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule" },
         ]}))
         .unwrap();
-        let fleet =
-            Fleet::build(&FleetRules::default(), &mut Layout::default(), [&tainted], &[], &[]);
-        let node = &fleet.nodes[0];
+        let node = update(&mut Fleet::default(), &tainted, &[], &[]);
         assert!(node.cordoned);
         assert_eq!(node.taints.len(), 1);
     }

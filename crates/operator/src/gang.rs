@@ -24,10 +24,8 @@ pub const DEVICE: &str = "drumline.dev/device";
 pub const SLOT: &str = "drumline.dev/planned-device";
 /// Label: the job's name.
 pub const JOB: &str = "drumline.dev/job";
-/// The scheduler that pods of gangs name, and the gate that they are created with.
+/// The scheduler that pods of gangs name.
 pub const SCHEDULER: &str = "drumline";
-/// Keeps a pod from being bound until its whole gang is there.
-pub const GATE: &str = "drumline.dev/gang";
 
 /// Where one member stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +75,8 @@ pub struct Member {
     pub is_deleting: bool,
     /// Why its node or an administrator ended it: its `DisruptionTarget` condition.
     pub disrupted: Option<String>,
+    /// Whether its node refused it before it ran: there was no room, or no such device.
+    pub is_refused: bool,
     /// The exit code of its container.
     pub exit_code: Option<i32>,
     /// What the node says about it.
@@ -146,10 +146,17 @@ impl Member {
                 .find(|one| one.type_ == "DisruptionTarget" && one.status == "True")
                 .map(|one| one.reason.clone().unwrap_or_default()),
             is_deleting: pod.metadata.deletion_timestamp.is_some(),
+            is_refused: standing == Standing::Failed
+                && status.and_then(|status| status.reason.as_deref()).is_some_and(is_refusal),
             exit_code: ended.map(|ended| ended.exit_code),
             told: told.join(": "),
         })
     }
+}
+
+/// Whether a pod's reason is that its kubelet did not admit it for want of a resource.
+fn is_refusal(reason: &str) -> bool {
+    reason == "UnexpectedAdmissionError" || reason.starts_with("OutOf")
 }
 
 /// Returns the last line that says something: of a rank that failed, why.
@@ -218,6 +225,11 @@ fn broken(member: &Member, is_lost: &dyn Fn(&str) -> bool) -> Option<Explanation
         let message = format!("the pod of rank {rank} on {node} was evicted ({how})");
         return Some(Explanation::new(Reason::Moved, message));
     }
+    if member.is_refused {
+        // The node has no room that its API object says it has: no fault of the job.
+        let message = format!("{node} refused the pod of rank {rank} ({})", member.told);
+        return Some(Explanation::new(Reason::Moved, message));
+    }
     if member.standing == Standing::Failed {
         let (reason, how) = match member.exit_code {
             Some(code) if code > 128 => {
@@ -261,6 +273,7 @@ mod tests {
             is_ready: false,
             is_deleting: false,
             disrupted: None,
+            is_refused: false,
             exit_code: None,
             told: String::new(),
         }
@@ -282,6 +295,10 @@ mod tests {
         assert_eq!(judged(&pair(Succeeded, Succeeded), true), Gang::Succeeded);
         let Gang::Broken(why) = judged(&pair(Running, Failed), false) else { panic!() };
         assert_eq!(why.reason, Reason::RankKilled);
+        let refused = Member { is_refused: true, ..member(1, Failed) };
+        let Gang::Broken(why) = judged(&[member(0, Running), refused], false) else { panic!() };
+        assert_eq!(why.reason, Reason::Moved);
+        assert!(is_refusal("OutOfnvidia.com/gpu") && !is_refusal("Evicted"));
         let Gang::Broken(why) = judged(&pair(Running, Succeeded), true) else { panic!() };
         assert_eq!(why.reason, Reason::NodeLost);
     }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::crd::status::JobStatus;
 use crate::crd::{GROUP, VERSION, define};
+use crate::template::{TEMPLATE, Template};
 
 /// Keeps a job's object until its pods are gone.
 pub const FINALIZER: &str = "drumline.dev/gang";
@@ -71,6 +72,10 @@ pub struct Job {
     pub host_path: Option<String>,
     /// The size of each rank's `/dev/shm`, when it says one.
     pub shm_size: Option<String>,
+    /// What it lays over the pods of its ranks, as it says it.
+    pub template_text: Option<String>,
+    /// The same, once it was held against the administrator's rules.
+    pub template: Template,
     /// The queue that its namespace names.
     pub space_queue: Option<QueueName>,
     /// What it asks for, or every mistake in it, in one line.
@@ -117,6 +122,8 @@ impl Job {
             shared_claim: annotation(SHARED_CLAIM),
             host_path: annotation(HOST_PATH),
             shm_size: annotation(SHM_SIZE),
+            template_text: annotation(TEMPLATE),
+            template: Template::default(),
             spec: spec(kind, &name, object),
             status: status
                 .and_then(|status| serde_json::from_value(status.clone()).ok())
@@ -139,12 +146,21 @@ impl Job {
 
     /// Refuses what its annotations ask for and an administrator has not allowed.
     pub fn hold_against(&mut self, host_paths: &[String]) {
-        if let Some(path) = &self.host_path {
+        let is_allowed = |path: &str| {
             let below = |allowed: &String| {
                 path.strip_prefix(allowed.trim_end_matches('/'))
                     .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
             };
-            if path.split('/').any(|part| part == "..") || !host_paths.iter().any(below) {
+            !path.split('/').any(|part| part == "..") && host_paths.iter().any(below)
+        };
+        if let Some(text) = &self.template_text {
+            match Template::read(text, &is_allowed) {
+                Ok(template) => self.template = template,
+                Err(why) => self.spec = Err(format!("annotation {TEMPLATE}: {why}")),
+            }
+        }
+        if let Some(path) = &self.host_path {
+            if !is_allowed(path) {
                 self.spec = Err(format!(
                     "annotation {HOST_PATH}: {path} is not below a folder that the operator allows \
                      (--allow-host-path); use {SHARED_CLAIM}"

@@ -1,19 +1,22 @@
-//! Carries out what was decided for one gang: all its pods created gated, then all bound; or taken
-//! back whole.
+//! Carries out what was decided for one gang: all its pods created, then all bound; or taken back
+//! whole.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use drumline_spec::JobSpec;
 use drumline_types::Explanation;
 use futures::{TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Binding, Pod, Service};
-use kube::Client;
 use kube::api::{
     Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
 };
-use kube::core::Status;
+use kube::core::{Request, Status};
 use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Client, Resource};
+use serde::de::IgnoredAny;
 use serde_json::json;
+use tokio::sync::Semaphore;
 
 use crate::crd::status::JobStatus;
 use crate::gang::{ATTEMPT, UID};
@@ -22,10 +25,9 @@ use crate::lease::{Leadership, NotLeading};
 use crate::pods::{self, PodRules, Seat};
 use crate::step::Doomed;
 
-/// Calls to the API server that one gang has under way at a time.
-const CALLS_MAX: usize = 16;
-/// Times that a pod's gate is taken off before its gang is taken back.
-const UNGATE_TRIES: u32 = 4;
+/// Calls about pods that all gangs together have under way at a time: more would only wait for each
+/// other at the API server, each on a connection of its own.
+const CALLS_MAX: usize = 64;
 /// Longest time that the pods of a gang that is taken back may take to go.
 const GONE_DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks at whether they are gone.
@@ -71,6 +73,18 @@ pub struct Writer {
     pub rules: PodRules,
     /// Tells people what happens.
     pub recorder: Recorder,
+    /// Places for calls about pods.
+    pub calls: Calls,
+}
+
+/// Places for calls to the API server that come in great numbers. Cloning shares them.
+#[derive(Clone)]
+pub struct Calls(Arc<Semaphore>);
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(CALLS_MAX)))
+    }
 }
 
 impl Writer {
@@ -191,7 +205,7 @@ impl Writer {
         }
     }
 
-    /// Starts an attempt: writes it down, creates every pod gated, then binds every one. `spec` is
+    /// Starts an attempt: writes it down, creates every pod, then binds every one. `spec` is
     /// the job's at the size of the attempt, `written`
     /// the job's object once the attempt is written down.
     ///
@@ -209,22 +223,30 @@ impl Writer {
         // Fenced: of two operators that both believe they lead, one gets a conflict here.
         *written = Some(self.status(job, status).await?);
         self.ensure_service(job).await?;
-        let pods = self.pods(job);
         let made: Vec<Pod> = seats
             .iter()
             .map(|seat| pods::pod(&self.rules, job, spec, attempt, seat))
             .collect::<Result<_, _>>()?;
         stream::iter(made.iter().map(Ok::<_, LaunchError>))
-            .try_for_each_concurrent(CALLS_MAX, |pod| async {
-                self.leadership.check()?;
-                pods.create(&PostParams::default(), pod).await?;
-                Ok(())
-            })
+            .try_for_each_concurrent(CALLS_MAX, |pod| self.create(job, pod))
             .await?;
         // Every pod is there, so every quota and admission rule is passed: now they may run.
         stream::iter(seats.iter().map(Ok::<_, LaunchError>))
             .try_for_each_concurrent(CALLS_MAX, |seat| self.bind(job, attempt, seat))
             .await
+    }
+
+    async fn create(&self, job: &Job, pod: &Pod) -> Result<(), LaunchError> {
+        let pods = Request::new(Pod::url_path(&(), Some(&job.namespace)));
+        let body = serde_json::to_vec(pod)?;
+        let request =
+            pods.create(&PostParams::default(), body).map_err(kube::Error::BuildRequest)?;
+        // The semaphore is never closed.
+        let _place = self.calls.0.acquire().await;
+        self.leadership.check()?;
+        // The answer is the whole pod again: it is left unread, since the watch brings it too.
+        let _: IgnoredAny = self.client.request(request).await?;
+        Ok(())
     }
 
     async fn ensure_service(&self, job: &Job) -> Result<(), LaunchError> {
@@ -248,19 +270,8 @@ impl Writer {
     async fn bind(&self, job: &Job, attempt: u32, seat: &Seat) -> Result<(), LaunchError> {
         let name = job.pod(attempt, seat.rank);
         let pods = self.pods(job);
-        let ungate = json!({ "spec": { "schedulingGates": null } });
-        let mut tries = 1;
-        loop {
-            self.leadership.check()?;
-            match pods.patch(&name, &PatchParams::default(), &Patch::Merge(&ungate)).await {
-                Ok(_) => break,
-                // Somebody else wrote to the pod at the same moment: no reason to give a gang up.
-                Err(kube::Error::Api(status)) if status.code == 409 && tries < UNGATE_TRIES => {
-                    tries += 1;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+        // The semaphore is never closed.
+        let _place = self.calls.0.acquire().await;
         self.leadership.check()?;
         let mut binding = Binding::default();
         binding.metadata.name = Some(name.clone());
@@ -288,6 +299,7 @@ impl Writer {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         stream::iter(doomed.iter().map(Ok::<_, LaunchError>))
             .try_for_each_concurrent(CALLS_MAX, |one| async {
+                let _place = self.calls.0.acquire().await;
                 self.leadership.check()?;
                 let params = DeleteParams {
                     grace_period_seconds: one.is_lost.then_some(0),

@@ -5,6 +5,7 @@
 //! that is killed anywhere is followed by one that comes to the same answer.
 
 pub mod admission;
+pub mod ask;
 pub mod budgets;
 mod core;
 pub mod crd;
@@ -12,9 +13,11 @@ pub mod deploy;
 pub mod desk;
 pub mod fleet;
 pub mod gang;
+pub mod guard;
 pub mod job;
 pub mod launch;
 pub mod lease;
+mod ledger;
 pub mod node;
 pub mod observe;
 pub mod pods;
@@ -25,10 +28,12 @@ pub mod ranks;
 pub mod service;
 pub mod status;
 pub mod step;
+pub mod template;
 mod waits;
 mod wake;
 
 pub use fleet::FleetRules;
+pub use guard::{GuardRules, WhenAway};
 pub use lease::LeaseRules;
 pub use observe::Observe;
 pub use pods::PodRules;

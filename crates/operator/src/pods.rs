@@ -9,9 +9,10 @@ use drumline_wire::contract;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use serde_json::{Value, json};
 
+use crate::ask::Ask;
 use crate::crd::{GROUP, VERSION};
 use crate::desk::gang;
-use crate::gang::{ATTEMPT, DEVICE, GATE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SLOT, UID};
+use crate::gang::{ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SLOT, UID};
 use crate::job::Job;
 use crate::ranks::AUDIENCE;
 
@@ -79,7 +80,8 @@ pub struct Seat {
     pub slot: u32,
 }
 
-/// Returns the pod of a rank, gated: nothing binds it before its whole gang is there.
+/// Returns the pod of a rank. Its scheduler is the operator alone, which made it of a checked plan and
+/// binds it once its whole gang is there: it needs no gate.
 ///
 /// # Errors
 /// When the parts do not make a pod, which is a bug.
@@ -131,7 +133,7 @@ pub fn pod(
         None => json!({ "key": one.key, "operator": "Exists" }),
     }));
     let secrets: Vec<Value> = job.pull_secrets.iter().map(|name| json!({ "name": name })).collect();
-    serde_json::from_value(json!({
+    let mut pod = json!({
         "metadata": {
             "name": job.pod(attempt, seat.rank),
             "namespace": job.namespace,
@@ -141,7 +143,6 @@ pub fn pod(
         },
         "spec": {
             "schedulerName": SCHEDULER,
-            "schedulingGates": [{ "name": GATE }],
             "hostname": host(seat.rank),
             "subdomain": job.service(),
             // Restarts are the gang's, not one rank's.
@@ -155,7 +156,9 @@ pub fn pod(
             "containers": [container],
             "volumes": volumes,
         },
-    }))
+    });
+    job.template.lay_over(&mut pod);
+    serde_json::from_value(pod)
 }
 
 /// Returns the headless service under which a job's ranks find each other.
@@ -206,6 +209,20 @@ fn owner(job: &Job) -> Value {
 
 fn host(rank: u32) -> String {
     format!("r{rank}")
+}
+
+/// Returns what the pod of each rank asks of its node; `extra` is beside its device.
+#[must_use]
+pub fn ask(rules: &PodRules, spec: &JobSpec, extra: &Ask) -> Ask {
+    let gang = gang(spec, rules.cpu_device_milli);
+    let mut ask = Ask::place();
+    ask.put("cpu", gang.cpu_milli);
+    ask.put("memory", gang.memory.0.saturating_mul(1000));
+    if gang.device == DeviceKind::Gpu {
+        ask.put(&rules.gpu_resource, 1000);
+    }
+    ask.add(extra);
+    ask
 }
 
 fn resources(rules: &PodRules, gang: &Gang) -> Value {

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use drumline_types::{Explanation, JobPhase, Reason, Timestamp};
 
 use crate::core::{Core, Done, REST};
-use crate::fleet::Held;
 use crate::gang::Member;
 use crate::job::Job;
 use crate::launch::{LaunchError, taken_back};
@@ -22,8 +21,9 @@ const TAKEN_BACK_MS: u64 = 1000;
 /// Devices promised to one attempt.
 pub(crate) struct Promise {
     job: Job,
-    pub(crate) attempt: u32,
-    pub(crate) held: Vec<Held>,
+    attempt: u32,
+    /// Its pods, whose places are in the ledger.
+    pods: usize,
     state: State,
 }
 
@@ -39,8 +39,8 @@ enum State {
 
 impl Promise {
     /// Returns the promise of an attempt that is being launched.
-    pub(crate) fn new(job: Job, attempt: u32, held: Vec<Held>) -> Self {
-        Self { job, attempt, held, state: State::Launching }
+    pub(crate) fn new(job: Job, attempt: u32, pods: usize) -> Self {
+        Self { job, attempt, pods, state: State::Launching }
     }
 }
 
@@ -54,12 +54,14 @@ impl Core {
         let now = Instant::now();
         let mut take_back = Vec::new();
         let mut count = Vec::new();
+        let mut kept = Vec::new();
         self.promised.retain(|uid, promise| match &promise.state {
             State::Launching | State::Removing(_) => true,
             State::Bound(since) => {
                 let seen = members.get(uid).into_iter().flatten();
                 let seen = seen.filter(|m| m.attempt == promise.attempt && m.node.is_some());
-                if seen.count() >= promise.held.len() {
+                if seen.count() >= promise.pods {
+                    kept.push(uid.clone());
                     return false;
                 }
                 if now.duration_since(*since) >= UNSEEN && !self.busy.contains(uid) {
@@ -76,6 +78,10 @@ impl Core {
                 true
             }
         });
+        if !kept.is_empty() {
+            let mut books = self.stores.ledger.open();
+            kept.iter().for_each(|uid| books.drop_promise(uid));
+        }
         for (uid, job, attempt) in count {
             self.busy.insert(uid.clone());
             self.spawn(job, move |writer, job| async move {
@@ -115,7 +121,10 @@ impl Core {
         let Some(promise) = self.promised.get_mut(uid) else { return };
         match answer {
             // They were deleted before the watch showed them.
-            Ok(there) if there < promise.held.len() => drop(self.promised.remove(uid)),
+            Ok(there) if there < promise.pods => {
+                self.promised.remove(uid);
+                self.stores.ledger.open().drop_promise(uid);
+            }
             _ => promise.state = State::Bound(Instant::now()),
         }
     }
@@ -139,6 +148,7 @@ impl Core {
         }
         self.resting.insert(uid.to_owned(), Instant::now() + REST);
         let Some(promise) = self.promised.remove(uid) else { return };
+        self.stores.ledger.open().drop_promise(uid);
         let State::Removing(why) = promise.state else { return };
         // The attempt may never have been written down: then there is nothing to tell.
         let now_shown = self.jobs().remove(uid);

@@ -10,8 +10,6 @@ use std::time::Duration;
 use drumline_spec::JobKind;
 use drumline_types::Timestamp;
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Namespace, Node as KubeNode, Pod};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, DynamicObject};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::events::{Recorder, Reporter};
@@ -28,9 +26,11 @@ use tonic::Status;
 use crate::core::{Core, Stores};
 use crate::deploy::{RANKS_PORT, url};
 use crate::fleet::FleetRules;
+use crate::guard::{self, GuardError, GuardRules, InEffect};
 use crate::job::{resource, resource_named};
-use crate::launch::Writer;
+use crate::launch::{Calls, Writer};
 use crate::lease::{self, Leadership, LeaseRules};
+use crate::ledger::Ledger;
 use crate::observe::{self, Observe};
 use crate::pods::PodRules;
 use crate::ranks::admit::{self, Admitted};
@@ -63,6 +63,8 @@ pub struct Options {
     pub ranks: RankRules,
     /// Where probes and metrics are served; `None`: nowhere.
     pub observe: Option<Observe>,
+    /// Whether other schedulers are kept from what is promised to gangs, and how; `None`: they are not.
+    pub guard: Option<GuardRules>,
 }
 
 /// Why the operator cannot start.
@@ -77,6 +79,9 @@ pub enum ServiceError {
     /// Ranks cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// Other schedulers cannot be answered.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
 }
 
 /// Runs until `stop`.
@@ -101,16 +106,23 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
     for kind in JobKind::ALL {
         let resource = resource(kind);
         let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-        jobs.push((kind, watch(api, resource, &changed, &stop)));
+        jobs.push((kind, watch(api, resource, &changed, &stop, |_| {})));
     }
+    let ledger = Ledger::default();
+    let (of_nodes, of_pods) = (ledger.clone(), ledger.clone());
     let queue = resource_named("Queue");
     let stores = Stores {
         jobs,
-        queues: watch(Api::all_with(client.clone(), &queue), queue, &changed, &stop),
-        namespaces: watch(Api::<Namespace>::all(client.clone()), (), &changed, &stop),
-        budgets: watch(Api::<PodDisruptionBudget>::all(client.clone()), (), &changed, &stop),
-        nodes: watch(Api::<KubeNode>::all(client.clone()), (), &changed, &stop),
-        pods: watch(Api::<Pod>::all(client.clone()), (), &changed, &stop),
+        queues: watch(Api::all_with(client.clone(), &queue), queue, &changed, &stop, |_| {}),
+        namespaces: watch(Api::all(client.clone()), (), &changed, &stop, |_| {}),
+        budgets: watch(Api::all(client.clone()), (), &changed, &stop, |_| {}),
+        nodes: watch(Api::all(client.clone()), (), &changed, &stop, move |event| {
+            of_nodes.open().node_event(event);
+        }),
+        pods: watch(Api::all(client.clone()), (), &changed, &stop, move |event| {
+            of_pods.open().pod_event(event);
+        }),
+        ledger,
     };
     let leadership = Leadership::default();
     let has_listed = Arc::new(AtomicBool::new(false));
@@ -135,15 +147,33 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
             ..options.pods
         },
         recorder: Recorder::new(client.clone(), reporter),
+        calls: Calls::default(),
     };
+    let mut guard = None;
+    if let Some(rules) = options.guard {
+        let (client, namespace) = (client.clone(), options.namespace.clone());
+        let (ledger, leadership) = (stores.ledger.clone(), leadership.clone());
+        let (listed, changed, stop) = (has_listed.clone(), changed.clone(), stop.child_token());
+        let started =
+            guard::start(rules, client, namespace, ledger, leadership, listed, changed, stop);
+        guard = Some(started.await?);
+    }
     let leases = Api::namespaced(client.clone(), &options.namespace);
     let lease = tokio::spawn(lease::run(leases, options.lease, leadership.clone(), stop.clone()));
     if !options.ranks.pod.is_empty() {
         let (pod, leadership) = (options.ranks.pod, leadership.clone());
         tokio::spawn(place::keep(client, options.namespace, pod, leadership, stop.clone()));
     }
-    let mut following =
-        Following { stores, rules: options.fleet, writer, keys, board, admitted, has_listed };
+    let mut following = Following {
+        stores,
+        rules: options.fleet,
+        writer,
+        keys,
+        board,
+        guard,
+        admitted,
+        has_listed,
+    };
     following.run(&leadership, &changed, &stop).await;
     // Handing the lease back lets the next leader start at once.
     let _ = tokio::time::timeout(Duration::from_secs(3), lease).await;
@@ -157,6 +187,7 @@ struct Following {
     writer: Writer,
     keys: Arc<Keys>,
     board: watch::Sender<Board>,
+    guard: Option<InEffect>,
     admitted: mpsc::Receiver<Admitted>,
     /// Set once every watch has shown all there is.
     has_listed: Arc<AtomicBool>,
@@ -197,8 +228,8 @@ impl Following {
         let (sender, mut done) = mpsc::unbounded_channel();
         let writer = Writer { leadership: leadership.begin(), ..self.writer.clone() };
         let (stores, rules) = (self.stores.clone(), self.rules.clone());
-        let (keys, board) = (self.keys.clone(), self.board.clone());
-        let mut core = Core::new(stores, rules, writer, keys, board, sender, now());
+        let (keys, board, guard) = (self.keys.clone(), self.board.clone(), self.guard.clone());
+        let mut core = Core::new(stores, rules, writer, keys, board, guard, sender, now());
         let mut look = true;
         let mut look_at = Instant::now();
         // In a large cluster a look takes its time: no more than every other moment is spent on it.
@@ -251,6 +282,7 @@ fn watch<K>(
     kind: K::DynamicType,
     changed: &Arc<Notify>,
     stop: &CancellationToken,
+    mut take_in: impl FnMut(&watcher::Event<K>) + Send + 'static,
 ) -> Store<K>
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
@@ -270,7 +302,10 @@ where
         let mut stream = std::pin::pin!(stream);
         while let Some(Some(event)) = stop.run_until_cancelled(stream.next()).await {
             match event {
-                Ok(_) => changed.notify_one(),
+                Ok(event) => {
+                    take_in(&event);
+                    changed.notify_one();
+                }
                 Err(error) => tracing::warn!(%error, "a watch was cut off; it starts again"),
             }
         }
@@ -311,6 +346,7 @@ impl Options {
             },
             namespace,
             observe: None,
+            guard: None,
         })
     }
 

@@ -24,6 +24,9 @@ const PROGRESS_RUN_MS: u64 = 60_000;
 /// The longest wait before a restart, in milliseconds; the same as off Kubernetes.
 const BACKOFF_MAX_MS: u64 = 300_000;
 
+/// The wait after a node refused a pod, in milliseconds.
+const REFUSED_WAIT_MS: u64 = 2_000;
+
 /// Nodes get so much longer for a start than off Kubernetes, in milliseconds: they pull images.
 const PULL_MS: u64 = 600_000;
 /// Ranks whose place is told when a gang has stalled.
@@ -299,7 +302,10 @@ fn failed(view: &View<'_>, spec: &JobSpec, why: &Explanation) -> Next {
         status.replicas = 0;
         return write(job, status);
     }
+    let is_refused = view.members.iter().any(|m| m.is_refused && m.attempt == job.status.attempt);
     let wait_ms = match fruitless {
+        // A node that refuses may take a moment until it says what it has.
+        _ if is_refused => REFUSED_WAIT_MS,
         0 => 0,
         _ if is_blameless => 0,
         n => policy.backoff_ms.saturating_mul(1 << (n - 1).min(32)).min(BACKOFF_MAX_MS),

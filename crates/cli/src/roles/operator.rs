@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use drumline_operator::{Observe, Options};
+use drumline_operator::{GuardRules, Observe, Options, WhenAway};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,17 @@ pub struct OperatorArgs {
     /// User id that ranks run as; 0: as their image says.
     #[arg(long, default_value_t = 65_532)]
     pub run_as_user: i64,
+    /// Where the API server asks about bindings of other schedulers, by TLS; without it nobody keeps
+    /// them from what is promised to gangs. Needs the webhook configuration drumline-bindings.
+    #[arg(long, value_name = "ADDRESS")]
+    pub guard_listen: Option<SocketAddr>,
+    /// Where the API server reaches it [default: the service drumline-operator, port 9443].
+    #[arg(long, value_name = "URL", requires = "guard_listen")]
+    pub guard_url: Option<String>,
+    /// What the API server does with such bindings while no operator answers: ignore (store them) or
+    /// fail.
+    #[arg(long, value_name = "POLICY", default_value = "ignore", requires = "guard_listen")]
+    pub guard_when_away: WhenAway,
     /// Where probes and, with a token, metrics are served; without it, nowhere.
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
@@ -98,6 +109,11 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
     if let Some(url) = args.ranks_url {
         options.ranks.url = url;
     }
+    options.guard = args.guard_listen.map(|listen| GuardRules {
+        listen,
+        url: args.guard_url,
+        when_away: args.guard_when_away,
+    });
     if let Some(listen) = args.listen {
         let keys = args.metrics_token_file.as_deref().map(read_key).transpose()?;
         options.observe = Some(Observe { listen, keys });

@@ -1,0 +1,656 @@
+//! What the pods of every node ask for: those that the watches show, those that are promised to
+//! gangs, and those whose binding by another scheduler was let through and is not shown yet.
+//!
+//! The one place where gangs meet the pods of other schedulers. Each of the two is entered before it
+//! is bound, under one lock, so of two that want the same room the second is refused. It is fed by
+//! the watches as they come, and tells the core only of what has changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
+use kube::runtime::watcher::Event;
+
+use crate::ask::Ask;
+use crate::fleet::{Held, NodeNow, held, occupied};
+use crate::gang::Member;
+
+/// A binding that was let through and is not seen for so long was never stored: the API server
+/// ends every request before that.
+const LET_THROUGH: Duration = Duration::from_secs(70);
+
+/// Namespace and name of a pod.
+pub(crate) type PodKey = (String, String);
+
+/// The ledger. Cloning shares it.
+#[derive(Clone, Default)]
+pub(crate) struct Ledger(Arc<Mutex<Books>>);
+
+impl Ledger {
+    /// Opens the books. Nothing may be awaited while they are open.
+    pub(crate) fn open(&self) -> MutexGuard<'_, Books> {
+        // Every change is made whole by one call that does not panic half way.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pod that the watches show.
+struct Shown {
+    uid: String,
+    /// The node that it takes resources of.
+    node: Option<String>,
+    ask: Arc<Ask>,
+    member: Option<Member>,
+    /// When it took its place.
+    turn: u64,
+}
+
+/// A pod that is expected on a node.
+struct Expected {
+    node: String,
+    ask: Arc<Ask>,
+    whose: Whose,
+    turn: u64,
+}
+
+enum Whose {
+    /// A gang's, by the uid of its job: until it is shown or its promise is dropped.
+    Gang(String, Held),
+    /// Another scheduler's, by the uid of the pod: until it is shown, or until then.
+    Other(String, Instant),
+}
+
+/// One pod of a gang that is about to be made.
+pub(crate) struct Place {
+    pub(crate) pod: PodKey,
+    pub(crate) held: Held,
+    pub(crate) ask: Arc<Ask>,
+}
+
+/// What is said to a binding by another scheduler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It may be stored.
+    Allowed,
+    /// It may not, and why.
+    Refused(String),
+    /// The pod is not shown yet.
+    Unknown,
+}
+
+/// What has changed since the core last asked.
+#[derive(Default)]
+pub(crate) struct Changes {
+    /// Nodes with something new on them.
+    pub(crate) nodes: Vec<NodeNow>,
+    /// Every pod of jobs of which one has changed, by the jobs' uids.
+    pub(crate) members: BTreeMap<String, Vec<Member>>,
+    /// What came after this is not among them.
+    pub(crate) turn: u64,
+    /// When the next entry lapses by itself.
+    pub(crate) lapses: Option<Instant>,
+}
+
+/// The entries.
+#[derive(Default)]
+pub(crate) struct Books {
+    nodes: BTreeMap<String, Arc<KubeNode>>,
+    pods: BTreeMap<PodKey, Shown>,
+    expected: BTreeMap<PodKey, Expected>,
+    /// Pods that take or are expected to take resources of a node.
+    on_node: BTreeMap<String, BTreeSet<PodKey>>,
+    of_job: BTreeMap<String, BTreeSet<PodKey>>,
+    /// Counts entries.
+    turn: u64,
+    changed_nodes: BTreeSet<String>,
+    changed_jobs: BTreeSet<String>,
+    /// What the list that is coming in has shown so far.
+    listing: Option<BTreeSet<PodKey>>,
+    listing_nodes: Option<BTreeSet<String>>,
+}
+
+impl Books {
+    /// Takes in what the watch of pods has brought.
+    pub(crate) fn pod_event(&mut self, event: &Event<Pod>) {
+        match event {
+            Event::Apply(pod) => drop(self.see(pod)),
+            Event::InitApply(pod) => {
+                let key = self.see(pod);
+                if let (Some(key), Some(listing)) = (key, &mut self.listing) {
+                    listing.insert(key);
+                }
+            }
+            Event::Delete(pod) => {
+                if let Some(key) = key(pod) {
+                    self.forget(&key, pod.metadata.uid.as_deref());
+                }
+            }
+            Event::Init => self.listing = Some(BTreeSet::new()),
+            Event::InitDone => {
+                let Some(listed) = self.listing.take() else { return };
+                let gone = self.pods.keys().filter(|key| !listed.contains(*key));
+                for key in gone.cloned().collect::<Vec<_>>() {
+                    self.forget(&key, None);
+                }
+            }
+        }
+    }
+
+    /// Takes in what the watch of nodes has brought.
+    pub(crate) fn node_event(&mut self, event: &Event<KubeNode>) {
+        match event {
+            Event::Apply(node) | Event::InitApply(node) => {
+                let Some(name) = node.metadata.name.clone() else { return };
+                if let Some(listing) = &mut self.listing_nodes {
+                    listing.insert(name.clone());
+                }
+                self.changed_nodes.insert(name.clone());
+                self.nodes.insert(name, Arc::new(node.clone()));
+            }
+            Event::Delete(node) => self.forget_node(node.metadata.name.as_deref()),
+            Event::Init => self.listing_nodes = Some(BTreeSet::new()),
+            Event::InitDone => {
+                let Some(listed) = self.listing_nodes.take() else { return };
+                let gone = self.nodes.keys().filter(|name| !listed.contains(*name));
+                for name in gone.cloned().collect::<Vec<_>>() {
+                    self.forget_node(Some(&name));
+                }
+            }
+        }
+    }
+
+    fn forget_node(&mut self, name: Option<&str>) {
+        let Some(name) = name else { return };
+        if self.nodes.remove(name).is_some() {
+            self.changed_nodes.insert(name.to_owned());
+        }
+    }
+
+    fn see(&mut self, pod: &Pod) -> Option<PodKey> {
+        let key = key(pod)?;
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let member = Member::read(pod);
+        let is_bound = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+        let was_expected = self.expected.get(&key).is_some_and(|expected| match &expected.whose {
+            Whose::Gang(job, held) => member
+                .as_ref()
+                .is_some_and(|member| member.job == *job && member.attempt == held.attempt.0),
+            Whose::Other(expected, _) => *expected == uid,
+        });
+        let node = occupied(pod).map(str::to_owned);
+        let ask = Ask::of(pod);
+        let before = self.pods.get(&key);
+        let same = before.filter(|before| {
+            let (old, new) = (before.member.as_ref(), member.as_ref());
+            before.uid == uid
+                && before.node == node
+                && *before.ask == ask
+                && old.and_then(held) == new.and_then(held)
+        });
+        let (turn, ask) = match same {
+            Some(before) => (before.turn, before.ask.clone()),
+            None => {
+                self.turn += 1;
+                (self.turn, Arc::new(ask))
+            }
+        };
+        let is_same = same.is_some();
+        if let Some(job) = before.and_then(|before| before.member.as_ref()).map(|m| m.job.clone())
+            && member.as_ref().is_none_or(|member| member.job != job)
+        {
+            self.leave_job(&job, &key);
+        }
+        if let Some(member) = &member {
+            self.of_job.entry(member.job.clone()).or_default().insert(key.clone());
+            self.changed_jobs.insert(member.job.clone());
+        }
+        let before = self.pods.insert(key.clone(), Shown { uid, node, ask, member, turn });
+        if was_expected && is_bound {
+            self.unexpect(&key);
+        }
+        if !is_same {
+            if let Some(node) = before.and_then(|before| before.node) {
+                self.leave(&node, &key);
+            }
+            if let Some(node) = self.pods.get(&key).and_then(|pod| pod.node.clone()) {
+                self.enter(node, key.clone());
+            }
+        }
+        Some(key)
+    }
+
+    fn forget(&mut self, key: &PodKey, uid: Option<&str>) {
+        if self.pods.get(key).is_none_or(|pod| uid.is_some_and(|uid| uid != pod.uid)) {
+            return;
+        }
+        let Some(gone) = self.pods.remove(key) else { return };
+        let is_its = |expected: &Expected| matches!(&expected.whose, Whose::Other(uid, _) if *uid == gone.uid);
+        if self.expected.get(key).is_some_and(is_its) {
+            self.unexpect(key);
+        }
+        if let Some(node) = &gone.node {
+            self.leave(node, key);
+        }
+        if let Some(member) = &gone.member {
+            self.leave_job(&member.job, key);
+        }
+    }
+
+    fn enter(&mut self, node: String, key: PodKey) {
+        self.changed_nodes.insert(node.clone());
+        self.on_node.entry(node).or_default().insert(key);
+    }
+
+    /// Takes a pod off a node, unless another entry of it keeps it there.
+    fn leave(&mut self, node: &str, key: &PodKey) {
+        self.changed_nodes.insert(node.to_owned());
+        let stays = self.pods.get(key).is_some_and(|pod| pod.node.as_deref() == Some(node))
+            || self.expected.get(key).is_some_and(|expected| expected.node == node);
+        if !stays && let Some(there) = self.on_node.get_mut(node) {
+            there.remove(key);
+            if there.is_empty() {
+                self.on_node.remove(node);
+            }
+        }
+    }
+
+    fn leave_job(&mut self, job: &str, key: &PodKey) {
+        self.changed_jobs.insert(job.to_owned());
+        if let Some(theirs) = self.of_job.get_mut(job) {
+            theirs.remove(key);
+            if theirs.is_empty() {
+                self.of_job.remove(job);
+            }
+        }
+    }
+
+    fn expect(&mut self, key: PodKey, node: String, ask: Arc<Ask>, whose: Whose) {
+        self.turn += 1;
+        let expected = Expected { node: node.clone(), ask, whose, turn: self.turn };
+        if let Some(before) = self.expected.insert(key.clone(), expected) {
+            self.leave(&before.node, &key);
+        }
+        self.enter(node, key);
+    }
+
+    fn unexpect(&mut self, key: &PodKey) {
+        if let Some(gone) = self.expected.remove(key) {
+            self.leave(&gone.node, key);
+        }
+    }
+
+    /// Returns what takes resources of a node: each pod once.
+    fn taken<'a>(&'a self, node: &str) -> impl Iterator<Item = Taken<'a>> {
+        let there = self.on_node.get(node).into_iter().flatten();
+        let node = node.to_owned();
+        there.filter_map(move |key| {
+            let shown = self.pods.get(key).filter(|pod| pod.node.as_deref() == Some(&node));
+            if let Some(pod) = shown {
+                let member = pod.member.as_ref();
+                let job = member.map(|member| member.job.as_str());
+                let held = member.and_then(held);
+                return Some(Taken { key, job, held, ask: &pod.ask, turn: pod.turn });
+            }
+            let expected = self.expected.get(key).filter(|expected| expected.node == node)?;
+            let (job, held) = match &expected.whose {
+                Whose::Gang(job, held) => (Some(job.as_str()), Some(held.clone())),
+                Whose::Other(..) => (None, None),
+            };
+            Some(Taken { key, job, held, ask: &expected.ask, turn: expected.turn })
+        })
+    }
+
+    /// Returns what has changed, and forgets that it has. `is_job` knows the uids of the jobs whose
+    /// pods are gangs; other pods are like anybody's.
+    pub(crate) fn changes(&mut self, is_job: &dyn Fn(&str) -> bool, now: Instant) -> Changes {
+        self.lapse(now);
+        let mut changes = Changes { turn: self.turn, ..Changes::default() };
+        for name in std::mem::take(&mut self.changed_nodes) {
+            let mut of_node = NodeNow {
+                node: self.nodes.get(&name).cloned(),
+                held: Vec::new(),
+                others: Ask::default(),
+                name,
+            };
+            for taken in self.taken(&of_node.name) {
+                match taken.held {
+                    Some(held) if taken.job.is_some_and(is_job) => of_node.held.push(held),
+                    _ => of_node.others.add(taken.ask),
+                }
+            }
+            changes.nodes.push(of_node);
+        }
+        for job in std::mem::take(&mut self.changed_jobs) {
+            let theirs = self.of_job.get(&job).into_iter().flatten();
+            let members = theirs.filter_map(|key| self.pods.get(key)?.member.clone()).collect();
+            changes.members.insert(job, members);
+        }
+        let lapses = self.expected.values().filter_map(|expected| match expected.whose {
+            Whose::Other(_, until) => Some(until),
+            Whose::Gang(..) => None,
+        });
+        changes.lapses = lapses.min();
+        changes
+    }
+
+    /// Forgets bindings that were let through and never stored.
+    fn lapse(&mut self, now: Instant) {
+        let lapsed = self.expected.iter().filter(
+            |(_, expected)| matches!(expected.whose, Whose::Other(_, until) if until <= now),
+        );
+        for key in lapsed.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
+            self.unexpect(&key);
+        }
+    }
+
+    /// Begins a term of leadership: promises of the last are dropped, since nobody keeps them any more,
+    /// and everything is told again.
+    pub(crate) fn begin(&mut self) {
+        let promised =
+            self.expected.iter().filter(|(_, expected)| matches!(expected.whose, Whose::Gang(..)));
+        for key in promised.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
+            self.unexpect(&key);
+        }
+        self.changed_nodes.extend(self.nodes.keys().cloned());
+        self.changed_nodes.extend(self.on_node.keys().cloned());
+        self.changed_jobs.extend(self.of_job.keys().cloned());
+    }
+
+    /// Tells of a job's nodes again: its pods have become a gang's, or are no gang's any more.
+    pub(crate) fn touch_job(&mut self, job: &str) {
+        let theirs = self.of_job.get(job).into_iter().flatten();
+        let nodes = theirs.filter_map(|key| self.pods.get(key)?.node.clone());
+        let promised = self
+            .expected
+            .values()
+            .filter(|expected| matches!(&expected.whose, Whose::Gang(whose, _) if whose == job));
+        let nodes: Vec<String> = nodes.chain(promised.map(|one| one.node.clone())).collect();
+        self.changed_nodes.extend(nodes);
+    }
+
+    /// Promises places to a gang: all of them, or none. `turn` is what its plan was made on; `extra` is
+    /// what each pod asks that the plan knows nothing of.
+    ///
+    /// # Errors
+    /// What leaves no room, in words.
+    pub(crate) fn promise(
+        &mut self,
+        job: &str,
+        places: Vec<Place>,
+        extra: &Ask,
+        turn: u64,
+    ) -> Result<(), String> {
+        let mut wanted: BTreeMap<&str, (Ask, Ask)> = BTreeMap::new();
+        for place in &places {
+            let (all, beside) = wanted.entry(&place.held.node).or_default();
+            all.add(&place.ask);
+            beside.add(extra);
+        }
+        for (node, (all, beside)) in wanted {
+            // What the plan knew of was judged by the core, and checked.
+            let is_new = self.taken(node).any(|taken| taken.turn > turn);
+            if let Some(short) = self.short(node, if is_new { &all } else { &beside }, None) {
+                return Err(short);
+            }
+            let offered = self.nodes.get(node).map(|node| Ask::offered(node)).unwrap_or_default();
+            if let Some((name, _)) = extra.iter().find(|(name, _)| !offered.names(name)) {
+                return Err(format!("{node} has no {name}"));
+            }
+        }
+        for Place { pod, held, ask } in places {
+            let node = held.node.clone();
+            self.expect(pod, node, ask, Whose::Gang(job.to_owned(), held));
+        }
+        Ok(())
+    }
+
+    /// Drops what is left of a gang's promise.
+    pub(crate) fn drop_promise(&mut self, job: &str) {
+        let left = self.expected.iter().filter(
+            |(_, expected)| matches!(&expected.whose, Whose::Gang(whose, _) if whose == job),
+        );
+        for key in left.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
+            self.unexpect(&key);
+        }
+    }
+
+    /// Judges a binding by another scheduler, and enters it when it may be stored.
+    ///
+    /// A node on which no gang is or is promised anything is none of our business.
+    pub(crate) fn review(
+        &mut self,
+        key: &PodKey,
+        uid: Option<&str>,
+        node: &str,
+        is_dry: bool,
+        now: Instant,
+    ) -> Verdict {
+        self.lapse(now);
+        let shown = self.pods.get(key).filter(|pod| uid.is_none_or(|uid| uid == pod.uid));
+        let Some(pod) = shown else { return Verdict::Unknown };
+        if pod.member.is_some() {
+            let why = format!("{} is a pod of a gang, which only the operator binds", key.1);
+            return Verdict::Refused(why);
+        }
+        if pod.node.is_some() {
+            // Bound already: the API server says so.
+            return Verdict::Allowed;
+        }
+        let (ask, uid) = (pod.ask.clone(), pod.uid.clone());
+        let has_gang = self.taken(node).any(|taken| taken.job.is_some());
+        if has_gang && let Some(short) = self.short(node, &ask, Some(key)) {
+            return Verdict::Refused(short);
+        }
+        if !is_dry {
+            self.expect(key.clone(), node.to_owned(), ask, Whose::Other(uid, now + LET_THROUGH));
+        }
+        Verdict::Allowed
+    }
+
+    /// Says of which resource a node has not enough left. What it does not offer at all is not judged
+    /// here, and neither is a node that is not shown.
+    fn short(&self, node: &str, ask: &Ask, except: Option<&PodKey>) -> Option<String> {
+        let offered = Ask::offered(self.nodes.get(node)?);
+        let mut taken = Ask::default();
+        for one in self.taken(node).filter(|taken| Some(taken.key) != except) {
+            taken.add(one.ask);
+        }
+        ask.iter().filter(|(name, amount)| *amount > 0 && offered.names(name)).find_map(
+            |(name, amount)| {
+                let left = offered.get(name).saturating_sub(taken.get(name));
+                (amount > left).then(|| {
+                    format!(
+                        "{} of {node} is promised: {} are left of {}, and {} are asked for",
+                        name,
+                        whole(left),
+                        whole(offered.get(name)),
+                        whole(amount)
+                    )
+                })
+            },
+        )
+    }
+}
+
+/// One pod on a node.
+struct Taken<'a> {
+    key: &'a PodKey,
+    /// The uid of its job, when it is a gang's.
+    job: Option<&'a str>,
+    held: Option<Held>,
+    ask: &'a Ask,
+    turn: u64,
+}
+
+fn key(pod: &Pod) -> Option<PodKey> {
+    Some((pod.metadata.namespace.clone()?, pod.metadata.name.clone()?))
+}
+
+/// Writes an amount of thousandths as people count.
+fn whole(milli: u64) -> f64 {
+    milli as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use drumline_spec::DeviceKind;
+    use drumline_types::Attempt;
+    use serde_json::json;
+
+    const GPU: &str = "nvidia.com/gpu";
+
+    fn pod(name: &str, node: Option<&str>, gpus: u32) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "namespace": "n", "name": name, "uid": format!("uid-{name}") },
+            "spec": { "nodeName": node, "containers": [{ "name": "x", "resources": {
+                "limits": { GPU: gpus.to_string() } } }] },
+        }))
+        .unwrap()
+    }
+
+    fn member(rank: u32, node: Option<&str>) -> Pod {
+        let mut pod = pod(&format!("g-c1-{rank}"), node, 1);
+        pod.spec.as_mut().unwrap().scheduler_name = Some(crate::gang::SCHEDULER.to_owned());
+        let labels = json!({ crate::gang::UID: "job", crate::gang::JOB_ID: "g-job",
+                             crate::gang::ATTEMPT: "1", crate::gang::RANK: rank.to_string(),
+                             crate::gang::RANKS: "2", crate::gang::DEVICE: "gpu" });
+        pod.metadata.labels = serde_json::from_value(labels).unwrap();
+        pod
+    }
+
+    fn place(rank: u32) -> Place {
+        let mut ask = Ask::place();
+        ask.put(GPU, 1000);
+        Place {
+            pod: key_of(&format!("g-c1-{rank}")),
+            held: Held {
+                job: "g-job".parse().unwrap(),
+                attempt: Attempt(1),
+                rank,
+                device: DeviceKind::Gpu,
+                node: "a".to_owned(),
+                slot: Some(rank),
+            },
+            ask: Arc::new(ask),
+        }
+    }
+
+    fn key_of(name: &str) -> PodKey {
+        ("n".to_owned(), name.to_owned())
+    }
+
+    /// Books of one node with four devices, and plain pods `p0` to `p4` that wait.
+    fn books() -> Books {
+        let mut books = Books::default();
+        let node = json!({ "metadata": { "name": "a" },
+                           "status": { "allocatable": { GPU: "4", "pods": "110" } } });
+        books.node_event(&Event::Apply(serde_json::from_value(node).unwrap()));
+        for number in 0..5 {
+            books.pod_event(&Event::Apply(pod(&format!("p{number}"), None, 1)));
+        }
+        books
+    }
+
+    fn review(books: &mut Books, name: &str) -> Verdict {
+        let uid = format!("uid-{name}");
+        books.review(&key_of(name), Some(&uid), "a", false, Instant::now())
+    }
+
+    fn gpus(books: &Books) -> u64 {
+        books.taken("a").map(|taken| taken.ask.get(GPU)).sum()
+    }
+
+    #[test]
+    fn of_two_that_want_the_same_room_the_second_is_refused() {
+        let mut books = books();
+        books.promise("job", vec![place(0), place(1)], &Ask::default(), 0).unwrap();
+        assert_eq!(review(&mut books, "p0"), Verdict::Allowed);
+        assert_eq!(review(&mut books, "p1"), Verdict::Allowed);
+        let Verdict::Refused(why) = review(&mut books, "p2") else { panic!("let through") };
+        assert!(why.contains("nvidia.com/gpu of a") && why.contains("0 are left of 4"), "{why}");
+        // Asked again, it is the same binding.
+        assert_eq!(review(&mut books, "p1"), Verdict::Allowed);
+        assert_eq!(gpus(&books), 4000);
+        books.drop_promise("other");
+        // What the watch shows takes the place of what was expected.
+        books.pod_event(&Event::Apply(pod("p0", Some("a"), 1)));
+        books.pod_event(&Event::Apply(member(0, Some("a"))));
+        assert_eq!((gpus(&books), books.expected.len()), (4000, 2));
+        // A pod that has gone leaves its room to the next.
+        books.pod_event(&Event::Delete(pod("p0", Some("a"), 1)));
+        assert_eq!(review(&mut books, "p2"), Verdict::Allowed);
+    }
+
+    #[test]
+    fn a_gang_gets_no_room_that_was_let_through_after_its_plan() {
+        let mut books = books();
+        let all = |_: &str| true;
+        let turn = books.changes(&all, Instant::now()).turn;
+        for name in ["p0", "p1", "p2"] {
+            assert_eq!(review(&mut books, name), Verdict::Allowed);
+        }
+        let why =
+            books.promise("job", vec![place(0), place(1)], &Ask::default(), turn).unwrap_err();
+        assert!(why.contains("1 are left of 4"), "{why}");
+        assert_eq!(gpus(&books), 3000, "all of a gang or none of it");
+        let changes = books.changes(&all, Instant::now());
+        assert_eq!(changes.nodes.len(), 1);
+        assert_eq!(changes.nodes[0].others.get(GPU), 3000);
+        let mut extra = Ask::default();
+        extra.put("rdma/hca", 1000);
+        let why = books.promise("job", vec![place(0)], &extra, changes.turn).unwrap_err();
+        assert_eq!(why, "a has no rdma/hca");
+        books.promise("job", vec![place(0)], &Ask::default(), changes.turn).unwrap();
+        let changes = books.changes(&all, Instant::now());
+        assert_eq!(changes.nodes[0].held.len(), 1);
+        books.begin();
+        assert_eq!(books.changes(&all, Instant::now()).nodes[0].held.len(), 0);
+        assert_eq!(books.changes(&all, Instant::now()).nodes.len(), 0);
+    }
+
+    #[test]
+    fn a_node_without_gangs_is_left_alone() {
+        let mut books = books();
+        for number in 0..5 {
+            assert_eq!(review(&mut books, &format!("p{number}")), Verdict::Allowed);
+        }
+        assert_eq!(review(&mut books, "p9"), Verdict::Unknown);
+        books.pod_event(&Event::Apply(member(0, None)));
+        assert!(matches!(review(&mut books, "g-c1-0"), Verdict::Refused(_)));
+        // A dry run takes no room.
+        let mut books = self::books();
+        let dry = books.review(&key_of("p0"), None, "a", true, Instant::now());
+        assert_eq!((dry, gpus(&books)), (Verdict::Allowed, 0));
+    }
+
+    #[test]
+    fn a_binding_that_was_never_stored_lapses() {
+        let mut books = books();
+        books.promise("job", vec![place(0), place(1), place(2)], &Ask::default(), 0).unwrap();
+        assert_eq!(review(&mut books, "p0"), Verdict::Allowed);
+        let later = Instant::now() + LET_THROUGH;
+        let verdict = |books: &mut Books| books.review(&key_of("p1"), None, "a", false, later);
+        assert_eq!(verdict(&mut books), Verdict::Allowed);
+        assert_eq!(gpus(&books), 4000);
+    }
+
+    #[test]
+    fn a_list_that_comes_anew_shows_what_is_gone() {
+        let mut books = books();
+        books.pod_event(&Event::Apply(member(0, Some("a"))));
+        books.changes(&|_| true, Instant::now());
+        books.pod_event(&Event::Init);
+        books.pod_event(&Event::InitApply(pod("p0", Some("a"), 1)));
+        books.pod_event(&Event::InitDone);
+        assert_eq!(books.pods.len(), 1);
+        let changes = books.changes(&|_| true, Instant::now());
+        assert_eq!(changes.members["job"].len(), 0);
+        assert_eq!(changes.nodes[0].others.get(GPU), 1000);
+        assert!(books.of_job.is_empty());
+        books.node_event(&Event::Init);
+        books.node_event(&Event::InitDone);
+        assert!(books.changes(&|_| true, Instant::now()).nodes[0].node.is_none());
+    }
+}

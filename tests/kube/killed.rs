@@ -229,10 +229,19 @@ async fn unsettled(admin: &Admin, pods: &[Pod], jobs: &[String]) -> Option<Strin
         let theirs: Vec<&Pod> = theirs.collect();
         counted += theirs.len() as u64;
         let alive = theirs.iter().filter(|pod| !has_ended(pod)).count();
+        // What ended in the attempt before is kept, so that its log can be read.
+        let newest = job.data["status"]["attempt"].to_string();
+        let is_newest = |pod: &&&Pod| {
+            let labels = pod.metadata.labels.as_ref();
+            labels.and_then(|all| all.get("drumline.dev/attempt")) == Some(&newest)
+        };
+        let of_newest: Vec<&&Pod> = theirs.iter().filter(is_newest).collect();
+        let is_whole = of_newest.len() as u64 == ranks
+            && alive == of_newest.iter().filter(|pod| !has_ended(pod)).count();
         let is_good = match phase.as_str() {
-            "running" => theirs.len() as u64 == ranks && alive > 0,
+            "running" => is_whole && alive > 0,
             "pending" => alive == 0 && job.data["status"]["reason"] == "WaitingForDevices",
-            "succeeded" => theirs.len() as u64 == ranks && alive == 0,
+            "succeeded" => is_whole && alive == 0,
             "failed" => alive == 0,
             _ => false,
         };

@@ -49,8 +49,8 @@ const WAIT_TOLD: Duration = Duration::from_secs(2);
 const UNGUARDED: &str = "bindings of other schedulers do not come by the operator, and gangs wait \
                          until they do: can the API server reach it? See the webhook configuration \
                          drumline-bindings";
-/// It is told of no earlier after an operator has begun to lead, in milliseconds.
-const UNGUARDED_TOLD_MS: u64 = 10_000;
+/// The guard may take so long to come into effect after an operator has begun to lead, in milliseconds.
+const UNGUARDED_MS: u64 = 10_000;
 /// How far a run is, is written at most so often.
 const PROGRESS_TOLD: Duration = Duration::from_secs(10);
 
@@ -363,12 +363,12 @@ impl Core {
     ) {
         let known: BTreeMap<&JobId, &Job> = jobs.values().map(|job| (&job.id, job)).collect();
         let mut scene = Scene { queues: self.queues.read(&self.stores.queues), ..scene };
-        if self.guard.as_ref().is_some_and(|guard| !guard.holds()) {
+        if self.waits_for_guard(now, wake) {
             // What is bound beside us would not be held against what is promised here.
             let why = Explanation::new(Reason::NotYetConsidered, UNGUARDED);
             for job in wanting.drain(..) {
                 scene.between.insert(job.id.clone());
-                if now.0.saturating_sub(self.since.0) > UNGUARDED_TOLD_MS {
+                if now.0.saturating_sub(self.since.0) > UNGUARDED_MS {
                     self.tell_wait(job, &why, now, wake);
                 }
             }
@@ -446,6 +446,17 @@ impl Core {
             status.ready = format!("0/{}", spec.gang().ranks);
         }
         self.write(job, status);
+    }
+
+    /// Whether gangs wait for the guard: for good where nothing may pass it, else for a moment.
+    fn waits_for_guard(&self, now: Timestamp, wake: &mut Wake) -> bool {
+        let Some(guard) = self.guard.as_ref().filter(|guard| !guard.holds()) else { return false };
+        let until = self.since.0.saturating_add(UNGUARDED_MS);
+        let is_early = now.0 <= until;
+        if is_early {
+            wake.at_ms(Some(until + 1));
+        }
+        is_early || guard.is_required()
     }
 
     /// Begins to launch a checked plan that was made on `turn` of the ledger.

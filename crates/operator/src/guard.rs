@@ -125,14 +125,22 @@ pub enum GuardError {
 /// Says whether bindings come by. Cloning shares it.
 #[derive(Debug, Clone)]
 pub(crate) struct InEffect {
+    /// Whether nobody's binding is stored unjudged, so that gangs have to wait for it.
+    is_required: bool,
     start: Instant,
     /// Milliseconds after `start` until which it is believed.
     until_ms: Arc<AtomicU64>,
 }
 
 impl InEffect {
-    fn new() -> Self {
-        Self { start: Instant::now(), until_ms: Arc::default() }
+    fn new(when_away: WhenAway) -> Self {
+        let is_required = when_away == WhenAway::Fail;
+        Self { is_required, start: Instant::now(), until_ms: Arc::default() }
+    }
+
+    /// Returns whether gangs wait until bindings come by, however long that is.
+    pub(crate) fn is_required(&self) -> bool {
+        self.is_required
     }
 
     /// Returns whether bindings come by.
@@ -200,7 +208,7 @@ pub(crate) async fn start(
         refused: AtomicU64::new(0),
     });
     tokio::spawn(accept(listener, TlsAcceptor::from(Arc::new(tls)), desk.clone(), stop.clone()));
-    let in_effect = InEffect::new();
+    let in_effect = InEffect::new(rules.when_away);
     let keeper = Keeper {
         rules,
         client,
@@ -398,7 +406,7 @@ impl Keeper {
             fails += 1;
             // The configuration takes a moment to be heard of.
             if fails % 20 == 8 {
-                let is_held = !self.in_effect.holds();
+                let is_held = !self.in_effect.holds() && self.in_effect.is_required();
                 tracing::warn!(%why, gangs_wait = is_held, "bindings do not come by the guard");
             }
             // Somebody may have changed it.

@@ -87,7 +87,22 @@ fn two_gangs_that_could_each_hold_half_do_not() {
 fn every_wait_has_its_reason_and_its_numbers() {
     let full = ["a r1 ##..", "b r1 .#x.", "c r2 .... !"];
     type Case<'a> = (&'a [&'a str], (u32, u32), Reason, &'a str);
-    let cases: [Case<'_>; 6] = [
+    let cases: [Case<'_>; 8] = [
+        (
+            // Whole groups alone count: one on each of the first two, none on the others.
+            &["a r1 ......", "b r1 ......", "c r2 ...", "d r2 ..#"],
+            (4, 4),
+            Reason::ExceedsCluster,
+            "needs 16 gpu devices in groups of 4 on one node; the fleet has 18 and could hold 8; \
+             17 free on 4 nodes, at most 6 on one; not eligible: 1 busy; would fit with 8 ranks",
+        ),
+        (
+            &["a r1 ......", "b r1 ##....", "c r2 ..##", "d r2 ###."],
+            (2, 7),
+            Reason::WaitingForDevices,
+            "needs 14 gpu devices in groups of 2 on one node; 13 free on 4 nodes, at most 6 on one; \
+             not eligible: 7 busy; would fit with 12 ranks",
+        ),
         (
             &full,
             (1, 5),

@@ -38,7 +38,7 @@ pub enum Role {
     Gateway(GatewayArgs),
     /// The control plane of a Kubernetes cluster.
     #[command(hide = true)]
-    Operator(operator::OperatorArgs),
+    Operator(Box<operator::OperatorArgs>),
     /// What watches one node of a Kubernetes cluster.
     #[command(hide = true)]
     NodeAgent(node_agent::NodeAgentArgs),
@@ -219,7 +219,7 @@ impl Role {
         // Their state is the cluster's, and their identity the kubeconfig's or service account's.
         let this = match self {
             Self::Operator(args) => {
-                return operator::run(args, stop_token(&Attached { attached: false })?).await;
+                return operator::run(*args, stop_token(&Attached { attached: false })?).await;
             }
             Self::NodeAgent(args) => {
                 return node_agent::run(args, stop_token(&Attached { attached: false })?).await;

@@ -395,18 +395,18 @@ impl Core {
         }
         let decision = self.desk.look(scene, now);
         for checked in decision.start {
-            if let Some(job) = known.get(&checked.plan().job) {
-                if let Err(why) = self.launch(job, &checked, turn, now) {
-                    // Another scheduler was faster, and the next pass knows what it took; or the core
-                    // does not know of a resource that the job wants beside its devices.
-                    tracing::info!(job = %job.id, %why, "a plan came too late");
-                    if job.template.extra() != Ask::default() {
-                        self.resting.insert(job.uid.clone(), Instant::now() + EXTRA_REST);
-                        let why = Explanation::new(Reason::WaitingForDevices, why);
-                        self.tell_wait(job, &why, now, wake);
-                    }
-                    wake.at(Instant::now());
+            if let Some(job) = known.get(&checked.plan().job)
+                && let Err(why) = self.launch(job, &checked, turn, now)
+            {
+                // Another scheduler was faster, and the next pass knows what it took; or the core
+                // does not know of a resource that the job wants beside its devices.
+                tracing::info!(job = %job.id, %why, "a plan came too late");
+                if job.template.extra() != Ask::default() {
+                    self.resting.insert(job.uid.clone(), Instant::now() + EXTRA_REST);
+                    let why = Explanation::new(Reason::WaitingForDevices, why);
+                    self.tell_wait(job, &why, now, wake);
                 }
+                wake.at(Instant::now());
             }
         }
         for (id, attempt, why) in decision.leave {

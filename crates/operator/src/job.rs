@@ -159,13 +159,13 @@ impl Job {
                 Err(why) => self.spec = Err(format!("annotation {TEMPLATE}: {why}")),
             }
         }
-        if let Some(path) = &self.host_path {
-            if !is_allowed(path) {
-                self.spec = Err(format!(
-                    "annotation {HOST_PATH}: {path} is not below a folder that the operator allows \
+        if let Some(path) = &self.host_path
+            && !is_allowed(path)
+        {
+            self.spec = Err(format!(
+                "annotation {HOST_PATH}: {path} is not below a folder that the operator allows \
                      (--allow-host-path); use {SHARED_CLAIM}"
-                ));
-            }
+            ));
         }
         if let Some(size) = &self.shm_size
             && crate::quantity::milli(size).is_none_or(|milli| milli == 0)

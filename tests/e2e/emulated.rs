@@ -109,6 +109,13 @@ fn succeed(cluster: &Cluster, id: &str) {
     assert_eq!(job["phase"], "succeeded", "{job:#}\n{}", log(cluster, id));
 }
 
+/// Trains the model on the processor; returns step and loss, as bits.
+fn losses_on_cpu(cluster: &Cluster) -> Vec<(u64, u32)> {
+    let id = cluster.submit(&training("cpu", (1, 1, 1), "{device: cpu}"));
+    succeed(cluster, &id);
+    losses(cluster, &id)
+}
+
 /// Panics unless two runs lost the same at every step, but for rounding.
 fn assert_near(what: &str, got: &[(u64, u32)], want: &[(u64, u32)]) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -126,9 +133,7 @@ fn a_model_is_trained_on_gpus_survives_a_kill_and_is_served() {
     let Some(machine) = Machine::new(TEST, "gpus 2\n") else { return };
     let cluster = machine.cluster(&[]);
     cluster.build_data();
-    let on_cpu = cluster.submit(&training("cpu", (1, 1, 1), "{device: cpu}"));
-    succeed(&cluster, &on_cpu);
-    let want = losses(&cluster, &on_cpu);
+    let want = losses_on_cpu(&cluster);
     assert_eq!(want.len(), 12);
 
     let id = cluster.submit(&training("tensor", (2, 1, 1), "{device: gpu}"));
@@ -187,9 +192,7 @@ fn ranks_that_share_a_gpu_meet_in_host_memory_and_all_splits_learn_the_same() {
     let Some(machine) = Machine::new(TEST, "gpus 2\n") else { return };
     let cluster = machine.cluster(&[]);
     cluster.build_data();
-    let on_cpu = cluster.submit(&training("cpu", (1, 1, 1), "{device: cpu}"));
-    succeed(&cluster, &on_cpu);
-    let want = losses(&cluster, &on_cpu);
+    let want = losses_on_cpu(&cluster);
     for (name, split, resources, way) in [
         ("data", (1, 1, 2), "{device: gpu}", "over NCCL 2.30.4"),
         ("pipeline", (1, 2, 1), "{device: gpu}", "over NCCL 2.30.4"),

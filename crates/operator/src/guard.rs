@@ -2,8 +2,9 @@
 //! by a validating webhook, before it stores a binding.
 //!
 //! Only the operator that leads answers, by its ledger. It makes the webhook's certificate itself, at
-//! each start, and puts it into the configuration that the chart has made. Gangs are launched only
-//! while a binding that asks for nothing, sent now and then, is seen to come by here.
+//! each start, and puts it into the configuration that the chart has made. A binding that asks for
+//! nothing, sent now and then, shows whether bindings come by here; until one does, gangs wait: for a
+//! moment, or for good where nothing may pass unjudged.
 //! Decision 9 says why it is done like this.
 
 use std::convert::Infallible;

@@ -393,8 +393,10 @@ impl Books {
             if let Some(short) = self.short(node, if is_new { &all } else { &beside }, None) {
                 return Err(short);
             }
-            let offered = self.nodes.get(node).map(|node| Ask::offered(node)).unwrap_or_default();
-            if let Some((name, _)) = extra.iter().find(|(name, _)| !offered.names(name)) {
+            let offers = |name: &str| {
+                self.nodes.get(node).is_some_and(|node| Ask::offered(node).names(name))
+            };
+            if let Some((name, _)) = extra.iter().find(|(name, _)| !offers(name)) {
                 return Err(format!("{node} has no {name}"));
             }
         }

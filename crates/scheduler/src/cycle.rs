@@ -496,7 +496,7 @@ impl Scheduler {
                 self.check_without(leaf, charge, lifted, short)
             }
         };
-        self.suppose_back(lent);
+        self.suppose_back(&lent);
         checked
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drumline_spec::Gang;
+use drumline_queue::{Charge, QueueId};
 use drumline_types::{DeviceId, JobId};
 
 use crate::holds::{Hold, Keep};
@@ -59,20 +59,34 @@ impl Scheduler {
             return;
         }
         let Some(hold) = self.holds.of(job) else { return };
-        let spare = hold.keep == Keep::Spare;
-        let kept = if spare { self.unlent(job) } else { Vec::new() };
-        let counted = if spare { &kept } else { &hold.devices };
-        let count = counted.len();
-        let first: Vec<DeviceId> = counted.iter().take(2).cloned().collect();
+        if hold.keep == Keep::Spare {
+            let unlent = self.unlent(job);
+            self.suppose_spares(job, &unlent);
+            return;
+        }
+        let count = hold.devices.len();
+        let first: Vec<DeviceId> = hold.devices.iter().take(2).cloned().collect();
         let Some(owner) = self.known(job) else { return };
-        if owner.placed().is_some() && !spare {
+        if owner.placed().is_some() {
             // What a gang that shrinks will keep is charged already.
             return;
         }
-        let leader = owner.request.gang.leader.filter(|_| !spare);
-        let gang = Gang { leader, ..owner.request.gang.clone() };
+        let gang = owner.request.gang.clone();
         let Some(queue) = self.tree.find(&owner.request.settings.queue) else { return };
         let charge = self.charge_for(&gang, &first, count, self.now);
+        self.suppose_as(job, queue, charge);
+    }
+
+    /// Counts these devices as kept ready for a job that is not counted.
+    pub(crate) fn suppose_spares(&mut self, job: &JobId, spares: &[DeviceId]) {
+        let Some(owner) = self.known(job) else { return };
+        let gang = owner.request.gang.clone();
+        let Some(queue) = self.tree.find(&owner.request.settings.queue) else { return };
+        let charge = self.spares_charge(gang, spares);
+        self.suppose_as(job, queue, charge);
+    }
+
+    fn suppose_as(&mut self, job: &JobId, queue: QueueId, charge: Charge) {
         self.tree.suppose(queue, &charge, true);
         if let Some(supposed) = &mut self.supposed {
             supposed.insert(job.clone(), (queue, charge));

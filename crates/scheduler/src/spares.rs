@@ -17,12 +17,6 @@ use crate::preempt::{NOMINATED_MS, holders};
 use crate::scheduler::{Scheduler, Slot};
 use crate::site;
 
-/// What is counted otherwise while a job is supposed to run on spares.
-pub(crate) struct Lent {
-    owner: JobId,
-    rest: Option<(QueueId, Charge)>,
-}
-
 /// Gangs for which spares are sought in one cycle, at most.
 const SOUGHT_MAX: usize = 32;
 
@@ -150,7 +144,7 @@ impl Scheduler {
         let Ok(leaf) = self.tree.leaf(&job.request.settings.queue) else { return false };
         let counted = self.suppose_without(&id);
         let unlent = self.unlent(&id);
-        let charge = self.charge_of(&Gang { leader: None, ..gang }, &unlent, self.now);
+        let charge = self.spares_charge(gang, &unlent);
         let allowed = charge.is_empty() || self.tree.check(leaf, &charge).is_ok();
         if counted {
             self.suppose_with(&id);
@@ -235,7 +229,7 @@ impl Scheduler {
         if found.is_empty() {
             return false;
         }
-        let charge = self.charge_of(&Gang { leader: None, ..gang }, &found, self.now);
+        let charge = self.spares_charge(gang, &found);
         if self.tree.check(leaf, &charge).is_err() {
             return false;
         }
@@ -297,8 +291,7 @@ impl Scheduler {
             {
                 continue;
             }
-            let of = Gang { leader: None, ..self.job(owner).request.gang.clone() };
-            let charge = self.charge_of(&of, &unlent, self.now);
+            let charge = self.spares_charge(self.job(owner).request.gang.clone(), &unlent);
             let (job, owner) = (self.job(slot), self.job(owner));
             let better = || {
                 let choice = self.choices(leaf, gang).into_iter().next()?;
@@ -340,37 +333,30 @@ impl Scheduler {
         site::fit(trial.snapshot(), gang, split, &bounds)
     }
 
-    /// Counts what is kept ready as it will be when a job has some of it. Returns what undoes it.
-    pub(crate) fn suppose_lent(&mut self, slot: Slot, devices: &[DeviceId]) -> Vec<Lent> {
+    /// Counts what is kept ready as it will be when a job has some of it. Returns whose that is.
+    pub(crate) fn suppose_lent(&mut self, slot: Slot, devices: &[DeviceId]) -> Vec<JobId> {
         let id = self.job(slot).id.clone();
-        let mut all = Vec::new();
-        for owner in self.owners(&id, devices) {
-            if !self.suppose_without(&owner) {
-                continue;
-            }
-            let mut left = self.unlent(&owner);
+        let mut owners: Vec<JobId> = self.owners(&id, devices).into_iter().collect();
+        owners.retain(|owner| self.suppose_without(owner));
+        for owner in &owners {
+            let mut left = self.unlent(owner);
             left.retain(|device| !devices.contains(device));
-            let request = self.known(&owner).map(|owner| owner.request.clone());
-            let rest = request.filter(|_| !left.is_empty()).and_then(|request| {
-                let queue = self.tree.find(&request.settings.queue)?;
-                let gang = Gang { leader: None, ..request.gang.clone() };
-                let charge = self.charge_of(&gang, &left, self.now);
-                self.tree.suppose(queue, &charge, true);
-                Some((queue, charge))
-            });
-            all.push(Lent { owner, rest });
+            self.suppose_spares(owner, &left);
         }
-        all
+        owners
     }
 
     /// Counts again what is kept ready as it is.
-    pub(crate) fn suppose_back(&mut self, lent: Vec<Lent>) {
-        for Lent { owner, rest } in lent {
-            if let Some((queue, charge)) = rest {
-                self.tree.suppose(queue, &charge, false);
-            }
-            self.suppose_with(&owner);
+    pub(crate) fn suppose_back(&mut self, owners: &[JobId]) {
+        for owner in owners {
+            self.suppose_without(owner);
+            self.suppose_with(owner);
         }
+    }
+
+    /// Returns what a gang's queue is charged for spares of it: they replace workers.
+    pub(crate) fn spares_charge(&mut self, gang: Gang, spares: &[DeviceId]) -> Charge {
+        self.charge_of(&Gang { leader: None, ..gang }, spares, self.now)
     }
 
     /// Returns the other gangs that some devices are kept ready for.

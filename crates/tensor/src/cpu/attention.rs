@@ -51,6 +51,34 @@ const fn stride(columns: usize) -> usize {
     (columns.div_ceil(16) | 1) * 16
 }
 
+/// Returns the product of some rows, `a_row` apart, with columns of a transposed copy of `t` rows: scores.
+fn scoring(rows: usize, n: usize, e: usize, a_row: usize, t: usize) -> Tile {
+    Tile {
+        m: rows,
+        n,
+        k: e,
+        a_row,
+        a_column: 1,
+        b_row: stride(t),
+        c_row: SCORES,
+        accumulate: false,
+    }
+}
+
+/// Returns the product of some rows of scores with rows of a copy, added to what is there.
+fn weighing(rows: usize, seen: usize, e: usize) -> Tile {
+    Tile {
+        m: rows,
+        n: e,
+        k: seen,
+        a_row: SCORES,
+        a_column: 1,
+        b_row: stride(e),
+        c_row: e,
+        accumulate: true,
+    }
+}
+
 /// One task's view of a head: where its columns lie in a row.
 #[derive(Clone, Copy)]
 struct Head {
@@ -199,16 +227,7 @@ fn forward_tile(
         let n = KEY_COLUMNS.min(start + m - column);
         let queries = &qkv[(h.base + start) * width + h.q..];
         for (rows, n) in halves(start, m, column, n) {
-            let tile = Tile {
-                m: rows.len(),
-                n,
-                k: e,
-                a_row: width,
-                a_column: 1,
-                b_row: stride(t),
-                c_row: SCORES,
-                accumulate: false,
-            };
+            let tile = scoring(rows.len(), n, e, width, t);
             let queries = &queries[rows.start * width..];
             product(tile, queries, &keys[column..], &mut scores[rows.start * SCORES..]);
         }
@@ -227,16 +246,7 @@ fn forward_tile(
             max[i] = new;
         }
         for (rows, seen) in halves(start, m, column, n) {
-            let tile = Tile {
-                m: rows.len(),
-                n: e,
-                k: seen,
-                a_row: SCORES,
-                a_column: 1,
-                b_row: stride(e),
-                c_row: e,
-                accumulate: true,
-            };
+            let tile = weighing(rows.len(), seen, e);
             let (scores, values) = (&scores[rows.start * SCORES..], &values[column * stride(e)..]);
             product(tile, scores, values, &mut sums[rows.start * e..]);
         }
@@ -384,16 +394,7 @@ impl Backward<'_> {
         for column in (0..start + m).step_by(KEY_COLUMNS) {
             let n = KEY_COLUMNS.min(start + m - column);
             for (rows, n) in halves(start, m, column, n) {
-                let tile = Tile {
-                    m: rows.len(),
-                    n,
-                    k: e,
-                    a_row: stride(e),
-                    a_column: 1,
-                    b_row: stride(t),
-                    c_row: SCORES,
-                    accumulate: false,
-                };
+                let tile = scoring(rows.len(), n, e, stride(e), t);
                 let (from, to) = (rows.start * stride(e), rows.start * SCORES);
                 product(tile, &queries[from..], &self.keys[column..], &mut p[to..]);
                 product(tile, &dout[from..], &self.values[column..], &mut ds[to..]);
@@ -406,16 +407,7 @@ impl Backward<'_> {
             }
             // dQ += dS . K
             for (rows, seen) in halves(start, m, column, n) {
-                let tile = Tile {
-                    m: rows.len(),
-                    n: e,
-                    k: seen,
-                    a_row: SCORES,
-                    a_column: 1,
-                    b_row: stride(e),
-                    c_row: e,
-                    accumulate: true,
-                };
+                let tile = weighing(rows.len(), seen, e);
                 let (ds, keys) = (&ds[rows.start * SCORES..], &self.key_rows[column * stride(e)..]);
                 product(tile, ds, keys, &mut self.dq[(start + rows.start) * e..]);
             }

@@ -259,6 +259,55 @@ fn stored_weights_change_the_scores_by_no_more_than_their_rounding() {
 }
 
 #[test]
+fn a_cache_in_halves_takes_half_the_memory_and_changes_scores_by_its_rounding() {
+    for (family, tie) in [(Family::Gpt2, true), (Family::Llama, false)] {
+        let (config, weights, _) = trained(family, tie);
+        let prompt: Vec<u32> = (0..20).map(|i| i * 3 % 61).collect();
+        // In pieces, so that most of what is attended to was stored by an earlier step.
+        let logits = |cache| {
+            let options = ModelOptions { cache, ..ModelOptions::default() };
+            let mut model = single(&config, &weights, options);
+            let mut got = Vec::new();
+            for (i, tokens) in prompt.chunks(4).enumerate() {
+                let segment = Segment {
+                    blocks: vec![2, 0],
+                    position: 4 * i as u32,
+                    tokens: tokens.to_vec(),
+                    sample: true,
+                };
+                got.extend_from_slice(model.run(&[segment]).unwrap());
+            }
+            (got, model.memory().cache, model.cache_format())
+        };
+        let (want, full, format) = logits(None);
+        assert_eq!(format, DType::F32, "as the weights are");
+        let scale = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::Bf16, 2e-2)] {
+            let (got, bytes, format) = logits(Some(dtype));
+            assert_eq!((bytes * 2, format), (full, dtype));
+            let worst = want.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+            assert!(worst > 0.0 && worst <= tolerance * scale, "{family:?} {dtype:?}: {worst}");
+        }
+        for (stored, format) in [(DType::F16, DType::F16), (DType::I8, DType::Bf16)] {
+            let options = ModelOptions { weights: stored, ..ModelOptions::default() };
+            assert_eq!(single(&config, &weights, options).cache_format(), format, "{stored:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_the_device_cannot_store_is_refused_with_those_that_it_can() {
+    let groups = local_groups(Mesh::new(Parallelism::SINGLE)).remove(0);
+    let coords = Mesh::new(Parallelism::SINGLE).coords(0);
+    let (config, _, _) = trained(Family::Llama, false);
+    let options = ModelOptions { cache: Some(DType::I8), ..ModelOptions::default() };
+    let cpu = Cpu::new(1).unwrap();
+    let refused = Model::new(&config, Parallelism::SINGLE, coords, groups, cpu, options);
+    let message = refused.err().unwrap().to_string();
+    assert!(message.contains("spec.kvCache") && message.contains("f32, bf16, f16"), "{message}");
+}
+
+#[test]
 fn cancelling_frees_the_place_and_leaves_the_others_alone() {
     let (config, weights, _) = trained(Family::Llama, false);
     let requests = requests();

@@ -34,5 +34,5 @@ pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use scheduling::Wishes;
 pub use schema::schema;
-pub use service::{ModelService, WeightStorage};
+pub use service::{KvCacheStorage, ModelService, WeightStorage};
 pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};

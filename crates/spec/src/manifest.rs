@@ -11,7 +11,7 @@ use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
 use crate::queue::QueueSpec;
 use crate::scheduling::{self, Wishes, wishes};
-use crate::service::{ModelService, WeightStorage};
+use crate::service::{KvCacheStorage, ModelService, WeightStorage};
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
 use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
 use crate::walk::{Checked, Walk};
@@ -523,6 +523,12 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
             "f16" => WeightStorage::F16,
             "int8" => WeightStorage::Int8,
             _ => WeightStorage::F32,
+        },
+        kv_cache: match walk.text("spec.kvCache")?.as_str() {
+            "f32" => KvCacheStorage::F32,
+            "bf16" => KvCacheStorage::Bf16,
+            "f16" => KvCacheStorage::F16,
+            _ => KvCacheStorage::Auto,
         },
     });
     wrap(walk, work, wishes)

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gang::Parallelism;
 
-/// How a served model's matrices are stored. Activations, sums and the cache are f32 always.
+/// How a served model's matrices are stored. Activations and sums are f32 always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WeightStorage {
@@ -32,6 +32,21 @@ impl WeightStorage {
     }
 }
 
+/// How the keys and values of past tokens are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheStorage {
+    /// As the weights are, where the device can: bf16 beside [`WeightStorage::Int8`].
+    #[default]
+    Auto,
+    /// f32, as they were computed.
+    F32,
+    /// bf16.
+    Bf16,
+    /// f16; what is beyond 65,504 becomes that.
+    F16,
+}
+
 /// A served model, checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelService {
@@ -51,4 +66,7 @@ pub struct ModelService {
     /// How matrices are stored.
     #[serde(default)]
     pub weights: WeightStorage,
+    /// How the keys and values of past tokens are stored.
+    #[serde(default)]
+    pub kv_cache: KvCacheStorage,
 }

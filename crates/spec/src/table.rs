@@ -510,7 +510,22 @@ const SERVICE: &[Field] = &[
         ]),
         "f32",
         "",
-        "How matrices are stored while they are served. Activations, sums and the cache are f32.",
+        "How matrices are stored while they are served. Activations and sums are f32.",
+    ),
+    default(
+        "kvCache",
+        Kind::Choice(&[
+            (
+                "auto",
+                "As the weights are; bf16 beside int8, and f32 on devices that have no other.",
+            ),
+            ("f32", "As they were computed."),
+            ("bf16", "Half the memory: keys and values are rounded to 8 bits."),
+            ("f16", "Half the memory: rounded to 11 bits, and to 65504 at most."),
+        ]),
+        "auto",
+        "",
+        "How the keys and values of past tokens are stored.",
     ),
     RESOURCES,
     TOPOLOGY,

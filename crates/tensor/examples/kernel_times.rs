@@ -36,7 +36,7 @@ fn main() {
     let cpu = Cpu::new(1).expect("one thread needs nothing");
     let mut r = Random::new(1);
     let a = Attention { batch: 1, sequence: 128, heads: 2, kv_heads: 2, head_dim: 64 };
-    let c = CachedAttention { heads: 2, kv_heads: 2, head_dim: 64 };
+    let c = CachedAttention { heads: 2, kv_heads: 2, head_dim: 64, stored: DType::F32 };
     let (qkv, mut dqkv) = (r.values(128 * a.qkv_width()), vec![0.0; 128 * a.qkv_width()]);
     let (mut out, mut lse) = (vec![0.0; 128 * 128], vec![0.0; 128 * 2]);
     let blocks: Vec<u32> = (0..8).collect();

@@ -284,7 +284,13 @@ pub trait Backend: Send + Sync + 'static {
         dqkv: Self::ViewMut<'_>,
     );
 
-    /// Stores the keys and values of new rows in the cache. `slots` holds, for each row, its
+    /// Tells how the cache of keys and values can be stored, the default first.
+    fn cache_formats(&self) -> &'static [DType] {
+        &[DType::F32]
+    }
+
+    /// Stores the keys and values of new rows in the cache, rounded to the nearest number of its format (in
+    /// f16 to the greatest finite one beyond that). `slots` holds, for each row, its
     /// block times [`crate::KV_BLOCK`] plus its place in the block.
     fn cache_write(
         &self,

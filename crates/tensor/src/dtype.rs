@@ -24,6 +24,17 @@ pub enum MatmulPrecision {
 }
 
 impl DType {
+    /// Returns the name used in manifests.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::I8 => "int8",
+        }
+    }
+
     /// Returns the size of one element in bytes; the scales of [`DType::I8`] are extra.
     #[must_use]
     pub fn bytes(self) -> usize {

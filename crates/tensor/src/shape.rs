@@ -1,5 +1,7 @@
 //! The shapes that operations are asked for.
 
+use crate::dtype::DType;
+
 /// How the matrix of a linear layer lies in memory, row by row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightLayout {
@@ -99,7 +101,8 @@ pub const KV_BLOCK: usize = 16;
 /// Attention of new rows to a paged cache of keys and values.
 ///
 /// A block of keys is `[K, E, KV_BLOCK]`, so that the scores of a block's tokens come out of one
-/// vector; a block of values is `[K, KV_BLOCK, E]`.
+/// vector; a block of values is `[K, KV_BLOCK, E]`. Stored as halves, two elements lie in one of the buffer's
+/// f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CachedAttention {
     /// Query heads, H.
@@ -108,13 +111,28 @@ pub struct CachedAttention {
     pub kv_heads: usize,
     /// Width of a head, E.
     pub head_dim: usize,
+    /// How keys and values are stored: [`DType::F32`], [`DType::F16`] or [`DType::Bf16`].
+    pub stored: DType,
 }
 
 impl CachedAttention {
-    /// Returns the elements of one block of keys, or of values.
+    /// Returns the f32 of a buffer that one block of keys, or of values, takes.
+    ///
+    /// # Panics
+    /// When a cache is not stored so.
     #[must_use]
     pub fn block_elements(&self) -> usize {
-        self.kv_heads * self.head_dim * KV_BLOCK
+        self.kv_heads * self.head_words()
+    }
+
+    /// Returns the f32 of a buffer that one head's part of a block takes.
+    ///
+    /// # Panics
+    /// When a cache is not stored so.
+    #[must_use]
+    pub fn head_words(&self) -> usize {
+        assert!(self.stored != DType::I8, "a cache of bytes");
+        self.head_dim * KV_BLOCK * self.stored.bytes() / size_of::<f32>()
     }
 }
 

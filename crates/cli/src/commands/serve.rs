@@ -41,6 +41,9 @@ pub struct ServeArgs {
     /// How matrices are stored: bf16 and f16 take half the memory of f32, int8 a quarter.
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "int8"])]
     pub weights: String,
+    /// How the keys and values of past tokens are stored; auto: as the matrices are.
+    #[arg(long, default_value = "auto", value_parser = ["auto", "f32", "bf16", "f16"])]
+    pub kv_cache: String,
     /// Longest wait until it is ready.
     #[arg(long, default_value = "2m", value_parser = crate::args::duration)]
     pub timeout: Duration,
@@ -123,6 +126,7 @@ fn manifest(args: &ServeArgs) -> Value {
         ("maxContext", json!(args.max_context)),
         ("maxQueue", json!(args.max_queue)),
         ("weights", json!(args.weights)),
+        ("kvCache", json!(args.kv_cache)),
     ] {
         spec.insert(name.to_owned(), value);
     }

@@ -33,8 +33,11 @@ pub struct ModelOptions {
     pub prefill_beside_decode: usize,
     /// Cache blocks of 16 tokens; 0: enough for `max_batch` sequences of `max_context`.
     pub blocks: usize,
-    /// How matrices are stored. Vectors, activations and the cache are f32.
+    /// How matrices are stored. Vectors and activations are f32.
     pub weights: DType,
+    /// How keys and values are stored; none: as the matrices are (bf16 beside int8) where the device can,
+    /// else as it prefers.
+    pub cache: Option<DType>,
 }
 
 impl Default for ModelOptions {
@@ -47,6 +50,7 @@ impl Default for ModelOptions {
             prefill_beside_decode: 64,
             blocks: 0,
             weights: DType::F32,
+            cache: None,
         }
     }
 }
@@ -86,6 +90,7 @@ pub struct Model<B: Backend, P: Probe = NoProbe> {
     device: DeviceGroups<B>,
     limits: Limits,
     weights: Weights<B>,
+    cache_format: DType,
     keys: Vec<B::Buffer>,
     values: Vec<B::Buffer>,
     memory: Memory<B>,
@@ -133,7 +138,8 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let rows_max = limits.rows_max();
         let dims = Dims::new(config, split, 1, rows_max);
         let b = &backend;
-        let shape = cache_shape(dims);
+        let cache_format = cache_format(options, b.cache_formats())?;
+        let shape = cache_shape(dims, cache_format);
         let cache = |_| b.alloc(limits.blocks * shape.block_elements());
         let keys = (0..layout.layers.len()).map(cache).collect::<Result<_, _>>()?;
         let values = (0..layout.layers.len()).map(cache).collect::<Result<_, _>>()?;
@@ -177,6 +183,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             device: DeviceGroups::default(),
             limits,
             weights,
+            cache_format,
             keys,
             values,
             memory,
@@ -191,6 +198,12 @@ impl<B: Backend, P: Probe> Model<B, P> {
     /// model was made with. All ranks of a group do this, or none.
     pub fn link_devices(&mut self, device: DeviceGroups<B>) {
         self.device = device;
+    }
+
+    /// Returns how keys and values are stored.
+    #[must_use]
+    pub fn cache_format(&self) -> DType {
+        self.cache_format
     }
 
     /// Returns what a batcher for this model may use: the same on every rank.
@@ -288,6 +301,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             recompute: Recompute::None,
             rows: None,
         };
+        let cached = cache_shape(dims, self.cache_format);
         let pipeline = Route::new(b, &*self.groups.pipeline, self.device.pipeline.as_ref());
         let (split, m) = (self.split, &mut self.memory);
         let width = n * dims.hidden;
@@ -299,7 +313,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             })?;
         }
         for index in 0..self.weights.layout.layers.len() {
-            let cache = (&mut self.keys[index], &mut self.values[index]);
+            let cache = (cached, &mut self.keys[index], &mut self.values[index]);
             stage.serve_layer(index, &self.weights, &rows, m, cache)?;
         }
         self.logits.clear();
@@ -353,8 +367,32 @@ fn limits(config: &ModelConfig, options: ModelOptions) -> Limits {
     }
 }
 
-fn cache_shape(d: Dims) -> CachedAttention {
-    CachedAttention { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim }
+/// Chooses how keys and values are stored among what a device can.
+fn cache_format(options: ModelOptions, has: &[DType]) -> Result<DType, EngineError> {
+    if let Some(wanted) = options.cache {
+        if has.contains(&wanted) {
+            return Ok(wanted);
+        }
+        let names: Vec<&str> = has.iter().map(|format| format.as_str()).collect();
+        return Err(EngineError::Split {
+            field: "spec.kvCache",
+            message: format!(
+                "this device cannot store keys and values as {}; it can as {}",
+                wanted.as_str(),
+                names.join(", ")
+            ),
+        });
+    }
+    let like = match options.weights {
+        DType::I8 => DType::Bf16,
+        other => other,
+    };
+    let first = has.first().copied().unwrap_or(DType::F32);
+    Ok(if has.contains(&like) { like } else { first })
+}
+
+fn cache_shape(d: Dims, stored: DType) -> CachedAttention {
+    CachedAttention { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim, stored }
 }
 
 /// The rows of one step, flattened.
@@ -446,7 +484,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         w: &Weights<B>,
         rows: &StepRows<'_>,
         m: &mut Memory<B>,
-        (keys, values): (&mut B::Buffer, &mut B::Buffer),
+        (cached, keys, values): (CachedAttention, &mut B::Buffer, &mut B::Buffer),
     ) -> Result<(), EngineError> {
         let (b, d, n) = (self.backend, self.dims, self.dims.rows);
         let at = &self.layout.layers[index];
@@ -464,11 +502,10 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             });
         }
         timed(self.probe, Span::Attention, || {
-            let shape = cache_shape(d);
             let (x, out) = b.split_mut(b.view_mut(&mut m.wide, 0..qkv + attended), qkv);
             let x = b.as_view(&x);
-            b.cache_write(shape, x, &rows.slots, all_mut(b, keys), all_mut(b, values));
-            b.cached_attention(shape, &rows.segments, x, all(b, keys), all(b, values), out);
+            b.cache_write(cached, x, &rows.slots, all_mut(b, keys), all_mut(b, values));
+            b.cached_attention(cached, &rows.segments, x, all(b, keys), all(b, values), out);
         });
         let branch = b.view_mut(&mut m.branch, hidden.clone());
         let input = b.view(&m.wide, qkv..qkv + attended);

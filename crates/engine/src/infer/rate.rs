@@ -72,6 +72,7 @@ pub struct Server {
     leader: Leader<Cpu>,
     model: ModelConfig,
     weights: DType,
+    cache: DType,
     /// Prompts so far: none is like another, so that no prefix is reused.
     prompts: u64,
 }
@@ -92,6 +93,7 @@ impl Server {
             prefill_beside_decode: setting.prefill_tokens,
             blocks: setting.cached_tokens.div_ceil(KV_BLOCK),
             weights: setting.weights,
+            cache: None,
         };
         let backend = Cpu::new(setting.threads)?;
         let mut served =
@@ -104,8 +106,9 @@ impl Server {
             Ok(()) => {}
             Err(never) => match never {},
         }
+        let (cache, weights) = (served.cache_format(), setting.weights);
         let leader = Leader::new(served);
-        Ok(Self { leader, model: model.clone(), weights: setting.weights, prompts: 0 })
+        Ok(Self { leader, model: model.clone(), weights, cache, prompts: 0 })
     }
 
     /// Returns the memory that was planned.
@@ -164,7 +167,7 @@ impl Server {
         Ok(ServingRate {
             prefill_tokens_per_second: prefilled as f64 / prefill_seconds,
             decode_tokens_per_second: load.batch as f64 / median,
-            step_bytes: (weights + cached * pairs * size_of::<f32>()) as f64,
+            step_bytes: (weights + cached * pairs * self.cache.bytes()) as f64,
         })
     }
 }

@@ -14,7 +14,7 @@ use drumline_cuda::Cuda;
 use drumline_data::Tokenizer;
 use drumline_engine::infer::{Model, ModelOptions};
 use drumline_engine::{DeviceGroups, EngineError, Groups};
-use drumline_spec::{DeviceKind, ModelService, WeightStorage};
+use drumline_spec::{DeviceKind, KvCacheStorage, ModelService, WeightStorage};
 use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
 use drumline_wire::auth::Token;
 use tokio::net::TcpListener;
@@ -95,6 +95,12 @@ fn run_on<B: Backend>(
             WeightStorage::F16 => DType::F16,
             WeightStorage::Int8 => DType::I8,
         },
+        cache: match service.kv_cache {
+            KvCacheStorage::Auto => None,
+            KvCacheStorage::F32 => Some(DType::F32),
+            KvCacheStorage::Bf16 => Some(DType::Bf16),
+            KvCacheStorage::F16 => Some(DType::F16),
+        },
     };
     let mut model =
         Model::new(&source.model, service.parallelism, coords, groups, backend, options)?;
@@ -106,9 +112,10 @@ fn run_on<B: Backend>(
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     println!("serves {} from {}", service.served_name, source.path.display());
     println!(
-        "memory: weights as {} {:.1} MiB, KV blocks {:.1} MiB, buffers {:.1} MiB",
+        "memory: weights as {} {:.1} MiB, KV blocks as {} {:.1} MiB, buffers {:.1} MiB",
         service.weights.as_str(),
         mib(memory.weights),
+        model.cache_format().as_str(),
         mib(memory.cache),
         mib(memory.buffers)
     );

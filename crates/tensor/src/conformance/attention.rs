@@ -2,7 +2,7 @@
 
 use super::{POISON, Slices, assert_close};
 use crate::reference::{self as plain, Random};
-use crate::{Attention, Backend, CachedAttention, CachedSegment, KV_BLOCK};
+use crate::{Attention, Backend, CachedAttention, CachedSegment, DType, KV_BLOCK};
 
 fn attention_shape(r: &mut Random) -> Attention {
     let kv_heads = 1 + r.below(3);
@@ -41,7 +41,7 @@ pub fn attention_and_its_gradient<B: Backend>(b: &B, r: &mut Random, what: &str)
     assert_close(&dqkv, &plain::attention_grad(s, &qkv, &dout), 3e-5, what);
 }
 
-/// Checks the paged cache.
+/// Checks the paged cache, in every format that the backend has for it.
 ///
 /// # Panics
 /// When a result is not the reference's.
@@ -50,13 +50,21 @@ pub fn attention_to_the_cache_equals_attention_to_the_sequence<B: Backend>(
     r: &mut Random,
     what: &str,
 ) {
+    let formats = b.cache_formats();
+    let stored = formats[r.below(formats.len())];
+    // Keys and values are rounded once; scores and their weights are f32.
+    let tolerance = match stored {
+        DType::F32 => 1e-5,
+        DType::F16 => 1.5e-3,
+        DType::Bf16 | DType::I8 => 1.2e-2,
+    };
     let b = Slices::new(b, r);
     let s = Attention { batch: 1, ..attention_shape(r) };
-    let what = &format!("{what}, {s:?}");
+    let what = &format!("{what}, {s:?}, {stored:?}");
     let (t, width) = (s.sequence, s.qkv_width());
     let qkv = r.values(t * width);
     let (want, _) = plain::attention(s, &qkv);
-    let c = CachedAttention { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim };
+    let c = CachedAttention { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, stored };
     let count = t.div_ceil(KV_BLOCK);
     // Blocks in a shuffled order, in a cache that is larger and full of other numbers.
     let mut blocks: Vec<u32> = (0..count as u32 + 3).collect();
@@ -77,7 +85,7 @@ pub fn attention_to_the_cache_equals_attention_to_the_sequence<B: Backend>(
         let mut out = vec![POISON; rows * s.heads * s.head_dim];
         b.cached_attention(c, &[segment], new, &keys, &values, &mut out);
         let row = s.heads * s.head_dim;
-        assert_close(&out, &want[done * row..(done + rows) * row], 1e-5, what);
+        assert_close(&out, &want[done * row..(done + rows) * row], tolerance, what);
         done += rows;
     }
 }

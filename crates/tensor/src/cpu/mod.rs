@@ -311,6 +311,10 @@ impl Backend for Cpu {
         attention::attention_grad(&self.pool, s, qkv, out, lse, dout, dqkv);
     }
 
+    fn cache_formats(&self) -> &'static [DType] {
+        &[DType::F32, DType::Bf16, DType::F16]
+    }
+
     fn cache_write(
         &self,
         s: CachedAttention,
@@ -319,7 +323,7 @@ impl Backend for Cpu {
         keys: &mut [f32],
         values: &mut [f32],
     ) {
-        cached::write(s, qkv, slots, keys, values);
+        cached::write(&self.pool, s, qkv, slots, keys, values);
     }
 
     fn cached_attention(

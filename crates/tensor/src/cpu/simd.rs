@@ -9,6 +9,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::panels::narrow::{bf16_value, f16_value};
+
 /// Vectors of f32, and the operations that kernels need.
 pub(crate) trait Simd: Copy + Send + Sync {
     /// A vector.
@@ -32,6 +34,16 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// # Safety
     /// `to .. to + LANES` is writable.
     unsafe fn store(self, to: *mut f32, v: Self::V);
+    /// Reads `LANES` f16.
+    ///
+    /// # Safety
+    /// `from .. from + LANES` is readable.
+    unsafe fn load_f16(self, from: *const u16) -> Self::V;
+    /// Reads `LANES` bf16.
+    ///
+    /// # Safety
+    /// `from .. from + LANES` is readable.
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V;
     /// Returns `a * b + c`.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Returns `a + b`.
@@ -70,6 +82,16 @@ impl Simd for Plain {
         unsafe { to.cast::<[f32; 8]>().write_unaligned(v) }
     }
     #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> Self::V {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { from.cast::<[u16; 8]>().read_unaligned() }.map(f16_value)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { from.cast::<[u16; 8]>().read_unaligned() }.map(bf16_value)
+    }
+    #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, mut c: Self::V) -> Self::V {
         for i in 0..8 {
             c[i] += a[i] * b[i];
@@ -95,11 +117,14 @@ pub(crate) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use core::arch::x86_64::{
-        __m128, __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_hadd_ps, _mm_movehl_ps,
-        _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_ps, _mm256_castps256_ps128,
-        _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
-        _mm512_add_ps, _mm512_castps512_ps256, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_storeu_ps,
+        __m128, __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_hadd_ps,
+        _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_ps,
+        _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+        _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+        _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_add_ps, _mm512_castps512_ps256,
+        _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_slli_epi32,
+        _mm512_storeu_ps,
     };
 
     use super::Simd;
@@ -136,6 +161,17 @@ mod x86 {
         #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: __m512) {
             unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const u16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u16) -> __m512 {
+            unsafe {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            }
         }
         #[inline(always)]
         fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -188,7 +224,7 @@ mod x86 {
 
     impl Avx2 {
         /// # Safety
-        /// The processor has AVX2 and FMA.
+        /// The processor has AVX2, FMA and F16C.
         #[inline(always)]
         pub(crate) unsafe fn new() -> Self {
             Self(())
@@ -213,6 +249,17 @@ mod x86 {
         #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: __m256) {
             unsafe { _mm256_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const u16) -> __m256 {
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const u16) -> __m256 {
+            unsafe {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+            }
         }
         #[inline(always)]
         fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -300,13 +347,13 @@ macro_rules! dispatched {
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
                 fn wide($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function runs only on processors with these features.
                     $body(unsafe { $crate::cpu::simd::Avx512::new() }, $($arg),*)
                 }
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
                 fn narrow($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: as above.

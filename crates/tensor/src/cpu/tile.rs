@@ -1,13 +1,89 @@
 //! Small matrix products on operands that stay in cache: the inside of attention, and thin layers.
 //!
 //! `C [m, n] (+)= A [m, k] . B [k, n]`, with any strides on A, rows of B and C contiguous. Nothing
-//! is packed: B is short enough, or read once.
+//! is packed: B is short enough, or read once. B may be f16 or bf16, which become f32 on their way into
+//! registers.
 #![allow(
     unsafe_code,
     reason = "vector loads through pointers; bounds are asserted once for each call"
 )]
 
+use super::panels::narrow::{bf16_bits, bf16_value, f16_bits, f16_value};
 use super::simd::{Simd, dispatched};
+
+/// How an element of B is stored.
+pub(super) trait Element: Copy {
+    /// Reads [`Simd::LANES`] elements as f32.
+    ///
+    /// # Safety
+    /// They lie at `from`.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V;
+    /// Returns the element's value.
+    fn value(self) -> f32;
+    /// Returns the element nearest to a value; none is infinite.
+    fn nearest(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: by the trait's contract.
+        unsafe { s.load(from) }
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> Self {
+        value
+    }
+}
+
+/// IEEE half precision.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct F16(u16);
+
+impl Element for F16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: by the trait's contract; the types have one layout.
+        unsafe { s.load_f16(from.cast()) }
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        f16_value(self.0)
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> Self {
+        Self(f16_bits(value.clamp(-F16_MAX, F16_MAX)))
+    }
+}
+
+/// The greatest f16.
+const F16_MAX: f32 = 65_504.0;
+
+/// The upper half of an f32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Bf16(u16);
+
+impl Element for Bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: by the trait's contract; the types have one layout.
+        unsafe { s.load_bf16(from.cast()) }
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        bf16_value(self.0)
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> Self {
+        Self(bf16_bits(value))
+    }
+}
 
 /// The operands of one product.
 #[derive(Clone, Copy)]
@@ -51,11 +127,11 @@ impl Tile {
 /// # Safety
 /// As [`block`].
 #[inline(always)]
-unsafe fn step<S: Simd, const M: usize, const N: usize>(
+unsafe fn step<S: Simd, E: Element, const M: usize, const N: usize>(
     s: S,
     t: &Tile,
     a: *const f32,
-    b: *const f32,
+    b: *const E,
     p: usize,
     sums: &mut [[S::V; N]; M],
 ) {
@@ -63,7 +139,7 @@ unsafe fn step<S: Simd, const M: usize, const N: usize>(
     unsafe {
         let mut row = [s.splat(0.0); N];
         for (j, v) in row.iter_mut().enumerate() {
-            *v = s.load(b.add(p * t.b_row + j * S::LANES));
+            *v = E::load(s, b.add(p * t.b_row + j * S::LANES));
         }
         for (i, sums) in sums.iter_mut().enumerate() {
             let x = s.splat(*a.add(i * t.a_row + p * t.a_column));
@@ -80,11 +156,11 @@ unsafe fn step<S: Simd, const M: usize, const N: usize>(
 /// # Safety
 /// The block lies inside the operands, which were checked.
 #[inline(always)]
-unsafe fn block<S: Simd, const M: usize, const N: usize>(
+unsafe fn block<S: Simd, E: Element, const M: usize, const N: usize>(
     s: S,
     t: &Tile,
     a: *const f32,
-    b: *const f32,
+    b: *const E,
     c: *mut f32,
 ) {
     // SAFETY: by this function's contract.
@@ -110,11 +186,11 @@ unsafe fn block<S: Simd, const M: usize, const N: usize>(
 /// # Safety
 /// As [`block`].
 #[inline(always)]
-unsafe fn columns<S: Simd, const N: usize>(
+unsafe fn columns<S: Simd, E: Element, const N: usize>(
     s: S,
     t: &Tile,
     a: *const f32,
-    b: *const f32,
+    b: *const E,
     c: *mut f32,
 ) {
     // SAFETY: rows `i .. i + M` are below `t.m`.
@@ -123,12 +199,12 @@ unsafe fn columns<S: Simd, const N: usize>(
         while i < t.m {
             let (a, c) = (a.add(i * t.a_row), c.add(i * t.c_row));
             match t.m - i {
-                1 => block::<S, 1, N>(s, t, a, b, c),
-                2 => block::<S, 2, N>(s, t, a, b, c),
-                3 => block::<S, 3, N>(s, t, a, b, c),
-                4 => block::<S, 4, N>(s, t, a, b, c),
-                5 => block::<S, 5, N>(s, t, a, b, c),
-                _ => block::<S, 6, N>(s, t, a, b, c),
+                1 => block::<S, E, 1, N>(s, t, a, b, c),
+                2 => block::<S, E, 2, N>(s, t, a, b, c),
+                3 => block::<S, E, 3, N>(s, t, a, b, c),
+                4 => block::<S, E, 4, N>(s, t, a, b, c),
+                5 => block::<S, E, 5, N>(s, t, a, b, c),
+                _ => block::<S, E, 6, N>(s, t, a, b, c),
             }
             i += 6;
         }
@@ -136,7 +212,7 @@ unsafe fn columns<S: Simd, const N: usize>(
 }
 
 #[inline(always)]
-fn product_body<S: Simd>(s: S, t: Tile, a: &[f32], b: &[f32], c: &mut [f32]) {
+fn product_body<S: Simd, E: Element>(s: S, t: Tile, a: &[f32], b: &[E], c: &mut [f32]) {
     t.check(a.len(), b.len(), c.len());
     let mut j = 0;
     // SAFETY: `check` holds, and every block's columns `j .. j + N * LANES` are below `t.n`.
@@ -144,16 +220,16 @@ fn product_body<S: Simd>(s: S, t: Tile, a: &[f32], b: &[f32], c: &mut [f32]) {
         let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
         if S::WIDE {
             while j + 4 * S::LANES <= t.n {
-                columns::<S, 4>(s, &t, a, b.add(j), c.add(j));
+                columns::<S, E, 4>(s, &t, a, b.add(j), c.add(j));
                 j += 4 * S::LANES;
             }
         }
         while j + 2 * S::LANES <= t.n {
-            columns::<S, 2>(s, &t, a, b.add(j), c.add(j));
+            columns::<S, E, 2>(s, &t, a, b.add(j), c.add(j));
             j += 2 * S::LANES;
         }
         while j + S::LANES <= t.n {
-            columns::<S, 1>(s, &t, a, b.add(j), c.add(j));
+            columns::<S, E, 1>(s, &t, a, b.add(j), c.add(j));
             j += S::LANES;
         }
     }
@@ -162,7 +238,7 @@ fn product_body<S: Simd>(s: S, t: Tile, a: &[f32], b: &[f32], c: &mut [f32]) {
             for q in j..t.n {
                 let mut sum = 0.0;
                 for p in 0..t.k {
-                    sum += a[i * t.a_row + p * t.a_column] * b[p * t.b_row + q];
+                    sum += a[i * t.a_row + p * t.a_column] * b[p * t.b_row + q].value();
                 }
                 let to = &mut c[i * t.c_row + q];
                 *to = if t.accumulate { *to + sum } else { sum };
@@ -174,6 +250,14 @@ fn product_body<S: Simd>(s: S, t: Tile, a: &[f32], b: &[f32], c: &mut [f32]) {
 dispatched! {
     /// Computes one product.
     pub(super) fn product(t: Tile, a: &[f32], b: &[f32], c: &mut [f32]) = product_body;
+}
+dispatched! {
+    /// As [`product`], with B of f16.
+    pub(super) fn product_f16(t: Tile, a: &[f32], b: &[F16], c: &mut [f32]) = product_body;
+}
+dispatched! {
+    /// As [`product`], with B of bf16.
+    pub(super) fn product_bf16(t: Tile, a: &[f32], b: &[Bf16], c: &mut [f32]) = product_body;
 }
 
 #[cfg(test)]

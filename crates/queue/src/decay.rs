@@ -51,8 +51,11 @@ mod tests {
         assert_eq!(factor(30, 10), ONE / 8);
         assert_eq!(factor(400, 10), 0);
         assert_eq!(factor(1, 0), 0);
-        let half_way = factor(5, 10) as f64 / ONE as f64;
-        assert!((half_way - 0.5f64.sqrt()).abs() < 1e-4, "{half_way}");
+        for elapsed in 0..130 {
+            let found = factor(elapsed, 10) as f64 / ONE as f64;
+            let wanted = 0.5f64.powf(elapsed as f64 / 10.0);
+            assert!((found / wanted - 1.0).abs() < 1e-4, "{found} after {elapsed}");
+        }
     }
 
     #[test]
@@ -69,5 +72,7 @@ mod tests {
     fn a_constant_use_is_its_own_mean_in_the_end() {
         assert_eq!(towards(0, 8_000, 1_000_000, 1_000), 8_000);
         assert_eq!(towards(8_000, 0, 1_000, 1_000), 4_000);
+        assert_eq!(towards(0, 8_000, 1_000, 1_000), 4_000);
+        assert_eq!(towards(8_000, 8_000, 1_000, 1_000), 8_000);
     }
 }

@@ -476,8 +476,9 @@ impl Scheduler {
         self.check_without(leaf, charge, lifted, short)
     }
 
-    /// Checks quota when devices are found: what is kept ready counts as far as it stays so.
-    fn check_found(
+    /// Checks quota when devices are found, before a place is accepted: what is kept ready counts as
+    /// far as it stays so.
+    pub(crate) fn check_found(
         &mut self,
         slot: Slot,
         leaf: QueueId,

@@ -91,7 +91,7 @@ impl Scheduler {
             self.count_again(&lifted);
             let charge = self.charge_of(gang, &placed.devices, now);
             for owner in owners.iter().filter(|owner| !losing.contains(owner)) {
-                if self.tree.check(leaf, &charge).is_ok() {
+                if self.check_found(slot, leaf, &charge, &placed.devices, now).is_ok() {
                     break;
                 }
                 self.drop_hold(owner);
@@ -125,11 +125,17 @@ impl Scheduler {
             if !self.may_hold(chosen, &all) {
                 continue;
             }
-            let mut trial = self.fleet.trial();
-            for owner in &all {
-                trial.unreserve(owner);
-            }
-            if let Some(placed) = site::fit(trial.snapshot(), chosen, split, &bounds) {
+            let found = {
+                let mut trial = self.fleet.trial();
+                for owner in &all {
+                    trial.unreserve(owner);
+                }
+                site::fit(trial.snapshot(), chosen, split, &bounds)
+            };
+            let Some(placed) = found else { continue };
+            // Quota may suffice only for who runs on what is kept ready for others.
+            let charge: Charge = vec![(choice.charged, milli(gang, placed.devices.len() as u32))];
+            if self.check_found(slot, leaf, &charge, &placed.devices, now).is_ok() {
                 return Some(placed);
             }
         }

@@ -359,14 +359,19 @@ impl Scheduler {
         self.charge_of(&Gang { leader: None, ..gang }, spares, self.now)
     }
 
-    /// Returns the other gangs that some devices are kept ready for.
+    /// Returns the other gangs that some devices are kept ready for. The fleet knows by number what
+    /// is kept, so it costs a look per node and none for each device by name.
     fn owners(&self, id: &JobId, devices: &[DeviceId]) -> BTreeSet<JobId> {
-        devices
-            .iter()
-            .filter_map(|device| self.holds.holder(device))
-            .filter(|owner| **owner != *id && self.spare_hold(owner).is_some())
-            .cloned()
-            .collect()
+        let mut owners = BTreeSet::new();
+        for on_node in devices.chunk_by(|a, b| a.node == b.node) {
+            let Some(state) = self.fleet.node(&on_node[0].node) else { continue };
+            for owner in on_node.iter().filter_map(|device| state.reserved(device.index)) {
+                if owner != id && !owners.contains(owner) && self.spare_hold(owner).is_some() {
+                    owners.insert(owner.clone());
+                }
+            }
+        }
+        owners
     }
 
     /// Counts anew what is kept ready of what a job has just got: lent, or taken for good.

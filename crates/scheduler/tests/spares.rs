@@ -87,6 +87,28 @@ fn a_spare_is_not_lent_out_of_the_quota_that_its_queue_keeps() {
 }
 
 #[test]
+fn who_has_quota_only_on_lent_spares_gets_no_place_elsewhere() {
+    for (quota, starts) in [(9, false), (10, true)] {
+        let mut world = World::new().nodes("a b c d", 4);
+        world.queue(Queue::named("guest").quota("gpu", 0));
+        world.queue(Queue::named("team").quota("gpu", quota).borrows("gpu", 0));
+        world.submit(Job::named("gang", 4).queue("team").spares(2).not_preemptible());
+        world.cycle();
+        world.submit(Job::named("half", 2).queue("guest").groups(2).not_preemptible());
+        world.submit(Job::named("long", 4).queue("guest").groups(4).not_preemptible());
+        world.cycle();
+        world.submit(Job::named("big", 8).queue("guest").groups(4));
+        world.cycle();
+        // Beside the gang and its spares the team has quota for three or for four. What is free is
+        // reserved for one who would borrow, and gives way in the end.
+        world.submit(Job::named("kin", 4).queue("team").groups(4));
+        assert_eq!(world.cycle(), Vec::<String>::new());
+        world.wait(11 * MINUTE);
+        assert_eq!(world.cycle().len(), usize::from(starts), "{}", world.why("kin"));
+    }
+}
+
+#[test]
 fn a_place_that_is_gone_is_not_kept_for_a_gang_that_rests() {
     let mut world = World::new().nodes("a b c", 4);
     world.submit(Job::named("gang", 4).spares(4));

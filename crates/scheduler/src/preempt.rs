@@ -59,16 +59,30 @@ impl Victim {
     }
 }
 
+/// A job that asks for devices of others.
+#[derive(Clone, Copy)]
+struct Claimant<'a> {
+    slot: Slot,
+    gang: &'a Gang,
+    leaf: QueueId,
+    claim: &'a Charge,
+    /// Waiting jobs whose reservations it need not respect.
+    yielding: &'a [JobId],
+}
+
 /// What taking devices would come to.
 struct Outcome {
     devices: Vec<DeviceId>,
     /// Victims, each with its next size if it only shrinks.
     victims: Vec<(Victim, Option<u32>)>,
     loss: u128,
+    /// Whether it counts on what is reserved for others.
+    yields: bool,
 }
 
 impl Scheduler {
-    /// Asks gangs to leave, or to shrink, so that a job fits; keeps what they free for it. Returns
+    /// Asks gangs to leave, or to shrink, so that a job fits; keeps what they free for it, and what
+    /// was reserved for borrowers who give way to it. Returns
     /// whether it did, and else when another look may help although nothing happens.
     pub(crate) fn preempt(
         &mut self,
@@ -83,8 +97,14 @@ impl Scheduler {
             Some(choice) => vec![(choice.charged, milli(gang, gang.ranks))],
             None => return Err(again),
         };
-        let asked = self.asked(Search::Victims, slot, gang, refusal.short.as_ref(), work.now);
+        let mut asked = self.asked(Search::Victims, slot, gang, refusal.short.as_ref(), work.now);
         let mut price = self.priced(slot, gang);
+        let yielding = if price.enforced <= work.now && self.holds.reserved() > 0 {
+            self.giving_way(slot, leaf, gang)
+        } else {
+            Vec::new()
+        };
+        asked.yielding = yielding.len() as u64;
         let barred = self.searches.barred(&asked).or_else(|| self.searches.priced(&price));
         if let Some(until) = barred {
             return Err(until.max(work.now.plus_ms(1)));
@@ -96,14 +116,39 @@ impl Scheduler {
         let mut victims = self.victims(slot, gang, leaf, &claim, refusal, &mut again, work.now);
         victims.sort_by(|a, b| (a.loss, &a.job).cmp(&(b.loss, &b.job)));
         self.searches.steps += victims.len() as u64 / LOOKS_A_STEP;
-        let outcome = if victims.is_empty() {
-            None
-        } else {
-            self.cheapest(slot, gang, leaf, &claim, &victims)
-        };
+        // What is reserved for borrowers is taken together with victims only where these alone will
+        // not do.
+        let mut outcome = None;
+        for yielding in [&[][..], &yielding] {
+            let asks = Claimant { slot, gang, leaf, claim: &claim, yielding };
+            if outcome.is_none() && !victims.is_empty() {
+                outcome = self.cheapest(asks, &victims);
+            }
+            if outcome.is_some() || asked.yielding == 0 {
+                break;
+            }
+        }
         self.count_again(&counted);
         let own = self.uncount_own(slot);
+        let lifted: Vec<JobId> = match &outcome {
+            Some(outcome) if outcome.yields => {
+                yielding.iter().filter(|owner| self.suppose_without(owner)).cloned().collect()
+            }
+            _ => Vec::new(),
+        };
         let outcome = outcome.filter(|outcome| self.leaves_quota(outcome, leaf, &claim));
+        self.count_again(&lifted);
+        if let Some(outcome) = outcome.as_ref().filter(|outcome| outcome.yields) {
+            // Its devices are taken from their reservations below; quota, from those who reserved
+            // last.
+            for owner in &yielding {
+                if self.leaves_quota(outcome, leaf, &claim) {
+                    break;
+                }
+                self.drop_hold(owner);
+            }
+            work.unfinished = true;
+        }
         self.count_again(&own);
         let Some(outcome) = outcome else {
             self.searches.failed(asked, before);
@@ -139,6 +184,7 @@ impl Scheduler {
             gang: gang.clone(),
             short: short.map(|short| self.tree.spec(short.queue).name.clone()),
             kept: self.holds.of(&job.id).is_some(),
+            yielding: 0,
             until: now,
         }
     }
@@ -306,18 +352,12 @@ impl Scheduler {
 
     /// Finds the least loss that makes room: shrinking alone if that will do, in one domain if one
     /// will do.
-    fn cheapest(
-        &mut self,
-        slot: Slot,
-        gang: &Gang,
-        leaf: QueueId,
-        claim: &Charge,
-        victims: &[Victim],
-    ) -> Option<Outcome> {
+    fn cheapest(&mut self, asks: Claimant<'_>, victims: &[Victim]) -> Option<Outcome> {
+        let Claimant { slot, gang, .. } = asks;
         let shrinkable: Vec<Victim> =
             victims.iter().filter(|victim| victim.least.is_some()).cloned().collect();
         if !shrinkable.is_empty()
-            && let Some(outcome) = self.make_room(slot, gang, leaf, claim, &shrinkable, None, true)
+            && let Some(outcome) = self.make_room(asks, &shrinkable, None, true)
         {
             return Some(outcome);
         }
@@ -325,18 +365,20 @@ impl Scheduler {
         let devices: u64 = victims.iter().map(|victim| u64::from(victim.devices)).sum();
         self.searches.steps += devices / LOOKS_A_STEP;
         let id = self.job(slot).id.clone();
-        let kept = self.holds.unused(&id, &self.fleet);
+        let mut kept = self.holds.unused(&id, &self.fleet);
+        for owner in asks.yielding {
+            kept += self.holds.unused(owner, &self.fleet);
+        }
         let mut sure = false;
         for level in self.fleet.topology().levels_inside_out() {
             let mut best: Option<Outcome> = None;
             for (domain, here) in self.domains(gang, victims, &there, level, kept) {
                 let all = victims;
                 let victims: Vec<Victim> = here.into_iter().map(|at| victims[at].clone()).collect();
-                let outcome =
-                    self.make_room(slot, gang, leaf, claim, &victims, Some(domain), false);
+                let outcome = self.make_room(asks, &victims, Some(domain), false);
                 // Before more of them are tried: would it do if everyone left?
                 if outcome.is_none() && !sure {
-                    if !self.would_fit(slot, gang, all) {
+                    if !self.would_fit(asks, all) {
                         return None;
                     }
                     sure = true;
@@ -351,16 +393,20 @@ impl Scheduler {
                 return best;
             }
         }
-        self.make_room(slot, gang, leaf, claim, victims, None, false)
+        self.make_room(asks, victims, None, false)
     }
 
     /// Returns whether a gang finds a place when all of its possible victims have left.
-    fn would_fit(&mut self, slot: Slot, gang: &Gang, victims: &[Victim]) -> bool {
+    fn would_fit(&mut self, asks: Claimant<'_>, victims: &[Victim]) -> bool {
+        let Claimant { slot, gang, yielding, .. } = asks;
         let Some(job) = self.jobs[slot.0].as_ref() else { return false };
         let (split, bounds) = (job.split(gang.ranks), self.bounds(Some(gang.ranks)));
         self.searches.steps += victims.len() as u64 + FIND_STEPS;
         let mut trial = self.fleet.trial();
         trial.unreserve(&job.id);
+        for owner in yielding {
+            trial.unreserve(owner);
+        }
         for victim in victims {
             trial.evict(&victim.job);
         }
@@ -433,19 +479,16 @@ impl Scheduler {
 
     /// Takes victims away in a trial, the least loss first, until the claimant has quota and
     /// devices; then gives back all that it does not need.
-    #[allow(clippy::too_many_arguments)]
     fn make_room(
         &mut self,
-        slot: Slot,
-        gang: &Gang,
-        leaf: QueueId,
-        claim: &Charge,
+        asks: Claimant<'_>,
         victims: &[Victim],
         within: Option<DomainAt>,
         shrink: bool,
     ) -> Option<Outcome> {
+        let Claimant { leaf, claim, .. } = asks;
         let mut gone: Vec<Victim> = Vec::new();
-        let mut found = self.try_room(slot, gang, leaf, claim, victims, within, shrink, &mut gone);
+        let mut found = self.try_room(asks, victims, within, shrink, &mut gone);
         if let Some(placed) = &found {
             gone = self.needed(gone, placed, leaf, claim);
             // Whoever costs most is spared first, if the others will do.
@@ -456,7 +499,7 @@ impl Scheduler {
                 let mut fewer = gone.clone();
                 fewer.remove(at);
                 let mut left = Vec::new();
-                let all = self.try_room(slot, gang, leaf, claim, &fewer, within, shrink, &mut left);
+                let all = self.try_room(asks, &fewer, within, shrink, &mut left);
                 if let Some(placed) = all {
                     gone = self.needed(left, &placed, leaf, claim);
                     found = Some(placed);
@@ -473,21 +516,19 @@ impl Scheduler {
                 (victim, size)
             })
             .collect();
-        Some(Outcome { devices: placed.devices, victims, loss })
+        let yields = !asks.yielding.is_empty();
+        Some(Outcome { devices: placed.devices, victims, loss, yields })
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn try_room(
         &mut self,
-        slot: Slot,
-        gang: &Gang,
-        leaf: QueueId,
-        claim: &Charge,
+        asks: Claimant<'_>,
         victims: &[Victim],
         within: Option<DomainAt>,
         shrink: bool,
         gone: &mut Vec<Victim>,
     ) -> Option<Found> {
+        let Claimant { slot, gang, leaf, claim, yielding } = asks;
         let job = self.jobs[slot.0].as_ref()?;
         let (id, split) = (job.id.clone(), job.split(gang.ranks));
         let least = gang.elastic.map_or(gang.ranks, |elastic| elastic.least.max(1));
@@ -499,6 +540,9 @@ impl Scheduler {
         {
             let mut trial = fleet.trial();
             trial.unreserve(&id);
+            for owner in yielding {
+                trial.unreserve(owner);
+            }
             // What is kept for the claimant itself counts for it.
             let mut room = free_in(trial.snapshot(), gang, within.unwrap_or(DomainAt::ROOT));
             let mut step = 1usize;

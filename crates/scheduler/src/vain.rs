@@ -61,6 +61,9 @@ pub struct Vain {
     pub short: Option<QueueName>,
     /// Whether devices were kept for that job, which others cannot count on.
     pub kept: bool,
+    /// Reservations that gave way to that job, which others may have to respect.
+    #[serde(default)]
+    pub yielding: u64,
     /// It is not made again before this moment.
     pub until: Timestamp,
 }
@@ -72,6 +75,7 @@ impl Vain {
             && (self.queue == other.queue || self.search == Search::Moves)
             && self.priority >= other.priority
             && (self.kept || !other.kept)
+            && self.yielding >= other.yielding
             && (self.short.is_none() || self.short == other.short)
             && at_least(&other.gang, &self.gang)
     }

@@ -309,6 +309,33 @@ fn a_reservation_of_who_borrows_gives_way_to_who_stays_within_its_quota() {
 }
 
 #[test]
+fn what_borrowers_hold_and_what_is_reserved_for_them_is_taken_together() {
+    let mut world = World::new().nodes("a b", 4);
+    world.queue(Queue::named("owns").quota("gpu", 8));
+    world.queue(Queue::named("guests").quota("gpu", 0));
+    world.submit(Job::named("guest", 4).queue("guests").takes(60 * MINUTE));
+    assert_eq!(world.cycle().len(), 1);
+    let (on, free) = match world.on("guest")[0].as_str() {
+        "a" => ("a", "b"),
+        _ => ("b", "a"),
+    };
+    world.submit(Job::named("big", 8).queue("guests").takes(60 * MINUTE));
+    assert_eq!(world.cycle(), Vec::<String>::new());
+    // Neither what the guest holds nor what is reserved is enough alone.
+    world.submit(Job::named("owner", 8).queue("owns").takes(90 * MINUTE));
+    let cycle = world.decide();
+    assert!(cycle.evictions.is_empty(), "{cycle:?}");
+    let patience = drumline_scheduler::Options::default().patience_ms;
+    assert_eq!(cycle.wake.map(|at| at.0), Some(patience));
+    world.wait(patience);
+    assert_eq!(world.cycle(), ["guest is reclaimed for owner"]);
+    assert!(world.why("big").contains("WaitingFor"), "{}", world.why("big"));
+    world.all_leave();
+    let starts = world.cycle();
+    assert_eq!(starts, [format!("owner starts on {} x4, {} x4", on.min(free), on.max(free))]);
+}
+
+#[test]
 fn a_reservation_within_quota_gives_way_to_nobody() {
     let mut world = World::new().nodes("a b", 4);
     world.queue(Queue::named("one").quota("gpu", 8));

@@ -20,4 +20,4 @@ pub mod sampling;
 pub mod service;
 pub mod supervise;
 
-pub use service::{AgentError, ControlAddress, Options, run};
+pub use service::{AgentError, ControlAddress, Options, Place, run};

@@ -100,6 +100,20 @@ pub struct Options {
     pub gpus: Policy,
     /// NVML's file; `None`: the system's.
     pub nvml: Option<OsString>,
+    /// The node's place in the fleet, outermost level first.
+    pub topology: Vec<Place>,
+}
+
+/// One step of a node's place in the fleet, such as rack `r7`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The level.
+    pub level: String,
+    /// The domain's name.
+    pub name: String,
+    /// What a device of the node can send to one elsewhere in the domain, in megabytes per second;
+    /// 0: not known.
+    pub link_mb_per_s: u32,
 }
 
 impl Options {
@@ -127,6 +141,7 @@ impl Options {
             metrics_port: 0,
             gpus: Policy::Auto,
             nvml: None,
+            topology: Vec::new(),
         }
     }
 }

@@ -100,9 +100,27 @@ pub struct AgentArgs {
     /// Whether the node's GPUs are offered.
     #[arg(long, value_enum, default_value_t = Gpus::Auto)]
     pub gpus: Gpus,
+    /// A step of the node's place in the fleet, outermost level first, such as rack=r7; after an `@`,
+    /// what a device can send to another in that domain, in GB/s.
+    #[arg(long, value_name = "LEVEL=NAME[@GB/S]")]
+    pub topology: Vec<String>,
     /// How it ends.
     #[command(flatten)]
     pub attached: Attached,
+}
+
+/// Reads one step of a node's place.
+fn place(text: &str) -> Result<drumline_agent::Place, Failure> {
+    let wrong = |why: String| Failure::user(format!("--topology {text}: {why}"));
+    let (pair, link_mb_per_s) = drumline_cluster::split_link(text).map_err(wrong)?;
+    match pair.split_once('=') {
+        Some((level, name)) if !level.is_empty() && !name.is_empty() => Ok(drumline_agent::Place {
+            level: level.to_owned(),
+            name: name.to_owned(),
+            link_mb_per_s,
+        }),
+        _ => Err(wrong("LEVEL=NAME or LEVEL=NAME@GB/S is wanted, such as rack=r7@50".to_owned())),
+    }
 }
 
 /// Whether a node offers its GPUs.
@@ -248,6 +266,11 @@ impl Role {
                     first_core: args.first_core,
                     core_flops: measured.unwrap_or_default(),
                     gpus: args.gpus.policy(),
+                    topology: args
+                        .topology
+                        .iter()
+                        .map(|text| place(text))
+                        .collect::<Result<_, _>>()?,
                     listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
                     shared_dir: state.shared_dir(),
                     ..drumline_agent::Options::loopback(

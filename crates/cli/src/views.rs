@@ -169,8 +169,14 @@ pub fn node(view: &v1::NodeView) -> Value {
         "agent_version": view.agent_version,
         "message": view.message,
         "metrics": view.metrics_url,
+        "topology": view.topology.iter().map(step).collect::<Vec<_>>(),
         "devices": view.devices.iter().map(device).collect::<Vec<_>>(),
     })
+}
+
+fn step(view: &v1::TopologyStep) -> Value {
+    let link = (view.link_mb_per_s > 0).then_some(view.link_mb_per_s);
+    json!({ "level": view.level, "name": view.name, "link_mb_per_s": link })
 }
 
 fn device(view: &v1::DeviceView) -> Value {

@@ -19,7 +19,7 @@ pub mod topology;
 pub mod trial;
 
 pub use change::{Change, ChangeError, Request};
-pub use node::{Device, Domain, External, Health, Ineligible, Node, Taint};
+pub use node::{Device, Domain, External, Health, Ineligible, Node, Taint, split_link};
 pub use pool::{Counts, Pool};
 pub use snapshot::{ClusterError, Commitment, Revision, Slice, Snapshot};
 pub use state::{NodeAt, NodeState};

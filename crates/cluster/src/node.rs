@@ -45,6 +45,47 @@ pub struct Domain {
     pub level: String,
     /// The domain's name within the domain above it.
     pub name: String,
+    /// What one device of this node can send to one elsewhere in the domain, in megabytes (10^6
+    /// bytes) per second; 0: not known. It names no domain: two nodes that differ in it alone are in
+    /// the same one.
+    #[serde(default, skip_serializing_if = "is_unknown")]
+    pub link_mb_per_s: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_unknown(link_mb_per_s: &u32) -> bool {
+    *link_mb_per_s == 0
+}
+
+impl Domain {
+    /// Returns a domain whose links are not known.
+    pub fn new(level: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { level: level.into(), name: name.into(), link_mb_per_s: 0 }
+    }
+
+    /// Returns it with the speed of its links.
+    #[must_use]
+    pub fn linked(self, link_mb_per_s: u32) -> Self {
+        Self { link_mb_per_s, ..self }
+    }
+}
+
+/// Splits `TEXT@GB/S`, such as `rack=r7@12.5`, into the text and megabytes per second and device;
+/// without an `@`, the speed is not known (0).
+///
+/// # Errors
+/// What is wrong with the speed.
+pub fn split_link(text: &str) -> Result<(&str, u32), String> {
+    let Some((text, speed)) = text.rsplit_once('@') else { return Ok((text, 0)) };
+    let wanted = || {
+        format!("@{speed}: a speed in GB/s for each device is wanted, 0.001 to 4000000, such as 50")
+    };
+    let mb_per_s = speed.parse::<f64>().map_err(|_| wanted())? * 1000.0;
+    if (1.0..=4e9).contains(&mb_per_s) {
+        Ok((text, mb_per_s.round() as u32))
+    } else {
+        Err(wanted())
+    }
 }
 
 /// Keeps work away that does not tolerate it.
@@ -158,7 +199,17 @@ impl Node {
     /// Adds the next inner level of the node's place.
     #[must_use]
     pub fn within(mut self, level: impl Into<String>, name: impl Into<String>) -> Self {
-        self.topology.push(Domain { level: level.into(), name: name.into() });
+        self.topology.push(Domain::new(level, name));
+        self
+    }
+
+    /// Says how fast the links of the level are that was added last, in megabytes per second and
+    /// device.
+    #[must_use]
+    pub fn linked(mut self, link_mb_per_s: u32) -> Self {
+        if let Some(domain) = self.topology.last_mut() {
+            domain.link_mb_per_s = link_mb_per_s;
+        }
         self
     }
 
@@ -182,5 +233,37 @@ impl Node {
         } else {
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_speed_is_split_from_what_it_is_the_speed_of() {
+        for (text, found) in [
+            ("rack=r7", Some(("rack=r7", 0))),
+            ("rack=r7@12.5", Some(("rack=r7", 12_500))),
+            ("rack=a@b@900", Some(("rack=a@b", 900_000))),
+            ("rack=r7@", None),
+            ("rack=r7@fast", None),
+            ("rack=r7@0", None),
+            ("rack=r7@-1", None),
+            ("rack=r7@NaN", None),
+            ("rack=r7@1e9", None),
+        ] {
+            assert_eq!(split_link(text).ok(), found, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_place_that_was_written_without_links_is_read() {
+        let old: Domain = serde_json::from_str(r#"{"level":"rack","name":"r7"}"#).unwrap();
+        assert_eq!(old, Domain::new("rack", "r7"));
+        assert_eq!(serde_json::to_string(&old).unwrap(), r#"{"level":"rack","name":"r7"}"#);
+        let new = old.linked(50_000);
+        let json = serde_json::to_string(&new).unwrap();
+        assert_eq!(serde_json::from_str::<Domain>(&json).unwrap(), new);
     }
 }

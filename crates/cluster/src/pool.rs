@@ -113,6 +113,12 @@ impl Pool {
         self.model
     }
 
+    /// Returns the taints of its nodes, sorted.
+    #[must_use]
+    pub fn taints(&self) -> &[Taint] {
+        &self.taints
+    }
+
     /// Returns whether a gang with these tolerations may use it.
     #[must_use]
     pub fn open_to(&self, tolerations: &[Toleration]) -> bool {

@@ -657,7 +657,7 @@ impl Snapshot {
             pool.shift(&self.topology, state.place, (state.key, at), lane.counted, None);
         }
         state.lane_of.clear();
-        self.topology.leave(state.place);
+        self.topology.leave(state.place, &state.node.topology);
     }
 
     /// Takes a node into every count.

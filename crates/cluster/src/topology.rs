@@ -34,6 +34,8 @@ pub struct Place {
     below: u32,
     depth: u32,
     key: u64,
+    /// The speeds of links that its nodes name, each with how many of them do.
+    links: BTreeMap<u32, u32>,
 }
 
 impl Place {
@@ -71,6 +73,13 @@ impl Place {
     pub fn key(&self) -> u64 {
         self.key
     }
+
+    /// Returns what a device can send to another in the domain, in megabytes per second: the least
+    /// that one of its nodes names; 0: none names any.
+    #[must_use]
+    pub fn link_mb_per_s(&self) -> u32 {
+        self.links.first_key_value().map_or(0, |(speed, _)| *speed)
+    }
 }
 
 /// The tree.
@@ -94,6 +103,7 @@ impl Default for Topology {
             below: 1,
             depth: 0,
             key: mix(0),
+            links: BTreeMap::new(),
         };
         Self {
             places: vec![root],
@@ -184,17 +194,33 @@ impl Topology {
     pub(crate) fn enter(&mut self, path: &[Domain]) -> DomainAt {
         let mut at = DomainAt::ROOT;
         for step in path {
-            at = match self.places[at.index()].children.get(step) {
+            let named = Domain { link_mb_per_s: 0, ..step.clone() };
+            at = match self.places[at.index()].children.get(&named) {
                 Some(&child) => child,
-                None => self.grow(at, step),
+                None => self.grow(at, named),
             };
+            if step.link_mb_per_s > 0 {
+                *self.places[at.index()].links.entry(step.link_mb_per_s).or_default() += 1;
+            }
         }
         self.places[at.index()].below += 1;
         at
     }
 
     /// Takes a node out of its domain, and takes down the domains that nobody is in any more.
-    pub(crate) fn leave(&mut self, at: DomainAt) {
+    pub(crate) fn leave(&mut self, at: DomainAt, path: &[Domain]) {
+        let mut above = Some(at);
+        for step in path.iter().rev() {
+            let Some(at) = above else { break };
+            let place = &mut self.places[at.index()];
+            if let Some(nodes) = place.links.get_mut(&step.link_mb_per_s) {
+                *nodes -= 1;
+                if *nodes == 0 {
+                    place.links.remove(&step.link_mb_per_s);
+                }
+            }
+            above = place.parent;
+        }
         let mut here = Some(at);
         while let Some(at) = here {
             let place = &mut self.places[at.index()];
@@ -212,7 +238,7 @@ impl Topology {
         }
     }
 
-    fn grow(&mut self, parent: DomainAt, step: &Domain) -> DomainAt {
+    fn grow(&mut self, parent: DomainAt, step: Domain) -> DomainAt {
         let level = match self.level(&step.level) {
             Some(level) => level,
             None => {
@@ -234,6 +260,7 @@ impl Topology {
             below: 0,
             depth,
             key: mix(key),
+            links: BTreeMap::new(),
         };
         let at = match self.vacant.pop() {
             Some(at) => {
@@ -245,7 +272,7 @@ impl Topology {
                 DomainAt((self.places.len() - 1) as u32)
             }
         };
-        self.places[parent.index()].children.insert(step.clone(), at);
+        self.places[parent.index()].children.insert(step, at);
         self.at_level[usize::from(level.0)].push(at);
         self.depth_of[usize::from(level.0)] = depth;
         at

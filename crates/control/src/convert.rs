@@ -93,7 +93,10 @@ pub(crate) fn node(
     node.topology = hello
         .topology
         .iter()
-        .map(|step| Domain { level: cut(&step.level, SHORT_MAX), name: cut(&step.name, SHORT_MAX) })
+        .map(|step| {
+            let (level, name) = (cut(&step.level, SHORT_MAX), cut(&step.name, SHORT_MAX));
+            Domain::new(level, name).linked(step.link_mb_per_s)
+        })
         .collect();
     node
 }

@@ -336,6 +336,7 @@ impl NodeRecord {
             agent_version: hello.version,
             message: self.message.clone(),
             metrics_url: hello.metrics_url,
+            topology: hello.topology,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use drumline_cluster::{Device, Domain, External, Health, Node, Taint};
+use drumline_cluster::{Device, Domain, External, Health, Node, Taint, split_link};
 use drumline_spec::{DeviceKind, WHOLE_DEVICE};
 use drumline_types::{Attempt, Bytes, DeviceId, JobId, NodeName};
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
@@ -21,9 +21,37 @@ pub struct FleetRules {
     pub cpu_device_milli: u64,
     /// Levels of the topology and the node labels that name their domains, outermost first. A node
     /// that lacks one of the labels has no known place.
-    pub topology: Vec<(String, String)>,
+    pub topology: Vec<LevelRule>,
     /// Keys of taints that every gang tolerates.
     pub tolerated: Vec<String>,
+}
+
+/// How one level of the topology is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LevelRule {
+    /// The level, such as `rack`.
+    pub level: String,
+    /// The node label that names its domains.
+    pub label: String,
+    /// What a device can send to another in one domain of it, in megabytes per second; 0: not known.
+    pub link_mb_per_s: u32,
+}
+
+impl LevelRule {
+    /// Reads `LEVEL=LABEL` or `LEVEL=LABEL@GB/S`, such as `rack=example.org/rack@50`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (pair, link_mb_per_s) = split_link(text)?;
+        match pair.split_once('=') {
+            Some((level, label)) if !level.is_empty() && !label.is_empty() => {
+                Ok(Self { level: level.to_owned(), label: label.to_owned(), link_mb_per_s })
+            }
+            _ => Err("LEVEL=LABEL or LEVEL=LABEL@GB/S is wanted, such as rack=example.org/rack@50"
+                .to_owned()),
+        }
+    }
 }
 
 impl Default for FleetRules {
@@ -31,7 +59,11 @@ impl Default for FleetRules {
         Self {
             gpu_resource: "nvidia.com/gpu".to_owned(),
             cpu_device_milli: 1000,
-            topology: vec![("zone".to_owned(), "topology.kubernetes.io/zone".to_owned())],
+            topology: vec![LevelRule {
+                level: "zone".to_owned(),
+                label: "topology.kubernetes.io/zone".to_owned(),
+                link_mb_per_s: 0,
+            }],
             tolerated: vec!["nvidia.com/gpu".to_owned()],
         }
     }
@@ -306,8 +338,9 @@ fn read(
         .into_iter()
         .collect(),
     };
-    let place = |(level, label): &(String, String)| {
-        Some(Domain { level: level.clone(), name: labels.get(label)?.clone() })
+    let place = |rule: &LevelRule| {
+        let name = labels.get(&rule.label)?;
+        Some(Domain::new(rule.level.clone(), name.clone()).linked(rule.link_mb_per_s))
     };
     let topology: Option<Vec<Domain>> = rules.topology.iter().map(place).collect();
     out.topology = topology.unwrap_or_default();

@@ -32,7 +32,7 @@ pub mod template;
 mod waits;
 mod wake;
 
-pub use fleet::FleetRules;
+pub use fleet::{FleetRules, LevelRule};
 pub use guard::{GuardRules, WhenAway};
 pub use lease::LeaseRules;
 pub use observe::Observe;

@@ -76,6 +76,8 @@ impl Misfit {
             Ok(shape) => shape,
             Err(unknown) => {
                 misfit.unknown_level = Some(unknown.0);
+                let all = models(fleet, gang).into_iter().map(|model| fleet.stock(model).all());
+                misfit.all = all.sum();
                 return misfit;
             }
         };
@@ -146,7 +148,8 @@ impl Misfit {
         if self.all == 0 {
             Reason::NoMatchingDevice
         } else if self.unknown_level.is_some() {
-            Reason::TopologyDoesNotFit
+            // Whatever ends or comes back, it does not fit the fleet as it is.
+            Reason::ExceedsCluster
         } else if self.leader || self.short_of_cpu_or_memory {
             Reason::WaitingForDevices
         } else if self.padded(self.all_room) < need || self.idle_room + closed < need {

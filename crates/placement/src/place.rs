@@ -8,7 +8,7 @@ use crate::devices::pick;
 use crate::fill::Part;
 use crate::leader;
 use crate::misfit::Misfit;
-use crate::scoring::Constraints;
+use crate::scoring::{Constraints, Scoring};
 use crate::search::{Barred, Search};
 use crate::shape::Shape;
 use crate::survey::{Basis, Survey};
@@ -196,6 +196,9 @@ impl Attempted<'_> {
     /// Places a shape, with its leader.
     fn shaped(&self, shape: &Shape) -> Option<Vec<DeviceId>> {
         let mut survey = self.survey();
+        // The baselines fill node by node and ask each, so a domain must be asked too.
+        survey.exact |=
+            self.constraints.scoring != Scoring::Drumline && survey.needs_more_than_devices();
         let mut barred = Barred::default();
         loop {
             let constraints = self.constraints;

@@ -84,6 +84,7 @@ impl Search<'_, '_> {
             Whole::Level(level) => topology.level_depth(level),
             Whole::Anywhere | Whole::Node => 0,
         };
+        let stop = self.constraints.within.map_or(stop, |at| stop.max(topology.place(at).depth()));
         for level in topology.levels_inside_out() {
             if topology.level_depth(level) < stop {
                 break;
@@ -106,9 +107,11 @@ impl Search<'_, '_> {
                 | Scoring::BestFit
                 | Scoring::DotProduct
                 | Scoring::GpuPacking
-                | Scoring::FragmentationGradient => {
-                    found.min_by_key(|&at| (self.survey.devices(at), key(at)))
-                }
+                | Scoring::FragmentationGradient => found.min_by_key(|&at| {
+                    // Of those that are as full, the one whose slowest link is the fastest.
+                    let link = topology.place(at).link_mb_per_s();
+                    (self.survey.devices(at), std::cmp::Reverse(link), key(at))
+                }),
                 Scoring::Random => found.min_by_key(|&at| key(at)),
                 Scoring::FirstFit => found.min_by_key(|&at| {
                     let mut path: Vec<&str> =

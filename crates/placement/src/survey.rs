@@ -56,7 +56,9 @@ impl<'a> Survey<'a> {
         basis: Basis,
     ) -> Self {
         let open = |(_, pool): &(u32, &Pool)| pool.model() == model && pool.open_to(tolerations);
-        let pools = fleet.pools().filter(open).collect();
+        let mut pools: Vec<_> = fleet.pools().filter(open).collect();
+        // Their numbers tell which was heard first, and that decides nothing.
+        pools.sort_by(|a, b| a.1.taints().cmp(b.1.taints()));
         Self { fleet, pools, slice, basis, exact: slice.share_milli < WHOLE_DEVICE }
     }
 

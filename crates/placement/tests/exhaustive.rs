@@ -1,114 +1,15 @@
 //! Placing on small random fleets, against a search that tries everything.
 
+mod support;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use drumline_cluster::{Commitment, Device, Health, Node, Slice, Snapshot, Taint};
-use drumline_placement::{Constraints, Placed, Scoring, Seed, place};
-use drumline_spec::{DeviceKind, Elastic, Gang, Parallelism, Toleration, TopologyRule};
-use drumline_types::{Attempt, Bytes, DeviceId, NodeName};
+use drumline_cluster::{Health, Node, Snapshot};
+use drumline_placement::{Constraints, Placed, Seed, place};
+use drumline_spec::{Elastic, Gang, Parallelism};
+use drumline_types::{Attempt, NodeName};
 use proptest::prelude::*;
-
-#[derive(Debug, Clone)]
-struct Machine {
-    rack: u32,
-    devices: u32,
-    failed: u32,
-    held: u32,
-    state: u32,
-    cores: u64,
-}
-
-fn machine() -> impl Strategy<Value = Machine> {
-    (0u32..4, 0u32..5, 0u32..8, 0u32..4, 0u32..10, 0u64..6).prop_map(
-        |(rack, devices, failed, held, state, cores)| Machine {
-            rack,
-            devices,
-            failed,
-            held,
-            state,
-            cores,
-        },
-    )
-}
-
-fn name(i: usize) -> NodeName {
-    format!("node-{i}").parse().unwrap()
-}
-
-fn fleet(machines: &[Machine]) -> Snapshot {
-    let mut fleet = Snapshot::new();
-    for (i, machine) in machines.iter().enumerate() {
-        let device = Device::new(DeviceKind::Gpu, "H100", Bytes(1));
-        let mut devices = vec![device; machine.devices as usize];
-        if machine.failed < machine.devices {
-            devices[machine.failed as usize].health = Health::Failed("Xid 79".to_owned());
-        }
-        let mut node = Node::new(name(i), devices)
-            .within("spine", format!("s{}", machine.rack / 2))
-            .within("rack", format!("r{}", machine.rack));
-        node.ready = machine.state != 0;
-        node.cordoned = machine.state == 1;
-        node.cpu_milli = machine.cores * 1000;
-        if machine.state == 2 {
-            node.taints.push(Taint { key: "reserved".to_owned(), value: "x".to_owned() });
-        }
-        fleet.upsert_node(node);
-        if machine.held > 0 && machine.devices > 0 {
-            let devices = (0..machine.held.min(machine.devices))
-                .map(|index| DeviceId { node: name(i), index });
-            let (job, devices) = (format!("old-{i}").parse().unwrap(), devices.collect());
-            let share_milli = if machine.cores % 2 == 0 { 1000 } else { 400 };
-            let slice = Slice { share_milli, ..Slice::default() };
-            fleet.hold(Commitment { job, attempt: Attempt(1), devices, slice }).unwrap();
-        }
-    }
-    fleet
-}
-
-fn gang() -> impl Strategy<Value = Gang> {
-    let rule = (0u32..7, 0usize..3, any::<bool>()).prop_map(|(ranks, level, required)| {
-        TopologyRule { ranks, level: ["node", "rack", "spine"][level].to_owned(), required }
-    });
-    (
-        1u32..9,
-        1u32..4,
-        prop::collection::vec(rule, 0..3),
-        any::<bool>(),
-        prop::sample::select(vec![1000u32, 1000, 600, 300]),
-        0u64..2,
-    )
-        .prop_map(|(ranks, group, topology, tolerates, share_milli, cores)| Gang {
-            ranks,
-            node_group: group,
-            device: DeviceKind::Gpu,
-            topology,
-            share_milli,
-            cpu_milli: cores * 1000,
-            tolerations: tolerates
-                .then(|| Toleration { key: "reserved".to_owned(), value: None })
-                .into_iter()
-                .collect(),
-            ..Gang::default()
-        })
-}
-
-/// Ranks that each node could hold.
-fn rooms(fleet: &Snapshot, gang: &Gang) -> Vec<(NodeName, u32)> {
-    let room = |state: &drumline_cluster::NodeState| {
-        let node = state.node();
-        if node.ineligible_for(&gang.tolerations).is_some() {
-            return 0;
-        }
-        let devices: u32 = (0u32..)
-            .zip(&node.devices)
-            .filter(|(_, device)| device.health == Health::Healthy)
-            .map(|(index, _)| (1000 - state.used_milli(index)) / gang.share_milli)
-            .sum();
-        let cores = node.cpu_milli.checked_div(gang.cpu_milli).unwrap_or(99);
-        devices.min(cores as u32)
-    };
-    fleet.nodes().map(|state| (state.node().name.clone(), room(state))).collect()
-}
+use support::{SCORINGS, fleet, gang, machine, rooms};
 
 /// Whether ranks from `rank` on can be given nodes, all rules kept: every way is tried.
 fn fits(
@@ -149,6 +50,11 @@ fn fits(
 }
 
 fn fits_somehow(fleet: &Snapshot, gang: &Gang, ranks: u32) -> bool {
+    fits_in(fleet, gang, ranks, None)
+}
+
+/// As [`fits_somehow`], on the nodes of one rack alone.
+fn fits_in(fleet: &Snapshot, gang: &Gang, ranks: u32, rack: Option<&str>) -> bool {
     let nodes: Vec<Node> = fleet.nodes().map(|state| state.node().clone()).collect();
     let place = |node: usize, level: &str| match level {
         "node" => nodes[node].name.to_string(),
@@ -156,7 +62,14 @@ fn fits_somehow(fleet: &Snapshot, gang: &Gang, ranks: u32) -> bool {
     };
     // A level that no node names cannot be kept to.
     let known = !nodes.is_empty() || gang.topology.iter().all(|rule| !rule.required);
-    known && fits(gang, ranks, &mut rooms(fleet, gang), &place, &mut Vec::new())
+    let mut rooms = rooms(fleet, gang);
+    for (node, (_, room)) in nodes.iter().zip(&mut rooms) {
+        let there = |domain: &drumline_cluster::Domain| rack.is_none_or(|r| domain.name == r);
+        if !node.topology.iter().any(there) {
+            *room = 0;
+        }
+    }
+    known && fits(gang, ranks, &mut rooms, &place, &mut Vec::new())
 }
 
 fn assert_legal(fleet: &Snapshot, gang: &Gang, placed: &Placed) {
@@ -188,16 +101,6 @@ fn assert_legal(fleet: &Snapshot, gang: &Gang, placed: &Placed) {
     }
 }
 
-const SCORINGS: [Scoring; 7] = [
-    Scoring::Drumline,
-    Scoring::Random,
-    Scoring::FirstFit,
-    Scoring::BestFit,
-    Scoring::DotProduct,
-    Scoring::GpuPacking,
-    Scoring::FragmentationGradient,
-];
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
 
@@ -221,6 +124,35 @@ proptest! {
             Err(misfit) => {
                 prop_assert!(!fits_somehow(&fleet, &gang, gang.ranks), "{}", misfit);
             }
+        }
+    }
+
+    #[test]
+    fn within_a_domain_it_is_placed_as_if_there_were_no_other(
+        machines in prop::collection::vec(machine(), 1..6),
+        gang in gang(),
+        scoring in prop::sample::select(SCORINGS.to_vec()),
+        which in 0usize..4,
+    ) {
+        let fleet = fleet(&machines);
+        let topology = fleet.topology();
+        let racks = topology.at_level(topology.level("rack").unwrap());
+        let at = racks[which % racks.len()];
+        let rack = topology.place(at).name().to_owned();
+        let split = Parallelism { data: gang.ranks, ..Parallelism::SINGLE };
+        let constraints = Constraints { scoring, within: Some(at), ..Constraints::default() };
+        let fits = fits_in(&fleet, &gang, gang.ranks, Some(&rack));
+        match place(&fleet, &gang, split, &constraints) {
+            Ok(placed) => {
+                assert_legal(&fleet, &gang, &placed);
+                let there = |device: &drumline_types::DeviceId| {
+                    let node = fleet.node(&device.node).unwrap().node();
+                    node.topology.iter().any(|domain| domain.name == rack)
+                };
+                prop_assert!(placed.devices.iter().all(there), "{placed:?}");
+            }
+            // What must be in one domain of a wider level is in one, and may be told not to fit.
+            Err(misfit) => prop_assert!(!fits, "{}", misfit),
         }
     }
 

@@ -100,6 +100,12 @@ fn models_are_numbered_in_the_order_in_which_they_are_seen() {
     assert_eq!(models.name(h100), (DeviceKind::Gpu, "H100"));
     assert_eq!(models.name(other), (DeviceKind::Cpu, "H100"));
     assert_eq!((h100.index(), other.index()), (0, 1));
+    // Those that are too many share the last number, which is nobody's own.
+    for at in 2..65_540 {
+        let last = models.intern(DeviceKind::Gpu, &at.to_string());
+        assert_eq!(last.index(), at.min(65_535));
+    }
+    assert_eq!(models.len(), 65_535);
 }
 
 #[test]

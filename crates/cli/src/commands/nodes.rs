@@ -57,6 +57,7 @@ fn table(nodes: &[v1::NodeView]) -> String {
                     format_bytes(node.memory_used_bytes),
                     format_bytes(node.memory_bytes)
                 ),
+                place(&node.topology),
                 told::ago(now, node.last_seen_ms),
                 node.agent_version.clone(),
                 message,
@@ -64,9 +65,18 @@ fn table(nodes: &[v1::NodeView]) -> String {
         })
         .collect();
     output::table(
-        &["NODE", "PHASE", "HELD", "CORES", "MEMORY", "SEEN", "VERSION", "MESSAGE"],
+        &["NODE", "PHASE", "HELD", "CORES", "MEMORY", "PLACE", "SEEN", "VERSION", "MESSAGE"],
         &rows,
     )
+}
+
+/// Shows a node's place, such as `spine s1, rack r7 (50 GB/s)`.
+fn place(topology: &[v1::TopologyStep]) -> String {
+    let steps = topology.iter().map(|step| match step.link_mb_per_s {
+        0 => format!("{} {}", step.level, step.name),
+        speed => format!("{} {} ({} GB/s)", step.level, step.name, f64::from(speed) / 1000.0),
+    });
+    steps.collect::<Vec<_>>().join(", ")
 }
 
 fn devices(nodes: &[v1::NodeView]) -> String {

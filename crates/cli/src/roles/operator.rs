@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use drumline_operator::{GuardRules, Observe, Options, WhenAway};
+use drumline_operator::{GuardRules, LevelRule, Observe, Options, WhenAway};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use tokio_util::sync::CancellationToken;
@@ -26,8 +26,13 @@ pub struct OperatorArgs {
     /// Processor time of one CPU device, in thousandths of a core.
     #[arg(long, default_value_t = 1000)]
     pub cpu_device_milli: u64,
-    /// A level of the topology and the node label that names its domains, outermost first.
-    #[arg(long, value_name = "LEVEL=LABEL", default_value = "zone=topology.kubernetes.io/zone")]
+    /// A level of the topology and the node label that names its domains, outermost first; after an
+    /// `@`, what a device can send to another in one such domain, in GB/s.
+    #[arg(
+        long,
+        value_name = "LEVEL=LABEL[@GB/S]",
+        default_value = "zone=topology.kubernetes.io/zone"
+    )]
     pub topology: Vec<String>,
     /// Taint that every gang tolerates; may be given more than once.
     #[arg(long, value_name = "KEY", default_value = "nvidia.com/gpu")]
@@ -80,15 +85,10 @@ pub struct OperatorArgs {
 /// # Errors
 /// The user's, for a topology that says nothing; failed, when there is no cluster.
 pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(), Failure> {
-    let mut topology = Vec::new();
-    for pair in &args.topology {
-        let Some((level, label)) = pair.split_once('=') else {
-            let message =
-                format!("--topology {pair}: LEVEL=LABEL is wanted, such as rack=example.org/rack");
-            return Err(Failure::user(message));
-        };
-        topology.push((level.to_owned(), label.to_owned()));
-    }
+    let level = |text: &String| {
+        LevelRule::parse(text).map_err(|why| Failure::user(format!("--topology {text}: {why}")))
+    };
+    let topology = args.topology.iter().map(level).collect::<Result<Vec<_>, _>>()?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = format!("{host}-{}", std::process::id());
     let mut options = Options::here(args.namespace, identity)

@@ -24,7 +24,7 @@ pub fn nodes(groups: &[NodeGroup]) -> Vec<Node> {
             node.memory = Bytes(u64::from(group.memory_gib.0) * GIB);
             for level in group.levels.get_ref() {
                 let domain = format!("{letter}{}-{:04}", level.name, at / level.nodes.0);
-                node = node.within(level.name.clone(), domain);
+                node = node.within(level.name.clone(), domain).linked(level.link_mb_per_s);
             }
             nodes.push(node);
         }

@@ -95,6 +95,9 @@ pub struct Level {
     pub name: String,
     /// Machines in one domain of it.
     pub nodes: Count,
+    /// What a device can send to another in one domain of it, in megabytes per second; 0: not known.
+    #[serde(default, rename = "linkMbPerSecond")]
+    pub link_mb_per_s: u32,
 }
 
 /// How arrivals are spread.

@@ -24,7 +24,7 @@ pub(super) async fn find(options: &Options) -> Result<Gpus, AgentError> {
 impl Agent {
     /// The node's place: what its options say, then what the machine itself shows.
     pub(super) fn topology(&self) -> Vec<v1::TopologyStep> {
-        let step = |place: &super::Place| v1::TopologyStep {
+        let step = |place: &crate::place::Place| v1::TopologyStep {
             level: place.level.clone(),
             name: place.name.clone(),
             link_mb_per_s: place.link_mb_per_s,

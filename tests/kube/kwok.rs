@@ -58,27 +58,26 @@ impl Kwok {
     pub(crate) async fn start(size: Size) -> Result<Self, String> {
         let kwok = program("kwok")?;
         let user = (SCHEDULER, "system:kube-scheduler".to_owned(), "drumline-test");
-        let mut cluster = own(Setup { users: vec![user], ..Setup::default() })?;
+        // kwok watches from revision 0, which such a server would take for a streamed list. Those need
+        // progress notices of etcd, which Debian's has not: kwok would start each watch anew, after
+        // waits that double up to 30 s, and its nodes would seem to be as slow as that.
+        let flags = vec!["--feature-gates=WatchList=false".to_owned()];
+        let mut cluster = own(Setup { users: vec![user], flags, ..Setup::default() })?;
         let client = cluster.client(ADMIN).await;
         let folder = cluster.folder().to_owned();
         let kubeconfig = cluster.kubeconfig_file(ADMIN);
         let flags = |player: &str| {
             [
-                // Debian's etcd has no progress notices, which streamed lists need: without this,
-                // kwok asks for one again and again, and sees deletions many seconds late.
-                "KUBE_FEATURE_WatchListClient=false".to_owned(),
-                kwok.display().to_string(),
                 format!("--kubeconfig={}", kubeconfig.display()),
                 format!("--manage-nodes-with-label-selector={PLAYER}={player}"),
                 // Renewed at a quarter of it. 40 s would be as in production, and a fifth of what
                 // two cores can write.
                 "--node-lease-duration-seconds=200".to_owned(),
-                format!("--config={}", none(&folder).display()),
+                format!("--config={}", config(&folder).display()),
             ]
         };
-        let env = Path::new("env");
-        cluster.run("kwok", env, &flags("many"));
-        let doomed = Process(child(env, &folder.join("doomed.log"), &flags("doomed")));
+        cluster.run("kwok", &kwok, &flags("many"));
+        let doomed = Process(child(&kwok, &folder.join("doomed.log"), &flags("doomed")));
         let this = Self { cluster, client, folder, doomed: Mutex::new(Some(doomed)) };
         this.cluster.namespace(&this.client, "scale").await;
         this.add_nodes(size).await;
@@ -258,10 +257,18 @@ fn is_ready(node: &Node) -> bool {
     conditions.into_iter().any(|one| one.type_ == "Ready" && one.status == "True")
 }
 
-/// Returns a file that keeps kwok from reading one in the user's home.
-fn none(folder: &Path) -> PathBuf {
+/// Returns kwok's configuration, which also keeps it from reading one in the user's home.
+///
+/// It plays that many pods at a time: each kubelet would play its own, and the default of four makes
+/// thousands of pods wait half a minute until they run, or until they are gone.
+fn config(folder: &Path) -> PathBuf {
     let path = folder.join("kwok.yaml");
-    std::fs::write(&path, "").unwrap();
+    let text = json!({
+        "apiVersion": "config.kwok.x-k8s.io/v1alpha1",
+        "kind": "KwokConfiguration",
+        "options": { "podPlayStageParallelism": 32 },
+    });
+    std::fs::write(&path, text.to_string()).unwrap();
     path
 }
 

@@ -2,7 +2,12 @@
 //! kube-scheduler on the same machine; a node dies; an independent watcher follows it all.
 //!
 //! The default size only shows that it works. `DRUMLINE_KWOK=full` has the size that figures are
-//! given for: 1,000 nodes of 8 devices and 10,000 pods; speeds are printed, and asserted nowhere.
+//! given for: 1,000 nodes of 8 devices and 10,000 pods. Speeds are printed, and asserted nowhere, but for
+//! one: a gang whose node died is bound elsewhere in time.
+//!
+//! Two speeds are told of each scheduler. From creation: the first call that creates something until
+//! the last pod is bound; the operator makes its pods itself, and kube-scheduler's are made by the
+//! test. Of bindings alone: pods that are all there, from the first binding that is seen to the last.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -17,6 +22,9 @@ use crate::cluster::skipped;
 use crate::kwok::{DOOMED, Kwok, Process, Size};
 use crate::witness::Witness;
 
+/// A gang is bound elsewhere so soon after its node was marked. The goal is 10 s, and this is for machines
+/// that do other things too.
+const RECOVERY_MAX: Duration = Duration::from_secs(30);
 /// A loaded machine may take its time; a wait that ends here has failed.
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -123,6 +131,7 @@ async fn gangs_on_many_nodes_are_bound_whole_and_no_device_is_promised_twice() {
     println!("{} nodes of {} devices", size.nodes, size.per_node);
 
     one_gang_on_an_idle_cluster(&run).await;
+    bindings_by_kube_scheduler(&run).await;
     let per_second = by_kube_scheduler(&run).await;
     let bound = fill(&run, &operator, per_second).await;
     churn(&run, &bound).await;
@@ -139,12 +148,36 @@ async fn gangs_on_many_nodes_are_bound_whole_and_no_device_is_promised_twice() {
 
 async fn one_gang_on_an_idle_cluster(run: &Run) {
     let gang = [("first".to_owned(), run.size.gang_max)];
+    run.witness.mark();
     let start = Instant::now();
     run.apply(&gang).await;
     run.all_bound(run.size.gang_max).await;
-    println!("idle: {} pods from apply to all bound in {:.2?}", run.size.gang_max, start.elapsed());
+    println!(
+        "idle: {} pods from apply to all bound in {:.2?}; its bindings alone took {:.2?}, {:.0} pods/s",
+        run.size.gang_max,
+        start.elapsed(),
+        run.witness.binding_took(),
+        f64::from(run.size.gang_max) / run.witness.binding_took().as_secs_f64()
+    );
     run.check();
     run.delete(&gang).await;
+    run.all_gone().await;
+}
+
+/// Tells how many pods a second kube-scheduler binds that are all there, as many as the largest gang has.
+async fn bindings_by_kube_scheduler(run: &Run) {
+    let pods = run.size.gang_max;
+    run.kwok.create_plain("there", pods).await;
+    run.witness.mark();
+    let Ok(scheduler) = run.kwok.kube_scheduler() else { return };
+    run.all_bound(pods).await;
+    println!(
+        "kube-scheduler: {pods} pods that are there are bound in {:.2?}, {:.0} pods/s",
+        run.witness.binding_took(),
+        f64::from(pods) / run.witness.binding_took().as_secs_f64()
+    );
+    drop(scheduler);
+    run.kwok.delete_plain("there", pods).await;
     run.all_gone().await;
 }
 
@@ -254,9 +287,15 @@ async fn a_node_dies(run: &Run) {
     let freed = all
         .into_iter()
         .find(|(job, ranks)| !gangs.contains_key(job) && *ranks >= run.size.per_node as usize);
-    let (freed, _) = freed.expect("a gang elsewhere");
+    let (freed, freed_ranks) = freed.expect("a gang elsewhere");
     run.delete(&[(freed.clone(), 0)]).await;
     run.witness.until("room", LIMIT, |witness| witness.is_gone(&freed)).await;
+    // Nobody but the dying node has anything left to do.
+    let devices = run.size.devices() as usize;
+    let run_all = |witness: &Witness| {
+        witness.running() == witness.pods() && witness.pods() + freed_ranks == devices
+    };
+    run.witness.until("running", LIMIT, run_all).await;
     run.kwok.kill_node().await;
     let marked = Instant::now();
     let is_good = |witness: &Witness| {
@@ -269,5 +308,6 @@ async fn a_node_dies(run: &Run) {
         gangs.values(),
         marked.elapsed()
     );
+    assert!(marked.elapsed() < RECOVERY_MAX, "later than {RECOVERY_MAX:?}");
     run.check();
 }

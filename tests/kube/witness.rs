@@ -54,6 +54,7 @@ struct Seen {
     gpus: u32,
     job: Option<String>,
     attempt: u32,
+    is_running: bool,
     is_over: bool,
     is_going: bool,
 }
@@ -66,6 +67,8 @@ struct Books {
     faults: Vec<String>,
     bindings: u64,
     most: u32,
+    /// When the first and the last binding since [`Witness::mark`] were seen.
+    span: Option<(Instant, Instant)>,
 }
 
 /// The watcher. Cloning shares it.
@@ -104,6 +107,23 @@ impl Witness {
         let is_bound = |pod: &&Seen| pod.node.is_some() && !pod.is_over && !pod.is_going;
         let is_theirs = |pod: &&Seen| job.is_none_or(|job| pod.job.as_deref() == Some(job));
         books.pods.values().filter(is_theirs).filter(is_bound).count()
+    }
+
+    /// Counts the pods that run.
+    pub(crate) fn running(&self) -> usize {
+        let books = self.books.lock().unwrap();
+        books.pods.values().filter(|pod| pod.is_running && !pod.is_going).count()
+    }
+
+    /// Forgets when bindings were seen.
+    pub(crate) fn mark(&self) {
+        self.books.lock().unwrap().span = None;
+    }
+
+    /// Returns the time from the first binding since the mark to the last.
+    pub(crate) fn binding_took(&self) -> Duration {
+        let span = self.books.lock().unwrap().span;
+        span.map_or(Duration::ZERO, |(first, last)| last - first)
     }
 
     /// Counts the pods of no gang that are bound and not on their way out.
@@ -202,6 +222,7 @@ impl Books {
             gpus,
             job: pod.labels().get(JOB).cloned(),
             attempt: pod.labels().get(ATTEMPT).and_then(|text| text.parse().ok()).unwrap_or(0),
+            is_running: phase == Some("Running"),
             is_over: matches!(phase, Some("Succeeded" | "Failed")),
             is_going: pod.metadata.deletion_timestamp.is_some(),
         };
@@ -213,6 +234,8 @@ impl Books {
             self.most = self.most.max(*taken);
             if !was_bound {
                 self.bindings += 1;
+                let now = Instant::now();
+                self.span = Some((self.span.map_or(now, |(first, _)| first), now));
                 if *taken > per_node {
                     self.faults.push(format!(
                         "{node} has {taken} of {per_node} devices promised, the last to {}",

@@ -140,7 +140,7 @@ impl Core {
         done: mpsc::UnboundedSender<Done>,
         now: Timestamp,
     ) -> Self {
-        stores.ledger.open().begin();
+        stores.ledger.open().begin(Instant::now());
         Self {
             stores,
             rules,

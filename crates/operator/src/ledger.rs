@@ -16,8 +16,8 @@ use crate::ask::Ask;
 use crate::fleet::{Held, NodeNow, held, occupied};
 use crate::gang::Member;
 
-/// A binding that was let through and is not seen for so long was never stored: the API server
-/// ends every request before that.
+/// A binding that was let through, or sent, and is not seen for so long was never stored: the API
+/// server ends every request before that.
 const LET_THROUGH: Duration = Duration::from_secs(70);
 
 /// Namespace and name of a pod.
@@ -57,8 +57,21 @@ struct Expected {
 enum Whose {
     /// A gang's, by the uid of its job: until it is shown or its promise is dropped.
     Gang(String, Held),
+    /// A gang's that nobody looks after any more, by the uid of its job and its attempt: its binding may
+    /// be under way, so until it is shown or deleted, or until then.
+    Late(String, u32, Instant),
     /// Another scheduler's, by the uid of the pod: until it is shown, or until then.
     Other(String, Instant),
+}
+
+impl Expected {
+    /// Returns when it lapses by itself.
+    fn until(&self) -> Option<Instant> {
+        match self.whose {
+            Whose::Gang(..) => None,
+            Whose::Late(_, _, until) | Whose::Other(_, until) => Some(until),
+        }
+    }
 }
 
 /// One pod of a gang that is about to be made.
@@ -173,9 +186,8 @@ impl Books {
         let member = Member::read(pod);
         let is_bound = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
         let was_expected = self.expected.get(&key).is_some_and(|expected| match &expected.whose {
-            Whose::Gang(job, held) => member
-                .as_ref()
-                .is_some_and(|member| member.job == *job && member.attempt == held.attempt.0),
+            Whose::Gang(job, held) => is_of(member.as_ref(), job, held.attempt.0),
+            Whose::Late(job, attempt, _) => is_of(member.as_ref(), job, *attempt),
             Whose::Other(expected, _) => *expected == uid,
         });
         let node = occupied(pod).map(str::to_owned);
@@ -225,7 +237,12 @@ impl Books {
             return;
         }
         let Some(gone) = self.pods.remove(key) else { return };
-        let is_its = |expected: &Expected| matches!(&expected.whose, Whose::Other(uid, _) if *uid == gone.uid);
+        // A pod that is gone cannot be bound any more. A promise is kept all the same: its keeper drops it.
+        let is_its = |expected: &Expected| match &expected.whose {
+            Whose::Gang(..) => false,
+            Whose::Late(job, attempt, _) => is_of(gone.member.as_ref(), job, *attempt),
+            Whose::Other(uid, _) => *uid == gone.uid,
+        };
         if self.expected.get(key).is_some_and(is_its) {
             self.unexpect(key);
         }
@@ -295,6 +312,7 @@ impl Books {
             let expected = self.expected.get(key).filter(|expected| expected.node == node)?;
             let (job, held) = match &expected.whose {
                 Whose::Gang(job, held) => (Some(job.as_str()), Some(held.clone())),
+                Whose::Late(job, ..) => (Some(job.as_str()), None),
                 Whose::Other(..) => (None, None),
             };
             Some(Taken { key, job, held, ask: &expected.ask, turn: expected.turn })
@@ -326,35 +344,43 @@ impl Books {
             let members = theirs.filter_map(|key| self.pods.get(key)?.member.clone()).collect();
             changes.members.insert(job, members);
         }
-        let lapses = self.expected.values().filter_map(|expected| match expected.whose {
-            Whose::Other(_, until) => Some(until),
-            Whose::Gang(..) => None,
-        });
-        changes.lapses = lapses.min();
+        changes.lapses = self.expected.values().filter_map(Expected::until).min();
         changes
     }
 
-    /// Forgets bindings that were let through and never stored.
+    /// Forgets bindings that were let through or sent, and never stored.
     fn lapse(&mut self, now: Instant) {
-        let lapsed = self.expected.iter().filter(
-            |(_, expected)| matches!(expected.whose, Whose::Other(_, until) if until <= now),
-        );
+        let is_over = |expected: &Expected| expected.until().is_some_and(|until| until <= now);
+        let lapsed = self.expected.iter().filter(|(_, expected)| is_over(expected));
         for key in lapsed.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
             self.unexpect(&key);
         }
     }
 
-    /// Begins a term of leadership: promises of the last are dropped, since nobody keeps them any more,
-    /// and everything is told again.
-    pub(crate) fn begin(&mut self) {
-        let promised =
-            self.expected.iter().filter(|(_, expected)| matches!(expected.whose, Whose::Gang(..)));
-        for key in promised.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
-            self.unexpect(&key);
-        }
+    /// Begins a term of leadership: nobody keeps the promises of the last any more, and everything is
+    /// told again.
+    pub(crate) fn begin(&mut self, now: Instant) {
+        self.let_go(|_| true, now);
         self.changed_nodes.extend(self.nodes.keys().cloned());
         self.changed_nodes.extend(self.on_node.keys().cloned());
         self.changed_jobs.extend(self.of_job.keys().cloned());
+    }
+
+    /// Leaves promises of which bindings may be under way to themselves. `is_job` knows the jobs' uids.
+    fn let_go(&mut self, is_job: impl Fn(&str) -> bool, now: Instant) {
+        for expected in self.expected.values_mut() {
+            if let Whose::Gang(job, held) = &expected.whose
+                && is_job(job)
+            {
+                self.changed_nodes.insert(expected.node.clone());
+                expected.whose = Whose::Late(job.clone(), held.attempt.0, now + LET_THROUGH);
+            }
+        }
+    }
+
+    /// Leaves what is left of a gang's promise to itself: some of its pods are there, others not.
+    pub(crate) fn let_go_of(&mut self, job: &str, now: Instant) {
+        self.let_go(|whose| whose == job, now);
     }
 
     /// Tells of a job's nodes again: its pods have become a gang's, or are no gang's any more.
@@ -485,6 +511,11 @@ struct Taken<'a> {
     turn: u64,
 }
 
+/// Whether a pod is one of an attempt of a job.
+fn is_of(member: Option<&Member>, job: &str, attempt: u32) -> bool {
+    member.is_some_and(|member| member.job == job && member.attempt == attempt)
+}
+
 fn key(pod: &Pod) -> Option<PodKey> {
     Some((pod.metadata.namespace.clone()?, pod.metadata.name.clone()?))
 }
@@ -607,9 +638,44 @@ mod tests {
         books.promise("job", vec![place(0)], &Ask::default(), changes.turn).unwrap();
         let changes = books.changes(&all, Instant::now());
         assert_eq!(changes.nodes[0].held.len(), 1);
-        books.begin();
-        assert_eq!(books.changes(&all, Instant::now()).nodes[0].held.len(), 0);
+        // Of a promise of the last term the binding may still be under way.
+        books.begin(Instant::now());
+        let changes = books.changes(&all, Instant::now());
+        assert_eq!((changes.nodes[0].held.len(), changes.nodes[0].others.get(GPU)), (0, 4000));
         assert_eq!(books.changes(&all, Instant::now()).nodes.len(), 0);
+    }
+
+    #[test]
+    fn a_binding_that_the_last_term_sent_keeps_its_room_until_it_is_seen() {
+        let promised = || {
+            let mut books = books();
+            books.promise("job", vec![place(0), place(1)], &Ask::default(), 0).unwrap();
+            books.pod_event(&Event::Apply(member(0, None)));
+            books.begin(Instant::now());
+            books
+        };
+        // Nobody else gets it, neither a gang nor another scheduler.
+        let mut books = promised();
+        let three = vec![place(2), place(3), place(4)];
+        books.promise("other", three, &Ask::default(), 0).unwrap_err();
+        assert_eq!(review(&mut books, "p0"), Verdict::Allowed);
+        assert_eq!(review(&mut books, "p1"), Verdict::Allowed);
+        assert!(matches!(review(&mut books, "p2"), Verdict::Refused(_)));
+        // It is stored after all.
+        books.pod_event(&Event::Apply(member(0, Some("a"))));
+        assert_eq!(gpus(&books), 4000);
+        // Its pod is deleted: what was under way for it finds none.
+        let mut books = promised();
+        books.pod_event(&Event::Delete(member(0, None)));
+        assert_eq!(gpus(&books), 1000);
+        // It never comes.
+        books.changes(&|_| true, Instant::now() + LET_THROUGH);
+        assert_eq!(gpus(&books), 0);
+        // A gang of which some pods are gone before they were seen: the others may be bound.
+        let mut books = self::books();
+        books.promise("job", vec![place(0), place(1)], &Ask::default(), 0).unwrap();
+        books.let_go_of("job", Instant::now());
+        assert_eq!(gpus(&books), 2000);
     }
 
     #[test]

@@ -121,9 +121,14 @@ impl Core {
         let Some(promise) = self.promised.get_mut(uid) else { return };
         match answer {
             // They were deleted before the watch showed them.
-            Ok(there) if there < promise.pods => {
+            Ok(0) => {
                 self.promised.remove(uid);
                 self.stores.ledger.open().drop_promise(uid);
+            }
+            // Some were; those that are there may be bound.
+            Ok(there) if there < promise.pods => {
+                self.promised.remove(uid);
+                self.stores.ledger.open().let_go_of(uid, Instant::now());
             }
             _ => promise.state = State::Bound(Instant::now()),
         }

@@ -9,6 +9,7 @@ mod cluster;
 mod containers;
 mod crds;
 mod faults;
+mod front;
 mod gangs;
 mod guard;
 mod host;

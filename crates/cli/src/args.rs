@@ -93,7 +93,8 @@ pub struct Global {
         hide_env_values = true
     )]
     pub state_dir: Option<PathBuf>,
-    /// The control plane's address, instead of the one in the state folder.
+    /// The control plane's address, instead of the one in the state folder. On Kubernetes:
+    /// kube://CONTEXT/NAMESPACE, either of which may be left out, for those of your kubeconfig.
     #[arg(
         long,
         global = true,

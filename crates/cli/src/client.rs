@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use drumline_operator::front;
 use drumline_wire::MESSAGE_MAX_BYTES;
 use drumline_wire::auth::{AddToken, Token};
 use drumline_wire::v1::control_client::ControlClient;
@@ -25,7 +26,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Access {
     /// The state folder.
     pub state: StateDir,
-    /// `http://HOST:PORT`, instead of what the state folder says.
+    /// `http://HOST:PORT`, instead of what the state folder says, or `kube://CONTEXT/NAMESPACE`.
     pub endpoint: Option<String>,
     /// The token's file, instead of the state folder's.
     pub token_file: Option<PathBuf>,
@@ -80,6 +81,9 @@ impl Access {
     /// # Errors
     /// Unreachable, with the address and the cause.
     pub async fn connect(&self) -> Result<Client, Failure> {
+        if let Some(address) = self.kubernetes() {
+            return to_kubernetes(&address).await;
+        }
         let address = self.address()?;
         let token = self.token()?;
         let endpoint = Endpoint::from_shared(address.clone())
@@ -101,11 +105,27 @@ impl Access {
                 return Err(Failure::from_status(&status, &address));
             }
         };
-        let control = ControlClient::with_interceptor(channel, AddToken::new(&token))
-            .max_decoding_message_size(MESSAGE_MAX_BYTES)
-            .max_encoding_message_size(MESSAGE_MAX_BYTES);
-        Ok(Client { control, address })
+        Ok(Client::new(channel, &token, address))
     }
+
+    /// Returns the Kubernetes cluster that `--endpoint` names, if it names one.
+    #[must_use]
+    pub fn kubernetes(&self) -> Option<front::Address> {
+        front::Address::parse(self.endpoint.as_deref()?)
+    }
+}
+
+/// Calls the API server with the user's kubeconfig: the control API over it runs in this process,
+/// so that every command is the same.
+async fn to_kubernetes(address: &front::Address) -> Result<Client, Failure> {
+    let channel = front::connect(address).await.map_err(|error| {
+        Failure::user(format!("--endpoint {address}: {error}"))
+            .hint("`kubectl config get-contexts` lists contexts; KUBECONFIG names the file")
+    })?;
+    // Nobody reads it: the kubeconfig says who calls.
+    let token =
+        Token::new("within-one-process").map_err(|error| Failure::failed(error.to_string()))?;
+    Ok(Client::new(channel, &token, address.to_string()))
 }
 
 /// Checks that an address is plain HTTP on loopback: the token must not cross a network unprotected.
@@ -133,6 +153,13 @@ fn plain_http_host(address: &str) -> Result<(), Failure> {
 }
 
 impl Client {
+    fn new(channel: Channel, token: &Token, address: String) -> Self {
+        let control = ControlClient::with_interceptor(channel, AddToken::new(token))
+            .max_decoding_message_size(MESSAGE_MAX_BYTES)
+            .max_encoding_message_size(MESSAGE_MAX_BYTES);
+        Self { control, address }
+    }
+
     /// Waits for the answer to a short question.
     ///
     /// # Errors

@@ -66,7 +66,17 @@ impl Failure {
     #[must_use]
     pub fn from_status(status: &Status, address: &str) -> Self {
         let said = status.message();
+        let is_kubernetes = address.starts_with(drumline_operator::front::SCHEME);
         match status.code() {
+            Code::Unavailable if is_kubernetes => {
+                Self::unreachable(format!("cannot reach the cluster at {address}: {said}"))
+                    .hint("does `kubectl get --raw /readyz` answer with this context?")
+            }
+            Code::Unauthenticated | Code::PermissionDenied if is_kubernetes => {
+                Self::user(format!("the API server of {address} refused: {said}"))
+                    .hint("ask for the cluster role `edit` in the namespace; for nodes and queues, `drumline-fleet-view`")
+            }
+            Code::Unimplemented if is_kubernetes => Self::user(said),
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
                 Self::unreachable(format!("cannot reach the cluster at {address}: {}", deepest(status)))
                     .hint("is it running? `drumline up` starts one on this machine, `--endpoint` names another")

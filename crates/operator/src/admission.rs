@@ -137,8 +137,11 @@ fn pods() -> Value {
     )
 }
 
+/// The cluster role of people who may see nodes and queues: `drumline nodes`, `drumline queues`.
+pub const FLEET_VIEW: &str = "drumline-fleet-view";
+
 /// Returns the cluster roles that add the jobs to `edit` and `view`, which namespaces are given out
-/// with.
+/// with, and the one that shows nodes and queues.
 #[must_use]
 pub fn roles() -> Vec<Value> {
     const JOBS: [&str; 3] = ["trainingjobs", "modelservices", "commandjobs"];
@@ -169,6 +172,15 @@ pub fn roles() -> Vec<Value> {
             "drumline-view",
             &["view", "edit", "admin"],
             json!([{ "apiGroups": [GROUP], "resources": JOBS, "verbs": ["get", "list", "watch"] }]),
+        ),
+        // What belongs to no namespace is given by a binding of its own.
+        role(
+            FLEET_VIEW,
+            &[],
+            json!([
+                { "apiGroups": [GROUP], "resources": ["queues"], "verbs": ["get", "list", "watch"] },
+                { "apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"] },
+            ]),
         ),
     ]
 }

@@ -205,6 +205,12 @@ impl Fleet {
         &self.held
     }
 
+    /// Returns which job and rank hold a device.
+    #[must_use]
+    pub fn holder(&self, device: &DeviceId) -> Option<(&JobId, u32)> {
+        self.ranks.iter().find_map(|(job, devices)| Some((job, devices.get(device)?.0)))
+    }
+
     /// Returns Kubernetes' name of a node.
     #[must_use]
     pub fn node_name(&self, alias: &NodeName) -> Option<&str> {

@@ -12,6 +12,7 @@ pub mod crd;
 pub mod deploy;
 pub mod desk;
 pub mod fleet;
+pub mod front;
 pub mod gang;
 pub mod guard;
 pub mod job;

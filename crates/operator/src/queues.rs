@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use drumline_spec::QueueSpec;
 use drumline_spec::manifest::parse_all;
+use drumline_spec::{Mistake, QueueSpec};
 use drumline_types::{JobPhase, QueueName};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::DynamicObject;
@@ -42,18 +42,12 @@ impl QueueStates {
     pub(crate) fn read(&self, store: &Store<DynamicObject>) -> Vec<QueueSpec> {
         let mut queues = Vec::new();
         for object in store.state() {
-            let name = object.metadata.name.clone().unwrap_or_default();
-            let manifest = json!({
-                "apiVersion": format!("{GROUP}/{VERSION}"),
-                "kind": "Queue",
-                "metadata": { "name": name },
-                "spec": object.data.get("spec").cloned().unwrap_or_default(),
-            });
-            match parse_all(&manifest.to_string(), &name) {
-                Ok(all) => queues.extend(all.queues),
+            match read_queue(&object) {
+                Ok(all) => queues.extend(all),
                 Err(mistakes) => {
                     let first = mistakes.first().map(|mistake| mistake.message.clone());
-                    tracing::warn!(queue = %name, ?first, "a queue is left out");
+                    let name = &object.metadata.name;
+                    tracing::warn!(queue = ?name, ?first, "a queue is left out");
                 }
             }
         }
@@ -74,6 +68,18 @@ impl QueueStates {
             self.told.remove(queue);
         }
     }
+}
+
+/// Parses a queue's object as the manifest that it was applied from.
+pub(crate) fn read_queue(object: &DynamicObject) -> Result<Vec<QueueSpec>, Vec<Mistake>> {
+    let name = object.metadata.name.clone().unwrap_or_default();
+    let manifest = json!({
+        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "kind": "Queue",
+        "metadata": { "name": name },
+        "spec": object.data.get("spec").cloned().unwrap_or_default(),
+    });
+    Ok(parse_all(&manifest.to_string(), &name)?.queues)
 }
 
 impl Core {

@@ -89,6 +89,8 @@ pub enum MapRule {
     Environment,
     /// Labels: names and short texts.
     Labels,
+    /// Annotations: names and texts of any length that a manifest may have.
+    Annotations,
     /// Numbers of devices by class.
     Counts,
 }

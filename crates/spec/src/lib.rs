@@ -12,6 +12,7 @@ pub mod manifest;
 pub mod memory;
 pub mod mistake;
 pub mod model;
+pub mod object;
 pub mod queue;
 pub mod reference;
 pub mod scheduling;

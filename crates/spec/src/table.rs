@@ -117,6 +117,21 @@ const METADATA: Field = required(
             "",
             "Notes of your own, kept with the job and shown by `describe`. They decide nothing.",
         ),
+        optional(
+            "annotations",
+            Kind::Map(MapRule::Annotations),
+            "none",
+            "",
+            "What a Kubernetes cluster is told beside the spec, such as the image of the ranks. \
+             Elsewhere they decide nothing.",
+        ),
+        optional(
+            "namespace",
+            Kind::Text(TextRule::Name { max: 63 }),
+            "the one that the command or its kubeconfig names",
+            "",
+            "The namespace on a Kubernetes cluster. Elsewhere it decides nothing.",
+        ),
     ]),
     "",
     "The name, and notes.",

@@ -397,7 +397,7 @@ fn key(rule: MapRule, key: &str) -> Result<(), String> {
                     .to_owned())
             }
         }
-        MapRule::Labels => {
+        MapRule::Labels | MapRule::Annotations => {
             let legal = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
             if (1..=128).contains(&key.len()) && key.chars().all(legal) {
                 Ok(())

@@ -57,6 +57,10 @@ pub struct ServeArgs {
 /// # Errors
 /// Failed, when the service failed or did not get ready in time; unreachable.
 pub async fn run(args: &ServeArgs, access: &Access, format: Format) -> Result<(), Failure> {
+    if access.kubernetes().is_some() {
+        return Err(Failure::user("on Kubernetes a model is a folder of a volume, not of this machine")
+            .hint("`drumline submit` a ModelService that names the claim: `drumline explain ModelService`"));
+    }
     let manifest = manifest(args).to_string();
     manifests::check(manifest.as_bytes(), "serve")?;
     let jobs = submit(access, manifest, "serve", false).await?;

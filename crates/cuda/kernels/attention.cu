@@ -7,30 +7,31 @@
 // Operations: 2 B H T^2 E forward (half of the square, two products), 7 / 2 times that backward (the
 // scores are made twice there, so that nothing needs atomics and every run gives the same bits).
 // Traffic: qkv and out once; keys and values again for each tile of 32 queries, from L2.
+// `narrow` is 1 where qkv, out and their gradients are kept as bf16.
 // 128 threads: row = thread / 4, and each of the four has every fourth column.
 
 #define TILE 32
 #define SCORES (TILE + 1)
 
 struct Place {
-    u32 sequence, heads, kv_heads, head_dim, width;
+    u32 sequence, heads, kv_heads, head_dim, width, narrow;
     u64 first;  // Row of the sequence's first token.
 };
-__device__ inline Place place(u32 sequence, u32 heads, u32 kv_heads, u32 head_dim) {
+__device__ inline Place place(u32 sequence, u32 heads, u32 kv_heads, u32 head_dim, u32 narrow) {
     Place p;
-    p.sequence = sequence, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
+    p.sequence = sequence, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = head_dim, p.narrow = narrow;
     p.width = (heads + 2 * kv_heads) * head_dim;
     p.first = (u64)blockIdx.z * sequence;
     return p;
 }
 // Copies rows first .. first + TILE of a head, zeros beyond the sequence, to shared rows of E + 1.
-__device__ inline void load_tile(float* to, const float* from, const Place& p, u32 first, u32 row_width, u32 column) {
+__device__ inline void load_tile(float* to, const void* from, const Place& p, u32 first, u32 row_width, u32 column) {
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < TILE * p.head_dim; i += blockDim.x) {
         u32 r = i / p.head_dim, c = i % p.head_dim;
         bool inside = first + r < p.sequence;
         to[r * (p.head_dim + 1) + c] =
-            inside ? from[(p.first + first + r) * row_width + column + c] : 0.0f;
+            inside ? get(from, (p.first + first + r) * row_width + column + c, p.narrow) : 0.0f;
     }
 }
 __device__ inline float dot(const float* a, const float* b, u32 n) {
@@ -51,7 +52,7 @@ __device__ inline void add_scaled(float (&acc)[C], float factor, const float* ro
 
 // Forward. Grid: (T / TILE, H, B). C: columns of one thread, at least E / 4.
 template <int C>
-__device__ void forward(const float* qkv, float* out, float* lse, Place p, float scale) {
+__device__ void forward(const void* qkv, void* out, float* lse, Place p, float scale) {
     u32 e = p.head_dim, h = blockIdx.y, kv = h / (p.heads / p.kv_heads), pitch = e + 1;
     float *q = (float*)dynamic_shared, *k = q + TILE * pitch, *v = k + TILE * pitch, *scores = v + TILE * pitch;
     u32 row = threadIdx.x / 4, part = threadIdx.x % 4, first = blockIdx.x * TILE, i = first + row;
@@ -91,25 +92,25 @@ __device__ void forward(const float* qkv, float* out, float* lse, Place p, float
         for (u32 j = 0; j < TILE; j++) add_scaled<C>(acc, scores[row * SCORES + j], v + j * pitch, part, e);
     }
     if (i >= p.sequence) return;
-    float* to = out + (p.first + i) * p.heads * e + h * e;
+    u64 to = (p.first + i) * p.heads * e + h * e;
 #pragma unroll
     for (int c = 0; c < C; c++) {
         u32 column = part + 4 * c;
-        if (column < e) to[column] = acc[c] / sum;
+        if (column < e) put(out, to + column, p.narrow, acc[c] / sum);
     }
     if (part == 0) lse[((u64)blockIdx.z * p.heads + h) * p.sequence + i] = max + logf(sum);
 }
 
 // delta[b, h, t] = sum over the head's columns of dout out: 8 bytes for each element. One warp for
 // each of n = B T H.
-extern "C" __global__ void attention_delta(const float* out, const float* dout, float* delta, u64 n, u32 sequence,
-                                           u32 heads, u32 head_dim) {
+extern "C" __global__ void attention_delta(const void* out, const void* dout, float* delta, u64 n, u32 sequence,
+                                           u32 heads, u32 head_dim, u32 narrow) {
     u64 at = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     bool inside = at < n;
     float total = 0.0f;
     if (inside)
         for (u32 c = threadIdx.x % 32; c < head_dim; c += 32)
-            total += out[at * head_dim + c] * dout[at * head_dim + c];
+            total += get(out, at * head_dim + c, narrow) * get(dout, at * head_dim + c, narrow);
     total = warp_sum(total);
     if (!inside || threadIdx.x % 32) return;
     u64 row = at / heads, head = at % heads;
@@ -136,7 +137,7 @@ __device__ inline void score_gradients(const float* q, const float* k, const flo
 
 // Gradients of keys and values. Grid: (T / TILE, K, B).
 template <int C>
-__device__ void backward_keys(const float* qkv, const float* dout, const float* lse, const float* delta, float* dqkv,
+__device__ void backward_keys(const void* qkv, const void* dout, const float* lse, const float* delta, void* dqkv,
                               Place p, float scale) {
     u32 e = p.head_dim, kv = blockIdx.y, group = p.heads / p.kv_heads, pitch = e + 1;
     float *q = (float*)dynamic_shared, *k = q + TILE * pitch, *v = k + TILE * pitch, *d = v + TILE * pitch;
@@ -164,21 +165,21 @@ __device__ void backward_keys(const float* qkv, const float* dout, const float* 
         }
     }
     if (key + row >= p.sequence) return;
-    float* to = dqkv + (p.first + key + row) * p.width + (p.heads + kv) * e;
+    u64 to = (p.first + key + row) * p.width + (p.heads + kv) * e;
 #pragma unroll
     for (int c = 0; c < C; c++) {
         u32 column = part + 4 * c;
         if (column < e) {
-            to[column] = dk[c];
-            to[p.kv_heads * e + column] = dv[c];
+            put(dqkv, to + column, p.narrow, dk[c]);
+            put(dqkv, to + p.kv_heads * e + column, p.narrow, dv[c]);
         }
     }
 }
 
 // Gradients of queries. Grid: (T / TILE, H, B).
 template <int C>
-__device__ void backward_queries(const float* qkv, const float* dout, const float* lse, const float* delta,
-                                 float* dqkv, Place p, float scale) {
+__device__ void backward_queries(const void* qkv, const void* dout, const float* lse, const float* delta,
+                                 void* dqkv, Place p, float scale) {
     u32 e = p.head_dim, h = blockIdx.y, kv = h / (p.heads / p.kv_heads), pitch = e + 1;
     float *q = (float*)dynamic_shared, *k = q + TILE * pitch, *v = k + TILE * pitch, *d = v + TILE * pitch;
     float *prob = d + TILE * pitch, *grad = prob + TILE * SCORES;
@@ -200,29 +201,30 @@ __device__ void backward_queries(const float* qkv, const float* dout, const floa
         for (u32 j = 0; j < TILE; j++) add_scaled<C>(dq, grad[row * SCORES + j], k + j * pitch, part, e);
     }
     if (query + row >= p.sequence) return;
-    float* to = dqkv + (p.first + query + row) * p.width + h * e;
+    u64 to = (p.first + query + row) * p.width + h * e;
 #pragma unroll
     for (int c = 0; c < C; c++) {
         u32 column = part + 4 * c;
-        if (column < e) to[column] = dq[c];
+        if (column < e) put(dqkv, to + column, p.narrow, dq[c]);
     }
 }
 
 // One entry for each count of columns: E up to 32, 64, 128, 256.
 #define ATTENTION(C)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128) attention_##C(const float* qkv, float* out, float* lse, \
-                                                                    u32 t, u32 h, u32 k, u32 e, float scale) { \
-        forward<C>(qkv, out, lse, place(t, h, k, e), scale);                                                 \
+    extern "C" __global__ void __launch_bounds__(128) attention_##C(const void* qkv, void* out, float* lse,  \
+                                                                    u32 t, u32 h, u32 k, u32 e, float scale, \
+                                                                    u32 narrow) {                            \
+        forward<C>(qkv, out, lse, place(t, h, k, e, narrow), scale);                                         \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(128)                                                        \
-        attention_keys_##C(const float* qkv, const float* dout, const float* lse, const float* delta,        \
-                           float* dqkv, u32 t, u32 h, u32 k, u32 e, float scale) {                           \
-        backward_keys<C>(qkv, dout, lse, delta, dqkv, place(t, h, k, e), scale);                             \
+        attention_keys_##C(const void* qkv, const void* dout, const float* lse, const float* delta,          \
+                           void* dqkv, u32 t, u32 h, u32 k, u32 e, float scale, u32 narrow) {                \
+        backward_keys<C>(qkv, dout, lse, delta, dqkv, place(t, h, k, e, narrow), scale);                     \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(128)                                                        \
-        attention_queries_##C(const float* qkv, const float* dout, const float* lse, const float* delta,     \
-                              float* dqkv, u32 t, u32 h, u32 k, u32 e, float scale) {                        \
-        backward_queries<C>(qkv, dout, lse, delta, dqkv, place(t, h, k, e), scale);                          \
+        attention_queries_##C(const void* qkv, const void* dout, const float* lse, const float* delta,       \
+                              void* dqkv, u32 t, u32 h, u32 k, u32 e, float scale, u32 narrow) {             \
+        backward_queries<C>(qkv, dout, lse, delta, dqkv, place(t, h, k, e, narrow), scale);                  \
     }
 ATTENTION(8)
 ATTENTION(16)

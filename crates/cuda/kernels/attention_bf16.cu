@@ -1,6 +1,7 @@
 // Causal attention with grouped queries on the tensor cores, forward and backward, for heads of 64 and
-// 128: factors are rounded to bf16 on their way into shared memory, sums and softmax are f32. Layouts
-// and meaning are those of attention.cu, which is its reference.
+// 128: factors are rounded to bf16 on their way into shared memory, or are kept so, sums and softmax are
+// f32. Layouts and meaning are those of attention.cu, which is its reference. T is what qkv, out and their
+// gradients are kept as: float, or u16 for bf16.
 //
 // Operations: 2 B H T^2 E forward, 7 / 2 times that backward (scores are made twice there, so that
 // there are no atomics and every run gives the same bits). Traffic: as attention.cu, with tiles of 64.
@@ -36,6 +37,18 @@ __device__ inline void load_rows(u16* to, const float* from, const Place& p, u32
             a = at[0], b = at[1];
         }
         *(u32*)(to + r * (E + PAD) + c) = pack_bf16(a, b);
+    }
+}
+// The same from rows of bf16, which are aligned to 16 bytes: eight elements at a time.
+template <int E>
+__device__ inline void load_rows(u16* to, const u16* from, const Place& p, u32 first, u32 rows, u32 row_width,
+                                 u32 column) {
+    for (u32 i = threadIdx.x; i < rows * (E / 8); i += blockDim.x) {
+        u32 r = i / (E / 8), c = i % (E / 8) * 8;
+        uint4 v;
+        v.x = v.y = v.z = v.w = 0;
+        if (first + r < p.sequence) v = *(const uint4*)(from + (p.first + first + r) * row_width + column + c);
+        *(uint4*)(to + r * (E + PAD) + c) = v;
     }
 }
 
@@ -83,8 +96,10 @@ __device__ inline void add_product(float (&acc)[E / 8][4], const float (&p)[N][4
 }
 
 // Writes a warp's 16 x E sums, times a factor for each half of its rows, to rows first .. of `to`.
-template <int E>
-__device__ inline void store_rows(float* to, const float (&acc)[E / 8][4], const Place& p, u32 first, u32 row_width,
+__device__ inline void store_pair(float* at, float a, float b) { at[0] = a, at[1] = b; }
+__device__ inline void store_pair(u16* at, float a, float b) { *(u32*)at = pack_bf16(a, b); }
+template <int E, typename T>
+__device__ inline void store_rows(T* to, const float (&acc)[E / 8][4], const Place& p, u32 first, u32 row_width,
                                   u32 column, float low, float high) {
     u32 lane = threadIdx.x % 32;
 #pragma unroll
@@ -92,12 +107,10 @@ __device__ inline void store_rows(float* to, const float (&acc)[E / 8][4], const
         u32 row = first + lane / 4 + 8 * half;
         if (row >= p.sequence) continue;
         float factor = half ? high : low;
-        float* at = to + (p.first + row) * row_width + column + lane % 4 * 2;
+        T* at = to + (p.first + row) * row_width + column + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < E / 8; n++) {
-            at[n * 8] = acc[n][2 * half] * factor;
-            at[n * 8 + 1] = acc[n][2 * half + 1] * factor;
-        }
+        for (int n = 0; n < E / 8; n++)
+            store_pair(at + n * 8, acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor);
     }
 }
 
@@ -110,8 +123,8 @@ __device__ inline void clear(float (&acc)[E / 8][4]) {
 }
 
 // Forward. Grid: (T / ROWS, H, B). Shared: 3 ROWS rows of E + PAD.
-template <int E>
-__device__ void forward(const float* qkv, float* out, float* lse, Place p, float scale) {
+template <int E, typename T>
+__device__ void forward(const T* qkv, T* out, float* lse, Place p, float scale) {
     u32 h = blockIdx.y, kv = h / (p.heads / p.kv_heads), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The longest rows first: what is left at the end is short.
     u32 first = (gridDim.x - 1 - blockIdx.x) * ROWS, row = first + warp * 16 + lane / 4;
@@ -176,8 +189,8 @@ __device__ void forward(const float* qkv, float* out, float* lse, Place p, float
 
 // Gradients of keys and values. Grid: (T / ROWS, K, B). Shared: 2 ROWS + 2 TURN rows of E + PAD, and
 // 2 TURN floats.
-template <int E>
-__device__ void backward_keys(const float* qkv, const float* dout, const float* lse, const float* delta, float* dqkv,
+template <int E, typename T>
+__device__ void backward_keys(const T* qkv, const T* dout, const float* lse, const float* delta, T* dqkv,
                               Place p, float scale) {
     u32 kv = blockIdx.y, group = p.heads / p.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 first = blockIdx.x * ROWS, key = first + warp * 16 + lane / 4;
@@ -222,9 +235,9 @@ __device__ void backward_keys(const float* qkv, const float* dout, const float* 
 }
 
 // Gradients of queries. Grid: (T / ROWS, H, B). Shared: 2 ROWS + 2 TURN rows of E + PAD.
-template <int E>
-__device__ void backward_queries(const float* qkv, const float* dout, const float* lse, const float* delta,
-                                 float* dqkv, Place p, float scale) {
+template <int E, typename T>
+__device__ void backward_queries(const T* qkv, const T* dout, const float* lse, const float* delta, T* dqkv,
+                                 Place p, float scale) {
     u32 h = blockIdx.y, kv = h / (p.heads / p.kv_heads), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 first = (gridDim.x - 1 - blockIdx.x) * ROWS, row = first + warp * 16 + lane / 4;
     u16 *q = (u16*)dynamic_shared, *d = q + ROWS * (E + PAD), *k = d + ROWS * (E + PAD), *v = k + TURN * (E + PAD);
@@ -261,20 +274,22 @@ __device__ void backward_queries(const float* qkv, const float* dout, const floa
     store_rows<E>(dqkv, dq, p, first + warp * 16, p.width, h * E, scale, scale);
 }
 
-#define ATTENTION(E)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) attention_bf16_##E(const float* qkv, float* out, float* lse, \
-                                                                         u32 t, u32 h, u32 k, u32, float scale) { \
-        forward<E>(qkv, out, lse, place(t, h, k, E), scale);                                                   \
-    }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128)                                                          \
-        attention_bf16_keys_##E(const float* qkv, const float* dout, const float* lse, const float* delta,     \
-                                float* dqkv, u32 t, u32 h, u32 k, u32, float scale) {                          \
-        backward_keys<E>(qkv, dout, lse, delta, dqkv, place(t, h, k, E), scale);                               \
-    }                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128)                                                          \
-        attention_bf16_queries_##E(const float* qkv, const float* dout, const float* lse, const float* delta,  \
-                                   float* dqkv, u32 t, u32 h, u32 k, u32, float scale) {                       \
-        backward_queries<E>(qkv, dout, lse, delta, dqkv, place(t, h, k, E), scale);                            \
+#define ATTENTION(NAME, E, T)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) attention_##NAME##_##E(                               \
+        const T* qkv, T* out, float* lse, u32 t, u32 h, u32 k, u32, float scale, u32) {                     \
+        forward<E>(qkv, out, lse, place(t, h, k, E), scale);                                                \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128)                                                       \
+        attention_##NAME##_keys_##E(const T* qkv, const T* dout, const float* lse, const float* delta,      \
+                                    T* dqkv, u32 t, u32 h, u32 k, u32, float scale, u32) {                  \
+        backward_keys<E>(qkv, dout, lse, delta, dqkv, place(t, h, k, E), scale);                            \
+    }                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128)                                                       \
+        attention_##NAME##_queries_##E(const T* qkv, const T* dout, const float* lse, const float* delta,   \
+                                       T* dqkv, u32 t, u32 h, u32 k, u32, float scale, u32) {               \
+        backward_queries<E>(qkv, dout, lse, delta, dqkv, place(t, h, k, E), scale);                         \
     }
-ATTENTION(64)
-ATTENTION(128)
+ATTENTION(bf16, 64, float)
+ATTENTION(bf16, 128, float)
+ATTENTION(narrow, 64, u16)
+ATTENTION(narrow, 128, u16)

@@ -90,29 +90,56 @@ __device__ inline float block_max(float x, float* scratch) {
     return x;
 }
 
+// Values that are kept as f32 or, where `narrow` is not 0, as bf16. A kernel whose operands may be either
+// has an argument `narrow` with a bit for each, the same for the whole launch.
+__device__ inline float get(const void* p, u64 i, u32 narrow) {
+    return narrow ? from_bf16(((const u16*)p)[i]) : ((const float*)p)[i];
+}
+__device__ inline void put(void* p, u64 i, u32 narrow, float x) {
+    if (narrow) {
+        ((u16*)p)[i] = (u16)(pack_bf16(x, 0.0f) & 0xffff);
+    } else {
+        ((float*)p)[i] = x;
+    }
+}
+__device__ inline const void* after(const void* p, u64 i, u32 narrow) { return (const char*)p + i * (narrow ? 2 : 4); }
+__device__ inline void* after(void* p, u64 i, u32 narrow) { return (char*)p + i * (narrow ? 2 : 4); }
+
 // Four neighbours, read and written in one access where `vector` says that every operand is aligned
 // to 16 bytes.
 struct Four {
     float v[4];
 };
-__device__ inline Four load_four(const float* p, u64 i, u64 n, int vector) {
+__device__ inline Four load_four(const void* p, u64 i, u64 n, int vector, u32 narrow = 0) {
     Four r;
     if (vector && i + 4 <= n) {
-        float4 t = *(const float4*)(p + i);
-        r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+        if (narrow) {
+            uint2 t = *(const uint2*)((const u16*)p + i);
+            r.v[0] = __uint_as_float(t.x << 16), r.v[1] = __uint_as_float(t.x & 0xffff0000u);
+            r.v[2] = __uint_as_float(t.y << 16), r.v[3] = __uint_as_float(t.y & 0xffff0000u);
+        } else {
+            float4 t = *(const float4*)((const float*)p + i);
+            r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+        }
     } else {
-        for (int k = 0; k < 4; k++) r.v[k] = i + k < n ? p[i + k] : 0.0f;
+        for (int k = 0; k < 4; k++) r.v[k] = i + k < n ? get(p, i + k, narrow) : 0.0f;
     }
     return r;
 }
-__device__ inline void store_four(float* p, u64 i, u64 n, int vector, const Four& r) {
+__device__ inline void store_four(void* p, u64 i, u64 n, int vector, const Four& r, u32 narrow = 0) {
     if (vector && i + 4 <= n) {
-        float4 t;
-        t.x = r.v[0], t.y = r.v[1], t.z = r.v[2], t.w = r.v[3];
-        *(float4*)(p + i) = t;
+        if (narrow) {
+            uint2 t;
+            t.x = pack_bf16(r.v[0], r.v[1]), t.y = pack_bf16(r.v[2], r.v[3]);
+            *(uint2*)((u16*)p + i) = t;
+        } else {
+            float4 t;
+            t.x = r.v[0], t.y = r.v[1], t.z = r.v[2], t.w = r.v[3];
+            *(float4*)((float*)p + i) = t;
+        }
     } else {
         for (int k = 0; k < 4; k++)
-            if (i + k < n) p[i + k] = r.v[k];
+            if (i + k < n) put(p, i + k, narrow, r.v[k]);
     }
 }
 // Four elements for each thread, and round again until all are done.

@@ -1,26 +1,17 @@
 // Operations on flat ranges: each element is read once and written once, so all of them are bound by
-// memory.
+// memory. Traffic is given for operands of f32; those that are kept as bf16 move half of it.
 
 // sum[i] = a[i] + b[i] (+ bias[i % width]). Reads 8 bytes and writes 4 for each element.
-extern "C" __global__ void add(const float* a, const float* b, const float* bias, float* sum, u64 n, u32 width,
-                               int vector) {
+// narrow: a, b, sum.
+extern "C" __global__ void add(const void* a, const void* b, const float* bias, void* sum, u64 n, u32 width,
+                               int vector, u32 narrow) {
     FOR_FOURS(i, n) {
-        Four x = load_four(a, i, n, vector), y = load_four(b, i, n, vector);
+        Four x = load_four(a, i, n, vector, narrow & 1), y = load_four(b, i, n, vector, narrow & 2);
         for (int k = 0; k < 4; k++) {
             x.v[k] += y.v[k];
             if (bias && i + k < n) x.v[k] += bias[(i + k) % width];
         }
-        store_four(sum, i, n, vector, x);
-    }
-}
-
-// y += bias in every row of [n / width, width]: 8 bytes for each element.
-extern "C" __global__ void add_bias(float* y, const float* bias, u64 n, u32 width, int vector) {
-    FOR_FOURS(i, n) {
-        Four x = load_four(y, i, n, vector);
-        for (int k = 0; k < 4; k++)
-            if (i + k < n) x.v[k] += bias[(i + k) % width];
-        store_four(y, i, n, vector, x);
+        store_four(sum, i, n, vector, x, narrow & 4);
     }
 }
 
@@ -28,49 +19,85 @@ extern "C" __global__ void add_bias(float* y, const float* bias, u64 n, u32 widt
 #define GELU_ROOT 0.7978845608028654f
 #define GELU_CUBE 0.044715f
 
-// y[i] = gelu(x[i]): 8 bytes for each element.
-extern "C" __global__ void gelu(const float* x, float* y, u64 n, int vector) {
+// y[i] = gelu(x[i]): 8 bytes for each element. narrow: x, y.
+extern "C" __global__ void gelu(const void* x, void* y, u64 n, int vector, u32 narrow) {
     FOR_FOURS(i, n) {
-        Four v = load_four(x, i, n, vector);
+        Four v = load_four(x, i, n, vector, narrow & 1);
         for (int k = 0; k < 4; k++) {
             float a = v.v[k];
             v.v[k] = 0.5f * a * (1.0f + tanhf(GELU_ROOT * (a + GELU_CUBE * a * a * a)));
         }
-        store_four(y, i, n, vector, v);
+        store_four(y, i, n, vector, v, narrow & 2);
     }
 }
 
-// x[i] = gelu'(x[i]) dy[i]: 12 bytes for each element.
-extern "C" __global__ void gelu_grad(float* x, const float* dy, u64 n, int vector) {
+// dy[i] = gelu'(x[i]) dy[i]: 12 bytes for each element. narrow: x, dy.
+extern "C" __global__ void gelu_grad(const void* x, void* dy, u64 n, int vector, u32 narrow) {
     FOR_FOURS(i, n) {
-        Four v = load_four(x, i, n, vector), d = load_four(dy, i, n, vector);
+        Four v = load_four(x, i, n, vector, narrow & 1), d = load_four(dy, i, n, vector, narrow & 2);
         for (int k = 0; k < 4; k++) {
             float a = v.v[k], t = tanhf(GELU_ROOT * (a + GELU_CUBE * a * a * a));
             float slope = 0.5f * (1.0f + t) +
                           0.5f * a * (1.0f - t * t) * GELU_ROOT * (1.0f + 3.0f * GELU_CUBE * a * a);
-            v.v[k] = slope * d.v[k];
+            d.v[k] *= slope;
         }
-        store_four(x, i, n, vector, v);
+        store_four(dy, i, n, vector, d, narrow & 2);
     }
 }
 
 // y [rows, F] = silu(gate) up, from rows [gate F, up F]: 12 bytes for each element of y. n = rows F.
-extern "C" __global__ void swiglu(const float* gate_up, float* y, u64 n, u32 width) {
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+// With `vector`, F is a multiple of 4. narrow: gate_up, y.
+extern "C" __global__ void swiglu(const void* gate_up, void* y, u64 n, u32 width, int vector, u32 narrow) {
+    FOR_FOURS(i, n) {
+        Four g, u, r;
         u64 at = i / width * 2 * width + i % width;
-        float g = gate_up[at], u = gate_up[at + width];
-        y[i] = g / (1.0f + expf(-g)) * u;
+        if (vector) {
+            g = load_four(gate_up, at, at + 4, vector, narrow & 1);
+            u = load_four(gate_up, at + width, at + width + 4, vector, narrow & 1);
+        } else {
+            for (int k = 0; k < 4; k++) {
+                at = (i + k) / width * 2 * width + (i + k) % width;
+                g.v[k] = i + k < n ? get(gate_up, at, narrow & 1) : 0.0f;
+                u.v[k] = i + k < n ? get(gate_up, at + width, narrow & 1) : 0.0f;
+            }
+        }
+        for (int k = 0; k < 4; k++) r.v[k] = g.v[k] / (1.0f + expf(-g.v[k])) * u.v[k];
+        store_four(y, i, n, vector, r, narrow & 2);
     }
 }
 
-// Replaces [gate, up] by its gradient: 20 bytes for each element of dy. n = rows F.
-extern "C" __global__ void swiglu_grad(float* gate_up, const float* dy, u64 n, u32 width) {
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+// Replaces [gate, up] by its gradient: 20 bytes for each element of dy. n = rows F. With `vector`, F is a
+// multiple of 4. narrow: gate_up, dy.
+extern "C" __global__ void swiglu_grad(void* gate_up, const void* dy, u64 n, u32 width, int vector, u32 narrow) {
+    FOR_FOURS(i, n) {
+        Four d = load_four(dy, i, n, vector, narrow & 2), g, u;
         u64 at = i / width * 2 * width + i % width;
-        float g = gate_up[at], u = gate_up[at + width], d = dy[i];
-        float s = 1.0f / (1.0f + expf(-g));
-        gate_up[at] = d * u * s * (1.0f + g * (1.0f - s));
-        gate_up[at + width] = d * g * s;
+        if (vector) {
+            g = load_four(gate_up, at, at + 4, vector, narrow & 1);
+            u = load_four(gate_up, at + width, at + width + 4, vector, narrow & 1);
+        } else {
+            for (int k = 0; k < 4; k++) {
+                at = (i + k) / width * 2 * width + (i + k) % width;
+                g.v[k] = i + k < n ? get(gate_up, at, narrow & 1) : 0.0f;
+                u.v[k] = i + k < n ? get(gate_up, at + width, narrow & 1) : 0.0f;
+            }
+        }
+        for (int k = 0; k < 4; k++) {
+            float s = 1.0f / (1.0f + expf(-g.v[k])), silu = g.v[k] * s;
+            g.v[k] = d.v[k] * u.v[k] * s * (1.0f + g.v[k] * (1.0f - s));
+            u.v[k] = d.v[k] * silu;
+        }
+        if (vector) {
+            at = i / width * 2 * width + i % width;
+            store_four(gate_up, at, at + 4, vector, g, narrow & 1);
+            store_four(gate_up, at + width, at + width + 4, vector, u, narrow & 1);
+        } else {
+            for (int k = 0; k < 4 && i + k < n; k++) {
+                at = (i + k) / width * 2 * width + (i + k) % width;
+                put(gate_up, at, narrow & 1, g.v[k]);
+                put(gate_up, at + width, narrow & 1, u.v[k]);
+            }
+        }
     }
 }
 
@@ -86,9 +113,14 @@ extern "C" __global__ void to_bf16(const float* x, u32* y, u64 n, u32 columns, u
     }
 }
 
-// Sets n elements: 4 bytes each.
-extern "C" __global__ void fill(float* y, float value, u64 n, int vector) {
+// Copies n elements from f32 to bf16 or back: 6 bytes for each element. narrow: x, y.
+extern "C" __global__ void convert(const void* x, void* y, u64 n, int vector, u32 narrow) {
+    FOR_FOURS(i, n) { store_four(y, i, n, vector, load_four(x, i, n, vector, narrow & 1), narrow & 2); }
+}
+
+// Sets n elements: 4 bytes each. narrow: y.
+extern "C" __global__ void fill(void* y, float value, u64 n, int vector, u32 narrow) {
     Four v;
     for (int k = 0; k < 4; k++) v.v[k] = value;
-    FOR_FOURS(i, n) { store_four(y, i, n, vector, v); }
+    FOR_FOURS(i, n) { store_four(y, i, n, vector, v, narrow & 1); }
 }

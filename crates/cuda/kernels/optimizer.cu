@@ -1,10 +1,11 @@
 // AdamW over flat ranges, and sums of squares in a fixed order.
 
 // One step of AdamW (Loshchilov and Hutter 2019) on n parameters and their moments, all f32: reads 16
-// bytes and writes 12 for each. keep = 1 - rate decay; rate = learning rate / correction1;
-// root = 1 / sqrt(correction2).
-extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, u64 n, float beta1, float beta2,
-                                 float epsilon, float keep, float rate, float root, float gradient_scale, int vector) {
+// bytes and writes 12 for each; where there is a copy of the parameters in bf16, what products read, 2 more.
+// keep = 1 - rate decay; rate = learning rate / correction1; root = 1 / sqrt(correction2).
+extern "C" __global__ void adamw(float* p, u16* copy, const float* g, float* m, float* v, u64 n, float beta1,
+                                 float beta2, float epsilon, float keep, float rate, float root,
+                                 float gradient_scale, int vector) {
     FOR_FOURS(i, n) {
         Four a = load_four(p, i, n, vector), b = load_four(g, i, n, vector);
         Four c = load_four(m, i, n, vector), d = load_four(v, i, n, vector);
@@ -15,6 +16,7 @@ extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, u
             a.v[k] = a.v[k] * keep - rate * c.v[k] / (sqrtf(d.v[k]) * root + epsilon);
         }
         store_four(p, i, n, vector, a);
+        if (copy) store_four(copy, i, n, vector, a, 1);
         store_four(m, i, n, vector, c);
         store_four(v, i, n, vector, d);
     }

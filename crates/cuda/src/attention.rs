@@ -4,11 +4,11 @@ use std::ffi::CStr;
 
 use drumline_tensor::{Attention, CachedAttention, CachedSegment, KV_BLOCK};
 
-use crate::backend::{Cuda, grid};
+use crate::backend::{Cuda, aligned, grid};
 use crate::device::Shape;
 use crate::error::CudaError;
 use crate::matmul::Factors;
-use crate::memory::{View, ViewMut};
+use crate::memory::{Kind, View, ViewMut, narrow};
 
 /// Threads of a block.
 const THREADS: u32 = 128;
@@ -53,7 +53,9 @@ const fn as_c(text: &'static str) -> &'static CStr {
 
 /// Chooses kernels: the tensor cores' where products round to bf16 and the heads are as wide as these
 /// take, else the exact ones.
-fn kernels(factors: Factors, head_dim: usize) -> Result<Kernels, CudaError> {
+///
+/// The exact ones look at how values are kept when they run; of the others there are two.
+fn kernels(factors: Factors, kind: Kind, head_dim: usize) -> Result<Kernels, CudaError> {
     // `kernels/attention.cu`: tiles of 32 rows of E + 1, squares of scores of 32 x 33.
     let exact = |tiles: usize, squares: usize| {
         ((tiles * 32 * (head_dim + 1) + squares * 32 * 33) * size_of::<f32>()) as u32
@@ -62,22 +64,39 @@ fn kernels(factors: Factors, head_dim: usize) -> Result<Kernels, CudaError> {
     // `kernels/attention_bf16.cu`: rows of E + 8, and 64 floats of the queries' own.
     let rounded = |rows: usize| (rows * (head_dim + 8) * 2 + 64 * size_of::<f32>()) as u32;
     let rounded = [rounded(3 * 64), rounded(2 * 64 + 2 * 32)];
-    Ok(match (factors, head_dim) {
-        (Factors::Bf16, 64) => {
+    Ok(match (factors, kind, head_dim) {
+        (Factors::Bf16, Kind::Wide, 64) => {
             kernels!("attention_bf16.cu", "attention_bf16", "_64", 64, rounded)
         }
-        (Factors::Bf16, 128) => {
+        (Factors::Bf16, Kind::Wide, 128) => {
             kernels!("attention_bf16.cu", "attention_bf16", "_128", 64, rounded)
         }
-        (_, 1..=32) => kernels!("attention.cu", "attention", "_8", 32, exact),
-        (_, 33..=64) => kernels!("attention.cu", "attention", "_16", 32, exact),
-        (_, 65..=128) => kernels!("attention.cu", "attention", "_32", 32, exact),
-        (_, 129..=256) => kernels!("attention.cu", "attention", "_64", 32, exact),
+        (Factors::Bf16, Kind::Narrow, 64) => {
+            kernels!("attention_bf16.cu", "attention_narrow", "_64", 64, rounded)
+        }
+        (Factors::Bf16, Kind::Narrow, 128) => {
+            kernels!("attention_bf16.cu", "attention_narrow", "_128", 64, rounded)
+        }
+        (_, _, 1..=32) => kernels!("attention.cu", "attention", "_8", 32, exact),
+        (_, _, 33..=64) => kernels!("attention.cu", "attention", "_16", 32, exact),
+        (_, _, 65..=128) => kernels!("attention.cu", "attention", "_32", 32, exact),
+        (_, _, 129..=256) => kernels!("attention.cu", "attention", "_64", 32, exact),
         _ => {
             let text = format!("heads are {head_dim} wide, 256 is the most");
             return Err(CudaError::Unsupported(text));
         }
     })
+}
+
+/// How all of attention's operands are kept; those of bf16 where eight can be read at a time.
+fn one_kind<const N: usize>(views: [View<'_>; N]) -> Result<Kind, CudaError> {
+    let kind = views[0].kind;
+    assert!(views.iter().all(|view| view.kind == kind), "attention's operands are of one kind");
+    if kind == Kind::Narrow && !aligned(views.map(|view| view.address)) {
+        let text = "attention to bf16 that is not aligned to 16 bytes".to_owned();
+        return Err(CudaError::Unsupported(text));
+    }
+    Ok(kind)
 }
 
 impl Cuda {
@@ -92,18 +111,20 @@ impl Cuda {
         assert!(qkv.elements == rows * s.qkv_width(), "attention");
         assert!(out.elements == rows * s.heads * s.head_dim, "attention");
         assert!(lse.elements == rows * s.heads, "attention");
-        let kernels = kernels(self.factors, s.head_dim)?;
+        let kind = one_kind([qkv, out.as_view()])?;
+        let kernels = kernels(self.factors, kind, s.head_dim)?;
         let tiles = s.sequence.div_ceil(kernels.tile);
         self.device
             .launch(kernels.source, kernels.forward)
             .pointer(qkv.address)
             .pointer(out.address)
-            .pointer(lse.address)
+            .pointer(lse.wide("log-sums"))
             .u32(s.sequence)
             .u32(s.heads)
             .u32(s.kv_heads)
             .u32(s.head_dim)
             .f32(s.scale())
+            .u32(narrow([kind]))
             .go(Shape {
                 grid: (grid(tiles), grid(s.heads), grid(s.batch)),
                 threads: THREADS,
@@ -124,7 +145,8 @@ impl Cuda {
         assert!(qkv.elements == rows * s.qkv_width() && dqkv.elements == qkv.elements, "attention");
         assert!(out.elements == rows * s.heads * s.head_dim, "attention");
         assert!(dout.elements == out.elements && lse.elements == rows * s.heads, "attention");
-        let kernels = kernels(self.factors, s.head_dim)?;
+        let kind = one_kind([qkv, out, dout, dqkv.as_view()])?;
+        let kernels = kernels(self.factors, kind, s.head_dim)?;
         let [delta] = self.temporary([lse.elements * size_of::<f32>()])?;
         self.device
             .launch("attention.cu", c"attention_delta")
@@ -135,6 +157,7 @@ impl Cuda {
             .u32(s.sequence)
             .u32(s.heads)
             .u32(s.head_dim)
+            .u32(narrow([kind]))
             .go(Shape {
                 grid: (grid((rows * s.heads).div_ceil(THREADS as usize / 32)), 1, 1),
                 threads: THREADS,
@@ -145,7 +168,7 @@ impl Cuda {
                 .launch(kernels.source, kernel)
                 .pointer(qkv.address)
                 .pointer(dout.address)
-                .pointer(lse.address)
+                .pointer(lse.wide("log-sums"))
                 .pointer(delta)
                 .pointer(dqkv.address)
                 .u32(s.sequence)
@@ -153,6 +176,7 @@ impl Cuda {
                 .u32(s.kv_heads)
                 .u32(s.head_dim)
                 .f32(s.scale())
+                .u32(narrow([kind]))
                 .go(Shape {
                     grid: (grid(s.sequence.div_ceil(kernels.tile)), grid(heads), grid(s.batch)),
                     threads: THREADS,
@@ -178,10 +202,10 @@ impl Cuda {
         let sent = self.send(slots)?;
         self.device
             .launch("cached.cu", c"cache_write")
-            .pointer(qkv.address)
+            .pointer(qkv.wide("what the cache takes"))
             .pointer(sent)
-            .pointer(keys.address)
-            .pointer(values.address)
+            .pointer(keys.wide("the cache"))
+            .pointer(values.wide("the cache"))
             .u32(s.heads)
             .u32(s.kv_heads)
             .u32(s.head_dim)
@@ -227,13 +251,13 @@ impl Cuda {
         };
         self.device
             .launch("cached.cu", c"cached_attention")
-            .pointer(qkv.address)
-            .pointer(keys.address)
-            .pointer(values.address)
+            .pointer(qkv.wide("queries of the cache"))
+            .pointer(keys.wide("the cache"))
+            .pointer(values.wide("the cache"))
             .pointer(sent)
             .pointer(at(rows))
             .pointer(at(2 * rows))
-            .pointer(out.address)
+            .pointer(out.wide("attention to the cache"))
             .pointer(partial)
             .u32(s.heads)
             .u32(s.kv_heads)
@@ -251,7 +275,7 @@ impl Cuda {
             .launch("cached.cu", c"cached_attention_join")
             .pointer(partial)
             .pointer(sent)
-            .pointer(out.address)
+            .pointer(out.wide("attention to the cache"))
             .u32(spans)
             .u32(s.head_dim)
             .go(Shape { grid: (grid(rows), grid(s.heads), 1), threads: 128, shared: 0 })

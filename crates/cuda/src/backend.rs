@@ -12,7 +12,9 @@ use crate::device::{Device, DeviceOptions, Shape};
 use crate::error::CudaError;
 use crate::matmul::{Factors, Matmul};
 use crate::matrix::Matrix;
-use crate::memory::{Buffer, Indices, Scratch, Staging, View, ViewMut, copy_in, copy_out};
+use crate::memory::{
+    Buffer, Indices, Kind, Scratch, Staging, View, ViewMut, copy_in, copy_out, narrow,
+};
 
 /// How a GPU works.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -27,9 +29,10 @@ pub struct CudaOptions {
 
 /// A GPU as the engine's device.
 ///
-/// Values are f32 in memory, as the trait has them; with [`MatmulPrecision::Bf16`] products round
-/// their factors to bf16 on the way into the tensor cores, and add in f32. Sums have a fixed order:
-/// the same calls give the same bits.
+/// With [`MatmulPrecision::Bf16`] products round their factors to bf16 on the way into the tensor
+/// cores, and add in f32; activations, their gradients and the copy of the parameters that products
+/// read are kept as bf16, so that they are not rounded again and take half of the memory and its
+/// traffic. Everything else is f32. Sums have a fixed order: the same calls give the same bits.
 pub struct Cuda {
     pub(crate) device: Arc<Device>,
     pub(crate) factors: Factors,
@@ -70,6 +73,14 @@ impl Cuda {
             indices: Mutex::default(),
             host: Mutex::default(),
         })
+    }
+
+    /// How activations are kept.
+    fn activations(&self) -> Kind {
+        match self.factors {
+            Factors::Bf16 => Kind::Narrow,
+            Factors::F32 | Factors::Tf32 => Kind::Wide,
+        }
     }
 
     /// Returns the device.
@@ -117,8 +128,23 @@ impl Backend for Cuda {
 
     fn alloc(&self, elements: usize) -> Result<Buffer, TensorError> {
         self.status()?;
-        Buffer::zeros(&self.device, elements)
+        Buffer::zeros(&self.device, elements, Kind::Wide)
             .map_err(|error| error.during("allocate", &format!("[{elements}] f32")))
+    }
+
+    fn alloc_activation(&self, elements: usize) -> Result<Buffer, TensorError> {
+        self.status()?;
+        let kind = self.activations();
+        Buffer::zeros(&self.device, elements, kind)
+            .map_err(|error| error.during("allocate", &format!("[{elements}] {:?}", kind.dtype())))
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.activations().dtype()
+    }
+
+    fn bytes(&self, buffer: &Buffer) -> usize {
+        buffer.bytes()
     }
 
     fn scratch_bytes(&self) -> usize {
@@ -156,13 +182,27 @@ impl Backend for Cuda {
     fn read(&self, from: View<'_>, to: &mut [f32]) {
         assert_eq!(from.elements, to.len(), "read");
         let shape = [to.len()];
-        self.device.perform("read", &shape, || copy_out(&self.device, from.address, to));
+        self.device.perform("read", &shape, || match from.kind {
+            Kind::Wide => copy_out(&self.device, from.address, to),
+            Kind::Narrow => {
+                let [wide] = self.temporary([size_of_val(to)])?;
+                self.convert(from.address, wide, to.len(), narrow([Kind::Narrow, Kind::Wide]))?;
+                copy_out(&self.device, wide, to)
+            }
+        });
     }
 
     fn write(&self, from: &[f32], to: ViewMut<'_>) {
         assert_eq!(from.len(), to.elements, "write");
         let shape = [from.len()];
-        self.device.perform("write", &shape, || copy_in(&self.device, to.address, from));
+        self.device.perform("write", &shape, || match to.kind {
+            Kind::Wide => copy_in(&self.device, to.address, from),
+            Kind::Narrow => {
+                let [wide] = self.temporary([size_of_val(from)])?;
+                copy_in(&self.device, wide, from)?;
+                self.convert(wide, to.address, from.len(), narrow([Kind::Wide, Kind::Narrow]))
+            }
+        });
     }
 
     fn copy(&self, from: View<'_>, to: ViewMut<'_>) {
@@ -204,6 +244,32 @@ impl Backend for Cuda {
     ) {
         let what = (s, self.factors, accumulate);
         self.device.perform("linear_grad_weight", &what, || self.weigh(s, x, dy, &dw, accumulate));
+    }
+
+    fn linear_gelu(
+        &self,
+        s: Linear,
+        x: View<'_>,
+        w: View<'_>,
+        bias: Option<View<'_>>,
+        up: ViewMut<'_>,
+        act: ViewMut<'_>,
+    ) -> bool {
+        let what = (s, self.factors);
+        self.device.perform("linear_gelu", &what, || self.project_gelu(s, x, w, bias, &up, &act))
+    }
+
+    fn linear_grad_input_gelu(
+        &self,
+        s: Linear,
+        dy: View<'_>,
+        w: View<'_>,
+        up: View<'_>,
+        dx: ViewMut<'_>,
+    ) -> bool {
+        let what = (s, self.factors);
+        self.device
+            .perform("linear_grad_input_gelu", &what, || self.project_back_gelu(s, dy, w, up, &dx))
     }
 
     fn alloc_matrix(&self, dtype: DType, s: Linear) -> Result<Matrix, TensorError> {
@@ -346,8 +412,8 @@ impl Backend for Cuda {
         self.device.perform("gelu", &[x.elements], || self.gelu_views(x, &y));
     }
 
-    fn gelu_grad(&self, x: ViewMut<'_>, dy: View<'_>) {
-        self.device.perform("gelu_grad", &[dy.elements], || self.gelu_back(&x, dy));
+    fn gelu_grad(&self, x: View<'_>, dy: ViewMut<'_>) {
+        self.device.perform("gelu_grad", &[x.elements], || self.gelu_back(x, &dy));
     }
 
     fn swiglu(&self, width: usize, gate_up: View<'_>, y: ViewMut<'_>) {
@@ -445,12 +511,13 @@ impl Backend for Cuda {
         &self,
         step: AdamW,
         parameters: ViewMut<'_>,
+        copy: Option<ViewMut<'_>>,
         gradients: View<'_>,
         first: ViewMut<'_>,
         second: ViewMut<'_>,
     ) {
         self.device.perform("adamw", &[gradients.elements], || {
-            self.optimise(step, &parameters, gradients, &first, &second)
+            self.optimise(step, &parameters, copy.as_ref(), gradients, &first, &second)
         });
     }
 }

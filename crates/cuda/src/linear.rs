@@ -1,13 +1,13 @@
-//! Linear layers: products of f32 buffers, and of stored matrices.
+//! Linear layers: products of buffers of f32 or bf16, and of stored matrices.
 
 use drumline_tensor::{DType, Linear, WeightLayout};
 
-use crate::backend::{Cuda, grid, locked};
+use crate::backend::{Cuda, aligned, grid, locked};
 use crate::device::Shape;
 use crate::error::CudaError;
-use crate::matmul::{Factor, Factors, Product};
+use crate::matmul::{Activation, Factor, Factors, Product};
 use crate::matrix::Matrix;
-use crate::memory::{View, ViewMut};
+use crate::memory::{Kind, View, ViewMut};
 
 /// Up to this many rows a stored matrix is multiplied by the kernel that reads each weight once for
 /// eight rows; more are worth a product of cuBLASLt.
@@ -15,10 +15,11 @@ const FEW_ROWS: usize = 16;
 /// Outputs of one block of that kernel: 4 for each of 4 warps.
 const STORED_OUTPUTS: usize = 16;
 
-/// A row-major matrix of f32.
+/// A row-major matrix.
 #[derive(Clone, Copy)]
 struct Rows {
     address: u64,
+    kind: Kind,
     rows: usize,
     columns: usize,
     /// Whether cuBLASLt, which sees the transpose, is to transpose it.
@@ -33,7 +34,9 @@ struct Extents {
 }
 
 impl Cuda {
-    /// `out = a . b`, as cuBLASLt sees it, with the factors rounded as this backend does.
+    /// `out = a . b`, as cuBLASLt sees it, with the factors rounded as this backend does, where they
+    /// are not kept so. A bias is kept as `out` is.
+    #[expect(clippy::too_many_arguments, reason = "a fused operation has many operands")]
     fn product(
         &self,
         e: &Extents,
@@ -41,19 +44,32 @@ impl Cuda {
         b: Rows,
         out: &ViewMut<'_>,
         accumulate: bool,
-        bias: Option<u64>,
-    ) -> Result<(), CudaError> {
+        bias: Option<View<'_>>,
+        activation: Option<Activation>,
+    ) -> Result<bool, CudaError> {
+        assert!(bias.is_none_or(|b| b.kind == out.kind), "a bias is kept as what it is added to");
         if e.m == 0 || e.n == 0 {
-            return Ok(());
+            return Ok(true);
         }
         let plain =
             |r: Rows| Factor { address: r.address, transposed: r.transposed, stride: r.columns };
         let (a, b) = match self.factors {
-            Factors::F32 | Factors::Tf32 => (plain(a), plain(b)),
+            Factors::F32 | Factors::Tf32 => {
+                let wide = [a.kind, b.kind, out.kind].iter().all(|kind| *kind == Kind::Wide);
+                assert!(wide, "products of f32 are of f32");
+                (plain(a), plain(b))
+            }
             Factors::Bf16 => {
-                let bytes = |r: Rows| r.rows * bf16_stride(r.columns) * 2;
+                let bytes = |r: Rows| match r.kind {
+                    Kind::Wide => r.rows * bf16_stride(r.columns) * 2,
+                    Kind::Narrow => 0,
+                };
                 let [to_a, to_b] = self.temporary([bytes(a), bytes(b)])?;
-                (self.narrowed(a, to_a)?, self.narrowed(b, to_b)?)
+                let factor = |r: Rows, to| match r.kind {
+                    Kind::Wide => self.narrowed(r, to),
+                    Kind::Narrow => Ok(plain(r)),
+                };
+                (factor(a, to_a)?, factor(b, to_b)?)
             }
         };
         locked(&self.products).multiply(&Product {
@@ -64,8 +80,10 @@ impl Cuda {
             a,
             b,
             out: out.address,
+            kind: out.kind,
             accumulate,
-            bias,
+            bias: bias.map(|b| b.address),
+            activation,
         })
     }
 
@@ -96,9 +114,9 @@ impl Cuda {
         assert!(w.elements == s.input * s.output, "linear");
         assert!(bias.is_none_or(|b| b.elements == s.output), "linear");
         let a = weights(s, w, s.layout == WeightLayout::OutIn);
-        let b = Rows { address: x.address, rows: s.rows, columns: s.input, transposed: false };
+        let b = rows(x, s.rows, s.input, false);
         let extents = Extents { m: s.output, n: s.rows, k: s.input };
-        self.product(&extents, a, b, y, false, bias.map(|b| b.address))
+        self.product(&extents, a, b, y, false, bias, None).map(drop)
     }
 
     pub(crate) fn project_back(
@@ -111,8 +129,52 @@ impl Cuda {
         assert!(dx.elements == s.rows * s.input && dy.elements == s.rows * s.output, "linear");
         assert!(w.elements == s.input * s.output, "linear");
         let a = weights(s, w, s.layout == WeightLayout::InOut);
-        let b = Rows { address: dy.address, rows: s.rows, columns: s.output, transposed: false };
-        self.product(&Extents { m: s.input, n: s.rows, k: s.output }, a, b, dx, false, None)
+        let b = rows(dy, s.rows, s.output, false);
+        self.product(&Extents { m: s.input, n: s.rows, k: s.output }, a, b, dx, false, None, None)
+            .map(drop)
+    }
+
+    /// [`Cuda::project`] with GELU behind it. Returns false where there is no such product: of bf16
+    /// alone, and what goes beside it must be in rows of 16 bytes.
+    pub(crate) fn project_gelu(
+        &self,
+        s: Linear,
+        x: View<'_>,
+        w: View<'_>,
+        bias: Option<View<'_>>,
+        up: &ViewMut<'_>,
+        act: &ViewMut<'_>,
+    ) -> Result<bool, CudaError> {
+        assert!(x.elements == s.rows * s.input && act.elements == s.rows * s.output, "linear");
+        assert!(w.elements == s.input * s.output && up.elements == act.elements, "linear");
+        assert!(bias.is_none_or(|b| b.elements == s.output), "linear");
+        if !beside(s.output, up.as_view(), act) {
+            return Ok(false);
+        }
+        let a = weights(s, w, s.layout == WeightLayout::OutIn);
+        let b = rows(x, s.rows, s.input, false);
+        let extents = Extents { m: s.output, n: s.rows, k: s.input };
+        self.product(&extents, a, b, act, false, bias, Some(Activation::Gelu(up.address)))
+    }
+
+    /// [`Cuda::project_back`] times GELU's slope at `up`, as [`Cuda::project_gelu`].
+    pub(crate) fn project_back_gelu(
+        &self,
+        s: Linear,
+        dy: View<'_>,
+        w: View<'_>,
+        up: View<'_>,
+        dx: &ViewMut<'_>,
+    ) -> Result<bool, CudaError> {
+        assert!(dx.elements == s.rows * s.input && dy.elements == s.rows * s.output, "linear");
+        assert!(w.elements == s.input * s.output && up.elements == dx.elements, "linear");
+        if !beside(s.input, up, dx) {
+            return Ok(false);
+        }
+        let a = weights(s, w, s.layout == WeightLayout::InOut);
+        let b = rows(dy, s.rows, s.output, false);
+        let extents = Extents { m: s.input, n: s.rows, k: s.output };
+        self.product(&extents, a, b, dx, false, None, Some(Activation::Slope(up.address)))
     }
 
     pub(crate) fn weigh(
@@ -125,12 +187,7 @@ impl Cuda {
     ) -> Result<(), CudaError> {
         assert!(x.elements == s.rows * s.input && dy.elements == s.rows * s.output, "linear");
         assert!(dw.elements == s.input * s.output, "linear");
-        let of = |v: View<'_>, columns, transposed| Rows {
-            address: v.address,
-            rows: s.rows,
-            columns,
-            transposed,
-        };
+        let of = |v, columns, transposed| rows(v, s.rows, columns, transposed);
         let (extents, a, b) = match s.layout {
             WeightLayout::OutIn => (
                 Extents { m: s.input, n: s.output, k: s.rows },
@@ -143,7 +200,7 @@ impl Cuda {
                 of(x, s.input, true),
             ),
         };
-        self.product(&extents, a, b, dw, accumulate, None)
+        self.product(&extents, a, b, dw, accumulate, None, None).map(drop)
     }
 
     pub(crate) fn multiply_stored(
@@ -196,7 +253,7 @@ impl Cuda {
         let (stride, elements) = (w.stride(), w.output * w.stride());
         let narrow = w.output.saturating_mul(stride);
         let x_bytes = rows * bf16_stride(w.input) * 2;
-        let x = Rows { address: x.address, rows, columns: w.input, transposed: false };
+        let x = self::rows(x, rows, w.input, false);
         let plain = Factor { address: x.address, transposed: false, stride: w.input };
         let (factors, address, b) = match w.dtype {
             DType::F32 => (Factors::F32, w.values.address(), plain),
@@ -223,9 +280,11 @@ impl Cuda {
             factors,
             a: Factor { address, transposed: true, stride },
             b,
-            out: y.address,
+            out: y.wide("a stored matrix's product"),
+            kind: Kind::Wide,
             accumulate: false,
             bias: if scaled { None } else { bias },
+            activation: None,
         })?;
         if !scaled {
             return Ok(());
@@ -285,7 +344,17 @@ fn weights(s: Linear, w: View<'_>, transposed: bool) -> Rows {
         WeightLayout::OutIn => (s.output, s.input),
         WeightLayout::InOut => (s.input, s.output),
     };
-    Rows { address: w.address, rows, columns, transposed }
+    self::rows(w, rows, columns, transposed)
+}
+
+fn rows(view: View<'_>, rows: usize, columns: usize, transposed: bool) -> Rows {
+    Rows { address: view.address, kind: view.kind, rows, columns, transposed }
+}
+
+/// Whether cuBLASLt takes `values` of rows of `width` beside the product `out`.
+fn beside(width: usize, values: View<'_>, out: &ViewMut<'_>) -> bool {
+    let narrow = values.kind == Kind::Narrow && out.kind == Kind::Narrow;
+    narrow && width.is_multiple_of(8) && aligned([values.address])
 }
 
 /// Elements from one row of a rounded matrix to the next: 16 bytes, as the tensor cores' loads want.

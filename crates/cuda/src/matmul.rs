@@ -5,7 +5,7 @@
 //! column of `y'`, where its epilogue adds it.
 #![allow(unsafe_code, reason = "cuBLASLt is a C library")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -14,12 +14,15 @@ use cudarc::cublaslt::{result, sys};
 use crate::device::Device;
 use crate::error::CudaError;
 use crate::library::{self, Library};
-use crate::memory::Bytes;
+use crate::memory::{Bytes, Kind};
 
 /// What cuBLASLt may use for itself: what its documentation advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 /// Plans kept; a model has a few dozen shapes.
 const PLANS_MAX: usize = 4096;
+
+/// The call that finds no algorithm where there is none.
+const HEURISTIC: &str = "cublasLtMatmulAlgoGetHeuristic";
 
 /// How factors are stored and what products round them to. Sums are f32 always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,6 +43,24 @@ pub(crate) struct Factor {
     pub(crate) stride: usize,
 }
 
+/// What is done to a product before it is stored, beside a bias: with values `[m, n]` that lie as the
+/// product does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Activation {
+    /// The product goes there, and its GELU to `out`.
+    Gelu(u64),
+    /// The product is multiplied by the slope of GELU at the values there.
+    Slope(u64),
+}
+
+impl Activation {
+    fn address(self) -> u64 {
+        match self {
+            Self::Gelu(address) | Self::Slope(address) => address,
+        }
+    }
+}
+
 /// `out (m x n, columns m apart) = a (m x k) . b (k x n) (+ out) (+ bias along m)`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product {
@@ -50,8 +71,11 @@ pub(crate) struct Product {
     pub(crate) a: Factor,
     pub(crate) b: Factor,
     pub(crate) out: u64,
+    /// How `out` is kept, and the bias with it.
+    pub(crate) kind: Kind,
     pub(crate) accumulate: bool,
     pub(crate) bias: Option<u64>,
+    pub(crate) activation: Option<Activation>,
 }
 
 /// What a plan depends on.
@@ -59,10 +83,19 @@ pub(crate) struct Product {
 struct Key {
     sizes: [usize; 5],
     factors: Factors,
+    kind: Kind,
     transposed: [bool; 2],
     accumulate: bool,
     bias: bool,
+    activation: Option<Behind>,
     alignments: [u32; 3],
+}
+
+/// Which [`Activation`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Behind {
+    Gelu,
+    Slope,
 }
 
 struct Plan {
@@ -77,6 +110,8 @@ pub(crate) struct Matmul {
     handle: sys::cublasLtHandle_t,
     workspace: Bytes,
     plans: HashMap<Key, Plan>,
+    /// Products with an activation that the library has no algorithm for.
+    refused: HashSet<Key>,
 }
 
 // SAFETY: cuBLASLt's handle and descriptions may be used from any thread, one at a time.
@@ -99,30 +134,51 @@ impl Matmul {
         device.bind()?;
         let handle = checked("cublasLtCreate", result::create_handle())?;
         let workspace = Bytes::zeros(device, WORKSPACE)?;
-        Ok(Self { device: Arc::clone(device), handle, workspace, plans: HashMap::new() })
+        let (plans, refused) = (HashMap::new(), HashSet::new());
+        Ok(Self { device: Arc::clone(device), handle, workspace, plans, refused })
     }
 
-    /// Queues a product.
-    pub(crate) fn multiply(&mut self, p: &Product) -> Result<(), CudaError> {
+    /// Queues a product. Returns false, and does nothing, where the library has none with the
+    /// activation that is asked for.
+    pub(crate) fn multiply(&mut self, p: &Product) -> Result<bool, CudaError> {
         let key = Key {
             sizes: [p.m, p.n, p.k, p.a.stride, p.b.stride],
             factors: p.factors,
+            kind: p.kind,
             transposed: [p.a.transposed, p.b.transposed],
             accumulate: p.accumulate,
             bias: p.bias.is_some(),
+            activation: p.activation.map(|activation| match activation {
+                Activation::Gelu(_) => Behind::Gelu,
+                Activation::Slope(_) => Behind::Slope,
+            }),
             alignments: [p.a.address, p.b.address, p.out].map(alignment),
         };
+        if self.refused.contains(&key) {
+            return Ok(false);
+        }
         if !self.plans.contains_key(&key) {
             if self.plans.len() >= PLANS_MAX {
                 self.plans.clear();
             }
-            let plan = self.plan(&key)?;
-            self.plans.insert(key, plan);
+            match self.plan(&key) {
+                Ok(plan) => self.plans.insert(key, plan),
+                Err(CudaError::CublasLt { call: HEURISTIC, .. }) if key.activation.is_some() => {
+                    self.refused.insert(key);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            };
         }
         let plan = &self.plans[&key];
         if let Some(bias) = p.bias {
             let which = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             set_description(plan.description, which, &bias)?;
+        }
+        if let Some(activation) = p.activation {
+            let which =
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER;
+            set_description(plan.description, which, &activation.address())?;
         }
         let (one, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
         let [a, b, out] = plan.layouts;
@@ -150,7 +206,8 @@ impl Matmul {
             )
             .result()
         };
-        checked("cublasLtMatmul", status)
+        checked("cublasLtMatmul", status)?;
+        Ok(true)
     }
 
     fn plan(&self, key: &Key) -> Result<Plan, CudaError> {
@@ -165,6 +222,10 @@ impl Matmul {
         let stored = match key.factors {
             Factors::Bf16 => Type::CUDA_R_16BF,
             Factors::F32 | Factors::Tf32 => Type::CUDA_R_32F,
+        };
+        let made = match key.kind {
+            Kind::Wide => Type::CUDA_R_32F,
+            Kind::Narrow => Type::CUDA_R_16BF,
         };
         let [m, n, k, a_stride, b_stride] = key.sizes;
         let description = result::create_matmul_desc(compute, Type::CUDA_R_32F);
@@ -185,16 +246,31 @@ impl Matmul {
             Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
             &i32::from(b_transposed),
         )?;
+        use sys::cublasLtEpilogue_t as Epilogue;
+        let epilogue = match (key.activation, key.bias) {
+            (None, false) => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
+            (None, true) => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            (Some(Behind::Gelu), false) => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX,
+            (Some(Behind::Gelu), true) => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+            (Some(Behind::Slope), _) => Epilogue::CUBLASLT_EPILOGUE_DGELU,
+        } as u32;
+        set_description(plan.description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
         if key.bias {
-            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
-            set_description(plan.description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            let which = Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE;
+            set_description(plan.description, which, &(made as i32))?;
+        }
+        if key.activation.is_some() {
+            let which = Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD;
+            set_description(plan.description, which, &i64::try_from(m).unwrap_or(i64::MAX))?;
+            let which = Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE;
+            set_description(plan.description, which, &(made as i32))?;
         }
         let (a_rows, a_columns) = if a_transposed { (k, m) } else { (m, k) };
         let (b_rows, b_columns) = if b_transposed { (n, k) } else { (k, n) };
         let shapes = [
             (stored, a_rows, a_columns, a_stride),
             (stored, b_rows, b_columns, b_stride),
-            (Type::CUDA_R_32F, m, n, m),
+            (made, m, n, m),
         ];
         for (layout, (dtype, rows, columns, stride)) in plan.layouts.iter_mut().zip(shapes) {
             let made = result::create_matrix_layout(
@@ -230,7 +306,7 @@ impl Matmul {
                 preference.0,
             )
         };
-        plan.algorithm = checked("cublasLtMatmulAlgoGetHeuristic", found)?.algo;
+        plan.algorithm = checked(HEURISTIC, found)?.algo;
         Ok(plan)
     }
 }

@@ -1,4 +1,5 @@
-//! Memory of a GPU: buffers of f32 and their parts, raw bytes, small arrays of indices, and scratch.
+//! Memory of a GPU: buffers of f32 or bf16 and their parts, raw bytes, small arrays of indices, and
+//! scratch.
 //!
 //! The engine allocates all that it needs before its first step, so a buffer is one allocation of the
 //! driver's. Scratch grows in the first step and not after it.
@@ -9,6 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::result;
+use drumline_tensor::DType;
 
 use crate::device::Device;
 use crate::error::{CudaError, driver};
@@ -155,33 +157,71 @@ impl Drop for Pinned {
     }
 }
 
-/// A flat allocation of f32 on the device.
+/// How values of a buffer are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// f32.
+    Wide,
+    /// bf16.
+    Narrow,
+}
+
+impl Kind {
+    /// Returns the size of one value in bytes.
+    pub(crate) fn bytes(self) -> usize {
+        self.dtype().bytes()
+    }
+
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::Wide => DType::F32,
+            Self::Narrow => DType::Bf16,
+        }
+    }
+
+    pub(crate) fn is_narrow(self) -> bool {
+        self == Self::Narrow
+    }
+}
+
+/// A flat allocation on the device.
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Bytes,
     elements: usize,
+    kind: Kind,
 }
 
 impl Buffer {
-    pub(crate) fn zeros(device: &Arc<Device>, elements: usize) -> Result<Self, CudaError> {
-        Ok(Self { bytes: Bytes::zeros(device, elements * size_of::<f32>())?, elements })
+    pub(crate) fn zeros(
+        device: &Arc<Device>,
+        elements: usize,
+        kind: Kind,
+    ) -> Result<Self, CudaError> {
+        Ok(Self { bytes: Bytes::zeros(device, elements * kind.bytes())?, elements, kind })
     }
 
     pub(crate) fn elements(&self) -> usize {
         self.elements
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     fn at(&self, range: &Range<usize>) -> u64 {
         assert!(range.start <= range.end && range.end <= self.elements, "a part of the buffer");
-        self.bytes.address() + (range.start * size_of::<f32>()) as u64
+        self.bytes.address() + (range.start * self.kind.bytes()) as u64
     }
 
     pub(crate) fn view(&self, range: Range<usize>) -> View<'_> {
-        View { address: self.at(&range), elements: range.len(), buffer: PhantomData }
+        let (address, elements) = (self.at(&range), range.len());
+        View { address, elements, kind: self.kind, buffer: PhantomData }
     }
 
     pub(crate) fn view_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
-        ViewMut { address: self.at(&range), elements: range.len(), buffer: PhantomData }
+        let (address, elements) = (self.at(&range), range.len());
+        ViewMut { address, elements, kind: self.kind, buffer: PhantomData }
     }
 }
 
@@ -190,7 +230,16 @@ impl Buffer {
 pub struct View<'a> {
     pub(crate) address: u64,
     pub(crate) elements: usize,
+    pub(crate) kind: Kind,
     buffer: PhantomData<&'a Buffer>,
+}
+
+impl View<'_> {
+    /// Returns the address of what an operation knows as f32 alone.
+    pub(crate) fn wide(self, what: &'static str) -> u64 {
+        assert_eq!(self.kind, Kind::Wide, "{what} is f32");
+        self.address
+    }
 }
 
 /// A part of a buffer that is written.
@@ -198,22 +247,35 @@ pub struct View<'a> {
 pub struct ViewMut<'a> {
     pub(crate) address: u64,
     pub(crate) elements: usize,
+    pub(crate) kind: Kind,
     buffer: PhantomData<&'a mut Buffer>,
 }
 
 impl<'a> ViewMut<'a> {
     pub(crate) fn split(self, at: usize) -> (Self, Self) {
         assert!(at <= self.elements, "a part of the view");
-        let second = self.address + (at * size_of::<f32>()) as u64;
+        let Self { address, elements, kind, buffer } = self;
+        let second = address + (at * kind.bytes()) as u64;
         (
-            Self { address: self.address, elements: at, buffer: PhantomData },
-            Self { address: second, elements: self.elements - at, buffer: PhantomData },
+            Self { address, elements: at, kind, buffer },
+            Self { address: second, elements: elements - at, kind, buffer },
         )
     }
 
     pub(crate) fn as_view(&self) -> View<'_> {
-        View { address: self.address, elements: self.elements, buffer: PhantomData }
+        let Self { address, elements, kind, .. } = *self;
+        View { address, elements, kind, buffer: PhantomData }
     }
+
+    /// As [`View::wide`].
+    pub(crate) fn wide(&self, what: &'static str) -> u64 {
+        self.as_view().wide(what)
+    }
+}
+
+/// The bits of a kernel's `narrow` argument: the first operand's is bit 0.
+pub(crate) fn narrow<const N: usize>(kinds: [Kind; N]) -> usize {
+    kinds.iter().rev().fold(0, |bits, kind| 2 * bits + usize::from(kind.is_narrow()))
 }
 
 /// Arrays of indices that were sent to the device not long ago: positions and targets are asked for
@@ -289,9 +351,9 @@ impl Scratch {
     }
 }
 
-/// Copies on the device.
+/// Copies on the device, between views of one kind.
 pub(crate) fn copy_on(device: &Device, from: View<'_>, to: &ViewMut<'_>) -> Result<(), CudaError> {
-    let bytes = from.elements.min(to.elements) * size_of::<f32>();
+    let bytes = from.elements.min(to.elements) * from.kind.bytes();
     if bytes == 0 {
         return Ok(());
     }

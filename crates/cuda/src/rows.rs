@@ -5,14 +5,15 @@ use drumline_tensor::{AdamW, Loss, NormKind, Normalise, Rotary};
 use crate::backend::{Cuda, THREADS, aligned, grid};
 use crate::device::Shape;
 use crate::error::CudaError;
-use crate::memory::{View, ViewMut, copy_out};
+use crate::memory::{Kind, View, ViewMut, copy_out, narrow};
 
 /// Rows whose gradients of gain and bias one block adds up.
 const GRAD_ROWS: usize = 32;
-/// Columns that one thread of that block may have (`COLUMNS` in `kernels/norm.cu`).
+/// Columns that one thread of that block may have (4 `FOURS` in `kernels/norm.cu`).
 const GRAD_COLUMNS: usize = 16;
-/// Rows of one part of a sum of columns.
-const SUM_ROWS: usize = 256;
+/// Rows of one part of a sum of columns, and threads of its blocks, which have four columns each.
+const SUM_ROWS: usize = 64;
+const SUM_THREADS: u32 = 64;
 /// Elements of one part of a sum of squares.
 const SQUARE_CHUNK: usize = 64 << 10;
 /// Bytes that a block's reductions need.
@@ -28,16 +29,43 @@ fn by_row(rows: usize, width: usize) -> Shape {
     Shape { grid: (grid(rows), 1, 1), threads: row_threads(width), shared: REDUCTION }
 }
 
-/// The address of an operand that may be missing.
-fn optional(view: Option<View<'_>>) -> u64 {
-    view.map_or(0, |v| v.address)
+/// The address of an operand of f32 that may be missing.
+fn optional(view: Option<View<'_>>, what: &'static str) -> u64 {
+    view.map_or(0, |v| v.wide(what))
+}
+
+/// Whether rows of `width` at these addresses can be read in fours.
+fn in_fours<const N: usize>(width: usize, addresses: [u64; N]) -> bool {
+    width.is_multiple_of(4) && aligned(addresses)
 }
 
 impl Cuda {
     pub(crate) fn copy_view(&self, from: View<'_>, to: &ViewMut<'_>) {
         assert_eq!(from.elements, to.elements, "copy");
+        self.device.perform("copy", &[from.elements], || {
+            if from.kind == to.kind {
+                return crate::memory::copy_on(&self.device, from, to);
+            }
+            self.convert(from.address, to.address, to.elements, narrow([from.kind, to.kind]))
+        });
+    }
+
+    /// Copies `n` values from one kind to the other.
+    pub(crate) fn convert(
+        &self,
+        from: u64,
+        to: u64,
+        n: usize,
+        narrow: usize,
+    ) -> Result<(), CudaError> {
         self.device
-            .perform("copy", &[from.elements], || crate::memory::copy_on(&self.device, from, to));
+            .launch("elementwise.cu", c"convert")
+            .pointer(from)
+            .pointer(to)
+            .u64(n)
+            .flag(aligned([from, to]))
+            .u32(narrow)
+            .go(self.flat(n, 4))
     }
 
     pub(crate) fn fill_view(&self, to: &ViewMut<'_>, value: f32) {
@@ -48,6 +76,7 @@ impl Cuda {
                 .f32(value)
                 .u64(to.elements)
                 .flag(aligned([to.address]))
+                .u32(narrow([to.kind]))
                 .go(self.flat(to.elements, 4))
         });
     }
@@ -64,11 +93,12 @@ impl Cuda {
             .launch("elementwise.cu", c"add")
             .pointer(a.address)
             .pointer(b.address)
-            .pointer(optional(bias))
+            .pointer(optional(bias, "a bias that is added"))
             .pointer(sum.address)
             .u64(a.elements)
             .u32(bias.map_or(1, |b| b.elements))
             .flag(aligned([a.address, b.address, sum.address]))
+            .u32(narrow([a.kind, b.kind, sum.kind]))
             .go(self.flat(a.elements, 4))
     }
 
@@ -80,10 +110,11 @@ impl Cuda {
             .pointer(y.address)
             .u64(x.elements)
             .flag(aligned([x.address, y.address]))
+            .u32(narrow([x.kind, y.kind]))
             .go(self.flat(x.elements, 4))
     }
 
-    pub(crate) fn gelu_back(&self, x: &ViewMut<'_>, dy: View<'_>) -> Result<(), CudaError> {
+    pub(crate) fn gelu_back(&self, x: View<'_>, dy: &ViewMut<'_>) -> Result<(), CudaError> {
         assert_eq!(x.elements, dy.elements, "gelu gradient");
         self.device
             .launch("elementwise.cu", c"gelu_grad")
@@ -91,6 +122,7 @@ impl Cuda {
             .pointer(dy.address)
             .u64(dy.elements)
             .flag(aligned([x.address, dy.address]))
+            .u32(narrow([x.kind, dy.kind]))
             .go(self.flat(dy.elements, 4))
     }
 
@@ -107,7 +139,9 @@ impl Cuda {
             .pointer(y.address)
             .u64(y.elements)
             .u32(width)
-            .go(self.flat(y.elements, 1))
+            .flag(in_fours(width, [gate_up.address, y.address]))
+            .u32(narrow([gate_up.kind, y.kind]))
+            .go(self.flat(y.elements, 4))
     }
 
     pub(crate) fn swiglu_back(
@@ -123,7 +157,9 @@ impl Cuda {
             .pointer(dy.address)
             .u64(dy.elements)
             .u32(width)
-            .go(self.flat(dy.elements, 1))
+            .flag(in_fours(width, [gate_up.address, dy.address]))
+            .u32(narrow([gate_up.kind, dy.kind]))
+            .go(self.flat(dy.elements, 4))
     }
 
     pub(crate) fn sum_columns(
@@ -136,7 +172,7 @@ impl Cuda {
         assert!(values.elements == rows * columns && sums.elements == columns, "column sums");
         let parts = rows.div_ceil(SUM_ROWS);
         let [partial] = self.temporary([parts * columns * size_of::<f32>()])?;
-        let blocks = grid(columns.div_ceil(THREADS as usize));
+        let blocks = grid(columns.div_ceil(4 * SUM_THREADS as usize));
         self.device
             .launch("norm.cu", c"column_parts")
             .pointer(values.address)
@@ -144,8 +180,10 @@ impl Cuda {
             .u32(rows)
             .u32(columns)
             .u32(SUM_ROWS)
-            .go(Shape { grid: (blocks, grid(parts), 1), threads: THREADS, shared: 0 })?;
-        self.add_partial(partial, sums.address, parts, columns, columns)
+            .flag(in_fours(columns, [values.address]))
+            .u32(narrow([values.kind]))
+            .go(Shape { grid: (blocks, grid(parts), 1), threads: SUM_THREADS, shared: 0 })?;
+        self.add_partial(partial, sums.wide("a sum of columns"), parts, columns, columns)
     }
 
     /// Adds the rows of `partial`, `stride` elements apart, to `sums`.
@@ -185,24 +223,30 @@ impl Cuda {
         let n = s.rows * s.width;
         assert!(x.elements == n && y.elements == n && stats.elements == 2 * s.rows, "norm");
         assert!(branch.as_ref().is_none_or(|(b, _, sum)| b.elements == n && sum.elements == n));
-        let (added, added_bias, sum) = match &branch {
-            Some((b, bias, sum)) => (b.address, optional(*bias), sum.address),
-            None => (0, 0, 0),
+        let (added, kind, added_bias, sum) = match &branch {
+            Some((b, bias, sum)) => {
+                let bias = optional(*bias, "a branch's bias");
+                (b.address, b.kind, bias, sum.wide("the sum that is normalised"))
+            }
+            None => (0, Kind::Wide, 0, 0),
         };
+        let (x, gain) = (x.wide("what is normalised"), gain.wide("a gain"));
         self.device
             .launch("norm.cu", c"normalise")
-            .pointer(x.address)
+            .pointer(x)
             .pointer(added)
             .pointer(added_bias)
             .pointer(sum)
-            .pointer(gain.address)
-            .pointer(optional(bias))
+            .pointer(gain)
+            .pointer(optional(bias, "a norm's bias"))
             .pointer(y.address)
-            .pointer(stats.address)
+            .pointer(stats.wide("statistics"))
             .u32(s.rows)
             .u32(s.width)
             .f32(s.epsilon)
             .flag(s.kind == NormKind::Rms)
+            .flag(in_fours(s.width, [x, added, sum, gain, y.address]))
+            .u32(narrow([kind, y.kind]))
             .go(by_row(s.rows, s.width))
     }
 
@@ -229,25 +273,28 @@ impl Cuda {
         }
         let parts = s.rows.div_ceil(GRAD_ROWS);
         let [partial] = self.temporary([parts * 2 * s.width * size_of::<f32>()])?;
+        let (x, gain, dx) = (x.wide("what was normalised"), gain.wide("a gain"), dx.wide("dx"));
         self.device
             .launch("norm.cu", c"norm_grad")
             .pointer(dy.address)
-            .pointer(x.address)
-            .pointer(gain.address)
-            .pointer(stats.address)
-            .pointer(dx.address)
+            .pointer(x)
+            .pointer(gain)
+            .pointer(stats.wide("statistics"))
+            .pointer(dx)
             .pointer(partial)
             .u32(s.rows)
             .u32(s.width)
             .u32(GRAD_ROWS)
             .flag(s.kind == NormKind::Rms)
+            .flag(in_fours(s.width, [dy.address, x, gain, dx]))
+            .u32(narrow([dy.kind]))
             .go(by_row(parts, s.width))?;
-        self.add_partial(partial, dgain.address, parts, s.width, 2 * s.width)?;
+        self.add_partial(partial, dgain.wide("dgain"), parts, s.width, 2 * s.width)?;
         match dbias {
             Some(dbias) => {
                 assert_eq!(dbias.elements, s.width, "norm gradient");
                 let from = partial + (s.width * size_of::<f32>()) as u64;
-                self.add_partial(from, dbias.address, parts, s.width, 2 * s.width)
+                self.add_partial(from, dbias.wide("dbias"), parts, s.width, 2 * s.width)
             }
             None => Ok(()),
         }
@@ -269,13 +316,14 @@ impl Cuda {
         self.device
             .launch("embedding.cu", c"rotary")
             .pointer(x.address)
-            .pointer(table.address)
+            .pointer(table.wide("a table of angles"))
             .pointer(sent)
             .u64(pairs)
             .u32(s.width)
             .u32(s.heads)
             .u32(s.head_dim)
             .f32(if s.inverse { -1.0 } else { 1.0 })
+            .u32(narrow([x.kind]))
             .go(self.flat(pairs, 1))
     }
 
@@ -292,13 +340,14 @@ impl Cuda {
         let sent = self.send(indices)?;
         self.device
             .launch("embedding.cu", c"embed")
-            .pointer(table.address)
+            .pointer(table.wide("a table of embeddings"))
             .pointer(sent)
             .pointer(out.address)
             .u32(offset)
             .u32(table.elements / width)
             .u32(width)
             .flag(accumulate)
+            .u32(narrow([out.kind]))
             .go(by_row(indices.len(), width))
     }
 
@@ -325,8 +374,9 @@ impl Cuda {
             .pointer(sent)
             .pointer(at(count))
             .pointer(at(2 * count + 1))
-            .pointer(dtable.address)
+            .pointer(dtable.wide("the gradient of a table"))
             .u32(width)
+            .u32(narrow([dy.kind]))
             .go(by_row(count, width))
     }
 
@@ -343,9 +393,9 @@ impl Cuda {
         let sent = self.send(indices)?;
         self.device
             .launch("cached.cu", c"gather_rows")
-            .pointer(from.address)
+            .pointer(from.wide("what is gathered"))
             .pointer(sent)
-            .pointer(out.address)
+            .pointer(out.wide("what is gathered"))
             .u32(width)
             .go(by_row(indices.len(), width))
     }
@@ -365,11 +415,13 @@ impl Cuda {
             .launch("loss.cu", c"cross_entropy")
             .pointer(logits.address)
             .pointer(sent)
-            .pointer(losses.address)
+            .pointer(losses.wide("losses"))
             .u32(s.columns)
             .u32(s.used)
             .u32(s.offset)
             .f32(scale)
+            .flag(in_fours(s.columns, [logits.address]))
+            .u32(narrow([logits.kind]))
             .go(by_row(s.rows, s.columns))
     }
 
@@ -384,9 +436,11 @@ impl Cuda {
         self.device
             .launch("loss.cu", c"row_max")
             .pointer(logits.address)
-            .pointer(max.address)
+            .pointer(max.wide("maxima"))
             .u32(s.columns)
             .u32(s.used)
+            .flag(in_fours(s.columns, [logits.address]))
+            .u32(narrow([logits.kind]))
             .go(by_row(s.rows, s.columns))
     }
 
@@ -405,12 +459,14 @@ impl Cuda {
             .launch("loss.cu", c"partial_cross_entropy")
             .pointer(logits.address)
             .pointer(sent)
-            .pointer(max.address)
-            .pointer(sums.address)
+            .pointer(max.wide("maxima"))
+            .pointer(sums.wide("sums"))
             .u32(s.rows)
             .u32(s.columns)
             .u32(s.used)
             .u32(s.offset)
+            .flag(in_fours(s.columns, [logits.address]))
+            .u32(narrow([logits.kind]))
             .go(by_row(s.rows, s.columns))
     }
 
@@ -430,12 +486,14 @@ impl Cuda {
             .launch("loss.cu", c"partial_cross_entropy_grad")
             .pointer(logits.address)
             .pointer(sent)
-            .pointer(max.address)
-            .pointer(sums.address)
+            .pointer(max.wide("maxima"))
+            .pointer(sums.wide("sums"))
             .u32(s.columns)
             .u32(s.used)
             .u32(s.offset)
             .f32(scale)
+            .flag(in_fours(s.columns, [logits.address]))
+            .u32(narrow([logits.kind]))
             .go(by_row(s.rows, s.columns))
     }
 
@@ -452,7 +510,7 @@ impl Cuda {
         };
         self.device
             .launch("optimizer.cu", c"sum_squares")
-            .pointer(values.address)
+            .pointer(values.wide("what is squared"))
             .pointer(partial)
             .u64(values.elements)
             .u64(SQUARE_CHUNK)
@@ -472,18 +530,24 @@ impl Cuda {
         &self,
         a: AdamW,
         p: &ViewMut<'_>,
+        copy: Option<&ViewMut<'_>>,
         g: View<'_>,
         m: &ViewMut<'_>,
         v: &ViewMut<'_>,
     ) -> Result<(), CudaError> {
         let n = g.elements;
         assert!(p.elements == n && m.elements == n && v.elements == n, "adamw");
+        assert!(copy.is_none_or(|c| c.elements == n && c.kind == Kind::Narrow), "adamw");
+        let copied = copy.map_or(0, |c| c.address);
+        let [p, m, v] = [p, m, v].map(|view| view.wide("what AdamW keeps"));
+        let g = g.wide("a gradient");
         self.device
             .launch("optimizer.cu", c"adamw")
-            .pointer(p.address)
-            .pointer(g.address)
-            .pointer(m.address)
-            .pointer(v.address)
+            .pointer(p)
+            .pointer(copied)
+            .pointer(g)
+            .pointer(m)
+            .pointer(v)
             .u64(n)
             .f32(a.beta1)
             .f32(a.beta2)
@@ -492,7 +556,7 @@ impl Cuda {
             .f32(a.learning_rate / a.correction1)
             .f32(1.0 / a.correction2.sqrt())
             .f32(a.gradient_scale)
-            .flag(aligned([p.address, g.address, m.address, v.address]))
+            .flag(aligned([p, copied, g, m, v]))
             .go(self.flat(n, 4))
     }
 }

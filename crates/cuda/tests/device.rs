@@ -55,4 +55,29 @@ macro_rules! bf16_suite {
 bf16_suite! {
     bf16_attention_and_its_gradient: 5,
     bf16_linear_layers_round_their_factors_and_nothing_else: 10,
+    narrow_attention: 6,
+    narrow_linear_layers: 10,
+    narrow_rows: 10,
+}
+
+const BF16: MatmulPrecision = MatmulPrecision::Bf16;
+
+#[test]
+fn products_with_gelu_behind_them_are_what_one_by_one_gives() {
+    let options = CudaOptions { matmul: BF16, ..CudaOptions::default() };
+    let test = "products_with_gelu_behind_them_are_what_one_by_one_gives";
+    check(test, 10, options, |b, r, what| conformance::narrow_epilogues(b, r, true, what));
+}
+
+#[test]
+fn a_library_without_gelu_is_told_apart_and_does_no_harm() {
+    let test = "a_library_without_gelu_is_told_apart_and_does_no_harm";
+    support::on_device_with(test, Some("no-epilogues"), |device| {
+        let cuda = support::open(CudaOptions { matmul: BF16, ..CudaOptions::default() });
+        support::for_seeds(device, 4, |r, what| {
+            conformance::narrow_epilogues(&cuda, r, false, what);
+            conformance::narrow_linear_layers(&cuda, r, what);
+            assert_eq!(cuda.status(), Ok(()), "{what}");
+        });
+    });
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use drumline_cuda::{Cuda, CudaOptions, nccl};
 use drumline_engine::bench::{batches, in_process, job, local_groups, presets};
 use drumline_engine::infer::{Model, ModelOptions, Segment};
-use drumline_engine::{DeviceGroups, Groups, Snapshot, StepReport, Trainer};
+use drumline_engine::{DeviceGroups, Groups, Memory, Snapshot, StepReport, Trainer};
 use drumline_mesh::Mesh;
-use drumline_spec::{Family, MemoryOptions, ModelConfig, Parallelism, TrainingJob};
+use drumline_spec::{Family, MemoryOptions, ModelConfig, Parallelism, Recompute, TrainingJob};
 use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
 
 /// f32 on both: only the order of additions differs. Norm of the difference over
@@ -143,8 +143,12 @@ fn split_training_in_f32_follows_the_cpu() {
 }
 
 /// Opens a rank's own GPU, and joins it to those of the others.
-fn linked(rank: u32, groups: &Groups) -> (Cuda, DeviceGroups<Cuda>, String) {
-    let cuda = support::open_of(rank, CudaOptions::default());
+fn linked(
+    rank: u32,
+    groups: &Groups,
+    matmul: MatmulPrecision,
+) -> (Cuda, DeviceGroups<Cuda>, String) {
+    let cuda = support::open_of(rank, CudaOptions { matmul, ..CudaOptions::default() });
     let name = nccl::Rank { job: "test".to_owned(), attempt: 1, rank };
     let linked = nccl::link(&cuda, groups, name, Duration::from_secs(60)).expect("they meet");
     (cuda, linked.groups, linked.words)
@@ -170,7 +174,7 @@ fn split_training_over_nccl_follows_the_cpu() {
             let parallelism = Parallelism { tensor, pipeline, data };
             let job = TrainingJob { memory, ..tiny_job(family, parallelism, 4) };
             let got = train_linked(&job, |rank, groups| {
-                let (cuda, groups, words) = linked(rank, groups);
+                let (cuda, groups, words) = linked(rank, groups, MatmulPrecision::F32);
                 // On a machine with fewer GPUs than ranks it may be the other way.
                 let emulated = device != "GPU";
                 assert!(!emulated || words.starts_with("over NCCL 2.30"), "{words}");
@@ -188,6 +192,72 @@ fn training_in_bf16_stays_near_f32() {
         // Both factors of every product lose 16 bits: 8 bits of each are left.
         for family in [Family::Gpt2, Family::Llama] {
             compare(family, Parallelism::SINGLE, MatmulPrecision::Bf16, 1e-2);
+        }
+    });
+}
+
+/// Norms, log-sums and the residual stream stay f32, and masters and moments with them.
+#[test]
+fn bf16_keeps_activations_in_half_and_takes_what_was_planned() {
+    support::on_device("bf16_keeps_activations_in_half_and_takes_what_was_planned", |_| {
+        for (family, recompute) in [
+            (Family::Gpt2, Recompute::None),
+            (Family::Llama, Recompute::None),
+            (Family::Llama, Recompute::Selective),
+            (Family::Gpt2, Recompute::Full),
+        ] {
+            let memory = MemoryOptions { recompute, ..MemoryOptions::default() };
+            let job = TrainingJob { memory, ..tiny_job(family, Parallelism::SINGLE, 1) };
+            let mesh = Mesh::new(job.parallelism);
+            let used = |precision| {
+                let groups = local_groups(mesh).remove(0);
+                let backend = cuda(precision);
+                let kept = backend.activation_dtype();
+                let trainer = Trainer::new(&job, mesh.coords(0), groups, backend).expect("it fits");
+                let memory = trainer.memory();
+                assert_eq!(memory, Memory::plan(&job, mesh.coords(0), kept).expect("a split"));
+                memory
+            };
+            let (wide, narrow) = (used(MatmulPrecision::F32), used(MatmulPrecision::Bf16));
+            let share = narrow.activations as f64 / wide.activations as f64;
+            // With everything computed again, the stream alone is kept.
+            let most = if recompute == Recompute::None { 0.6 } else { 1.0 };
+            assert!(share <= most, "{family:?} {recompute:?}: {share}");
+            assert_eq!(narrow.optimizer, wide.optimizer);
+            assert_eq!(2 * narrow.weights, 3 * wide.weights, "masters and their copies");
+        }
+    });
+}
+
+#[test]
+fn split_training_in_bf16_stays_near_f32() {
+    support::on_device("split_training_in_bf16_stays_near_f32", |device| {
+        let options = |sequence_parallel, shard_optimizer, recompute| MemoryOptions {
+            sequence_parallel,
+            shard_optimizer,
+            recompute,
+        };
+        for (family, (tensor, pipeline, data), memory) in [
+            (Family::Gpt2, (2, 1, 1), options(true, false, Recompute::None)),
+            (Family::Llama, (2, 1, 1), options(false, false, Recompute::Selective)),
+            (Family::Llama, (1, 2, 1), options(false, false, Recompute::None)),
+            (Family::Gpt2, (1, 1, 2), options(false, true, Recompute::Full)),
+        ] {
+            let parallelism = Parallelism { tensor, pipeline, data };
+            let job = TrainingJob { memory, ..tiny_job(family, parallelism, 4) };
+            for over_nccl in [true, false] {
+                let got = train_linked(&job, |rank, groups| {
+                    if over_nccl {
+                        let (cuda, groups, words) = linked(rank, groups, MatmulPrecision::Bf16);
+                        let emulated = device != "GPU";
+                        assert!(!emulated || words.starts_with("over NCCL 2.30"), "{words}");
+                        return (cuda, groups);
+                    }
+                    (cuda(MatmulPrecision::Bf16), DeviceGroups::default())
+                });
+                let what = format!("{family:?} {parallelism:?} {memory:?} nccl {over_nccl}");
+                compare_with_cpu(&job, &got, &what, 1e-2);
+            }
         }
     });
 }
@@ -274,7 +344,7 @@ fn ranks_that_share_a_gpu_or_lack_nccl_say_why_they_go_through_the_host() {
         let parallelism = Parallelism { data: 2, ..Parallelism::SINGLE };
         let job = tiny_job(Family::Llama, parallelism, 2);
         let got = train_linked(&job, |rank, groups| {
-            let (cuda, groups, words) = linked(rank, groups);
+            let (cuda, groups, words) = linked(rank, groups, MatmulPrecision::F32);
             assert!(
                 words.starts_with("through host memory, pinned: rank 0 has no NCCL"),
                 "{words}"

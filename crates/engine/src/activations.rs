@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use drumline_mesh::Instruction;
 use drumline_spec::{Family, ModelConfig, Recompute};
-use drumline_tensor::{Attention, Backend, NormKind, Normalise, Rotary, TensorError};
+use drumline_tensor::{Attention, Backend, DType, NormKind, Normalise, Rotary, TensorError};
 
 use crate::layout::{Layout, Split};
 
@@ -145,43 +145,66 @@ pub struct LayerMemory<B: Backend> {
     pub a2: B::Buffer,
     /// Its statistics.
     pub stats2: B::Buffer,
-    /// The up projection before the non-linearity, `[N, F / t]` or `[N, 2 F / t]`; the backward
-    /// pass replaces it by its gradient.
+    /// The up projection before the non-linearity, `[N, F / t]` or, with a gate, `[N, 2 F / t]`, which
+    /// the backward pass replaces by its gradient.
     pub up: B::Buffer,
     /// After the non-linearity, `[N, F / t]`.
     pub act: B::Buffer,
 }
 
-/// How many elements each buffer of a [`LayerMemory`] has, in their order, and whether it is kept
-/// from the forward to the backward pass.
-pub(crate) fn layer_elements(d: Dims, recompute: Recompute) -> [(usize, bool); 11] {
+/// A buffer as it is planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Planned {
+    pub(crate) elements: usize,
+    /// Whether it holds activations, which a backend may keep as bf16; else it is f32.
+    pub(crate) activation: bool,
+    /// Whether it is kept from the forward to the backward pass.
+    pub(crate) kept: bool,
+}
+
+impl Planned {
+    fn alloc<B: Backend>(self, b: &B) -> Result<B::Buffer, TensorError> {
+        if self.activation { b.alloc_activation(self.elements) } else { b.alloc(self.elements) }
+    }
+
+    /// Returns its size where activations are kept as `dtype`.
+    pub(crate) fn bytes(self, dtype: DType) -> usize {
+        self.elements * if self.activation { dtype } else { DType::F32 }.bytes()
+    }
+}
+
+/// The buffers of a [`LayerMemory`], in their order. The residual stream and statistics are f32
+/// everywhere: what every layer adds to must not lose what it adds.
+pub(crate) fn layer_buffers(d: Dims, recompute: Recompute) -> [Planned; 11] {
     let (own, n) = (d.own_rows, d.rows);
     let unless_full = recompute != Recompute::Full;
     let unless_any = recompute == Recompute::None;
+    let wide = |elements, kept| Planned { elements, activation: false, kept };
+    let activation = |elements, kept| Planned { elements, activation: true, kept };
     [
-        (own * d.hidden, true),
-        (own * d.hidden, unless_any),
-        (2 * own, unless_full),
-        (n * d.qkv_width(), unless_full),
-        (n * d.attention_width(), unless_full),
-        (n * d.heads, unless_full),
-        (own * d.hidden, unless_full),
-        (own * d.hidden, unless_any),
-        (2 * own, unless_full),
-        (n * d.up, unless_full),
-        (n * d.ffn, unless_any),
+        wide(own * d.hidden, true),
+        activation(own * d.hidden, unless_any),
+        wide(2 * own, unless_full),
+        activation(n * d.qkv_width(), unless_full),
+        activation(n * d.attention_width(), unless_full),
+        wide(n * d.heads, unless_full),
+        wide(own * d.hidden, unless_full),
+        activation(own * d.hidden, unless_any),
+        wide(2 * own, unless_full),
+        activation(n * d.up, unless_full),
+        activation(n * d.ffn, unless_any),
     ]
 }
 
 impl<B: Backend> LayerMemory<B> {
     /// Allocates the buffers that are kept, or those that are not.
     fn new(b: &B, d: Dims, recompute: Recompute, kept: bool) -> Result<Self, TensorError> {
-        let mut elements = layer_elements(d, recompute).into_iter();
-        let mut next = || {
-            let (elements, is_kept) = elements.next().unwrap_or_default();
-            b.alloc(if is_kept == kept { elements } else { 0 })
+        let mut buffers = layer_buffers(d, recompute).into_iter();
+        let mut next = || match buffers.next() {
+            Some(planned) if planned.kept == kept => planned.alloc(b),
+            _ => b.alloc(0),
         };
-        // In the order of `layer_elements`, as fields are evaluated.
+        // In the order of `layer_buffers`, as fields are evaluated.
         Ok(Self {
             x: next()?,
             a1: next()?,
@@ -259,7 +282,7 @@ pub struct Scratch<B: Backend> {
     pub dqkv: B::Buffer,
     /// The gradient of attention's output.
     pub dattended: B::Buffer,
-    /// The gradient after the non-linearity, `[N, F / t]`.
+    /// The gradient after the non-linearity, `[N, F / t]`; then, without a gate, before it.
     pub dact: B::Buffer,
     /// What layers do not keep, where the backward pass computes it again.
     pub layer: Option<LayerMemory<B>>,
@@ -288,9 +311,9 @@ impl<B: Backend> Slot<B> {
         let rows = d.own_rows;
         let last = if last {
             Some(LastMemory {
-                y: b.alloc(rows * d.hidden)?,
+                y: b.alloc_activation(rows * d.hidden)?,
                 stats: b.alloc(2 * rows)?,
-                dy: b.alloc(rows * d.hidden)?,
+                dy: b.alloc_activation(rows * d.hidden)?,
             })
         } else {
             None
@@ -306,7 +329,7 @@ impl<B: Backend> Slot<B> {
     pub(crate) fn bytes(&self, b: &B) -> u64 {
         let layers = self.layers.iter().flat_map(LayerMemory::buffers);
         let last = self.last.iter().flat_map(|m| [&m.y, &m.stats, &m.dy]);
-        layers.chain([&self.out]).chain(last).map(|buffer| b.elements(buffer) as u64 * 4).sum()
+        layers.chain([&self.out]).chain(last).map(|buffer| b.bytes(buffer) as u64).sum()
     }
 }
 
@@ -318,19 +341,20 @@ impl<B: Backend> Scratch<B> {
     pub fn new(b: &B, d: Dims, recompute: Recompute, layout: &Layout) -> Result<Self, TensorError> {
         let n = d.rows;
         let chunk = logits_rows(n, layout.vocab_rows);
-        let optional = |wanted: bool, elements| wanted.then(|| b.alloc(elements)).transpose();
+        let optional =
+            |wanted: bool, elements| wanted.then(|| b.alloc_activation(elements)).transpose();
         let layer = match recompute {
             Recompute::None => None,
             _ => Some(LayerMemory::new(b, d, recompute, false)?),
         };
         Ok(Self {
-            branch: b.alloc(n * d.hidden)?,
+            branch: b.alloc_activation(n * d.hidden)?,
             gradient: b.alloc(d.own_rows * d.hidden)?,
-            da: b.alloc(n * d.hidden)?,
+            da: b.alloc_activation(n * d.hidden)?,
             gathered: optional(d.shares_rows(), n * d.hidden)?,
-            dqkv: b.alloc(n * d.qkv_width())?,
-            dattended: b.alloc(n * d.attention_width())?,
-            dact: b.alloc(n * d.ffn)?,
+            dqkv: b.alloc_activation(n * d.qkv_width())?,
+            dattended: b.alloc_activation(n * d.attention_width())?,
+            dact: b.alloc_activation(n * d.ffn)?,
             layer,
             logits: optional(layout.head.is_some(), chunk * layout.vocab_rows)?,
             chunk,
@@ -344,8 +368,8 @@ impl<B: Backend> Scratch<B> {
         let all = [&self.branch, &self.gradient, &self.da, &self.dqkv, &self.dattended, &self.dact];
         let layer = self.layer.iter().flat_map(LayerMemory::buffers);
         let optional = self.gathered.iter().chain(&self.logits).chain([&self.row_values]);
-        let elements = all.into_iter().chain(layer).chain(optional).map(|x| b.elements(x));
-        (elements.sum::<usize>() + self.host.len()) as u64 * 4
+        let bytes = all.into_iter().chain(layer).chain(optional).map(|x| b.bytes(x));
+        (bytes.sum::<usize>() + self.host.len() * size_of::<f32>()) as u64
     }
 }
 

@@ -100,16 +100,20 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         });
     }
 
-    /// The backward pass of one linear layer: weights, bias where `dy` covers it, and input.
+    /// The backward pass of one linear layer: weights, bias where `dy` covers it, and input. Where the
+    /// input is GELU's of `up`, and the backend has that in one operation, the gradient goes through
+    /// GELU too: returns whether it did.
+    #[expect(clippy::too_many_arguments, reason = "a fused operation has many operands")]
     fn linear_backward(
         &self,
         at: &LinearAt,
         input: usize,
         x: B::View<'_>,
         dy: B::View<'_>,
-        dx: B::ViewMut<'_>,
+        dx: &mut B::Buffer,
+        up: Option<B::View<'_>>,
         gradients: &mut Gradients<'_, '_, B>,
-    ) -> Result<(), CollectiveError> {
+    ) -> Result<bool, CollectiveError> {
         let b = self.backend;
         let shape = self.shape(at, self.dims.rows, input);
         timed(self.probe, Span::Matmul, || {
@@ -117,8 +121,14 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             b.linear_grad_weight(shape, x, dy, dw, gradients.accumulate);
         });
         self.look(gradients)?;
-        timed(self.probe, Span::Matmul, || {
-            b.linear_grad_input(shape, dy, self.parameter(&at.weight), dx);
+        let through = timed(self.probe, Span::Matmul, || {
+            let w = self.of_product(&at.weight);
+            let through =
+                up.is_some_and(|up| b.linear_grad_input_gelu(shape, dy, w, up, all_mut(b, dx)));
+            if !through {
+                b.linear_grad_input(shape, dy, w, all_mut(b, dx));
+            }
+            through
         });
         if let Some(bias) = &at.bias {
             timed(self.probe, Span::Other, || {
@@ -126,7 +136,8 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
                 b.add_column_sums(shape.rows, shape.output, dy, dbias);
             });
         }
-        self.look(gradients)
+        self.look(gradients)?;
+        Ok(through)
     }
 
     /// Moves the reduction of gradients on, if one is under way.
@@ -147,15 +158,21 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let (b, d) = (self.backend, self.dims);
         let at = &self.layout.layers[index];
         let dy = all(b, self.every_row(&scratch.gradient, &mut scratch.gathered)?);
-        let dact = all_mut(b, &mut scratch.dact);
-        self.linear_backward(&at.down, d.ffn, all(b, &m.act), dy, dact, gradients)?;
+        let gated = d.up != d.ffn;
+        let (act, dact) = (all(b, &m.act), &mut scratch.dact);
+        let up = (!gated).then(|| all(b, &m.up));
+        let through = self.linear_backward(&at.down, d.ffn, act, dy, dact, up, gradients)?;
         timed(self.probe, Span::Other, || {
-            let (up, dact) = (all_mut(b, &mut m.up), all(b, &scratch.dact));
-            if d.up == d.ffn { b.gelu_grad(up, dact) } else { b.swiglu_grad(d.ffn, up, dact) }
+            let (up, dact) = (&mut m.up, &mut scratch.dact);
+            match (gated, through) {
+                (true, _) => b.swiglu_grad(d.ffn, all_mut(b, up), all(b, dact)),
+                (false, false) => b.gelu_grad(all(b, up), all_mut(b, dact)),
+                (false, true) => {}
+            }
         });
-        let (dup, da) = (all(b, &m.up), all_mut(b, &mut scratch.da));
+        let dup = all(b, if gated { &m.up } else { &scratch.dact });
         let a2 = all(b, self.every_row(&m.a2, &mut scratch.gathered)?);
-        self.linear_backward(&at.up, d.hidden, a2, dup, da, gradients)?;
+        self.linear_backward(&at.up, d.hidden, a2, dup, &mut scratch.da, None, gradients)?;
         self.sum_rows(&mut scratch.da)?;
         let (da, stats) = (self.own_rows(&scratch.da), all(b, &m.stats2));
         let dx = all_mut(b, &mut scratch.gradient);
@@ -173,9 +190,9 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         let (b, d) = (self.backend, self.dims);
         let at = &self.layout.layers[index];
         let dy = all(b, self.every_row(&scratch.gradient, &mut scratch.gathered)?);
-        let dattended = all_mut(b, &mut scratch.dattended);
         let (input, x) = (d.attention_width(), all(b, &m.attended));
-        self.linear_backward(&at.project, input, x, dy, dattended, gradients)?;
+        let dattended = &mut scratch.dattended;
+        self.linear_backward(&at.project, input, x, dy, dattended, None, gradients)?;
         timed(self.probe, Span::Attention, || {
             let (qkv, out, lse) = (all(b, &m.qkv), all(b, &m.attended), all(b, &m.lse));
             let (dout, dqkv) = (all(b, &scratch.dattended), all_mut(b, &mut scratch.dqkv));
@@ -187,9 +204,9 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
                 b.rotary(d.rotation(d.rows, true), all(b, table), self.positions, dqkv);
             });
         }
-        let (dqkv, da) = (all(b, &scratch.dqkv), all_mut(b, &mut scratch.da));
+        let (dqkv, da) = (all(b, &scratch.dqkv), &mut scratch.da);
         let a1 = all(b, self.every_row(&m.a1, &mut scratch.gathered)?);
-        self.linear_backward(&at.qkv, d.hidden, a1, dqkv, da, gradients)?;
+        self.linear_backward(&at.qkv, d.hidden, a1, dqkv, da, None, gradients)?;
         self.sum_rows(&mut scratch.da)?;
         let (da, stats) = (self.own_rows(&scratch.da), all(b, &m.stats1));
         let dx = all_mut(b, &mut scratch.gradient);

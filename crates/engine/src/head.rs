@@ -48,7 +48,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             let range = start * d..(start + n) * d;
             let columns = self.layout.vocab_rows;
             timed(self.probe, Span::Matmul, || {
-                let w = b.view(self.parameters, head.clone());
+                let w = self.of_product(head);
                 let out = b.view_mut(logits, 0..n * columns);
                 b.linear(shape, b.view(y, range.clone()), w, None, out);
             });
@@ -71,7 +71,7 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
                     let accumulate = g.accumulate || start > 0;
                     let y = b.view(y, range.clone());
                     b.linear_grad_weight(shape, y, dlogits(), dw, accumulate);
-                    let w = b.view(self.parameters, head.clone());
+                    let w = self.of_product(head);
                     b.linear_grad_input(shape, dlogits(), w, b.view_mut(dy, range));
                 });
             }

@@ -33,6 +33,8 @@ pub struct Stage<'a, B: Backend, P: Probe> {
     pub layout: &'a Layout,
     /// The parameters.
     pub parameters: &'a B::Buffer,
+    /// The same as products read them, where the backend keeps those narrower.
+    pub copy: Option<&'a B::Buffer>,
     /// The rotary table, for families that have one.
     pub rotary: Option<&'a B::Buffer>,
     /// The position of every row.
@@ -72,6 +74,11 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         self.backend.view(self.parameters, range.clone())
     }
 
+    /// Returns parameters as a product reads them, its bias among them.
+    pub(crate) fn of_product(&self, range: &Range<usize>) -> B::View<'_> {
+        self.backend.view(self.copy.unwrap_or(self.parameters), range.clone())
+    }
+
     pub(crate) fn bias(&self, at: &LinearAt) -> Option<B::View<'_>> {
         at.bias.as_ref().map(|r| self.parameter(r))
     }
@@ -101,10 +108,10 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         y: B::ViewMut<'_>,
         with_bias: bool,
     ) {
-        let bias = if with_bias { self.bias(at) } else { None };
+        let bias = at.bias.as_ref().filter(|_| with_bias).map(|r| self.of_product(r));
         let shape = self.shape(at, rows, input);
         timed(self.probe, Span::Matmul, || {
-            self.backend.linear(shape, x, self.parameter(&at.weight), bias, y);
+            self.backend.linear(shape, x, self.of_product(&at.weight), bias, y);
         });
     }
 
@@ -328,8 +335,20 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
     ) -> Result<(), CollectiveError> {
         let (b, d) = (self.backend, self.dims);
         let a2 = self.every_row(&m.a2, &mut scratch.gathered)?;
-        self.linear(&at.up, (d.rows, d.hidden), all(b, a2), all_mut(b, &mut m.up), true);
-        self.activate(all(b, &m.up), all_mut(b, &mut m.act));
+        let shape = self.shape(&at.up, d.rows, d.hidden);
+        // One operation where the backend has it; not where the non-linearity alone is computed
+        // again, of what was rounded by then: that would give other bits.
+        let fused = d.up == d.ffn
+            && self.recompute != Recompute::Selective
+            && timed(self.probe, Span::Matmul, || {
+                let (w, bias) = (self.of_product(&at.up.weight), at.up.bias.as_ref());
+                let (up, act) = (all_mut(b, &mut m.up), all_mut(b, &mut m.act));
+                b.linear_gelu(shape, all(b, a2), w, bias.map(|r| self.of_product(r)), up, act)
+            });
+        if !fused {
+            self.linear(&at.up, (d.rows, d.hidden), all(b, a2), all_mut(b, &mut m.up), true);
+            self.activate(all(b, &m.up), all_mut(b, &mut m.act));
+        }
         Ok(())
     }
 

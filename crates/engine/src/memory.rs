@@ -2,16 +2,17 @@
 
 use drumline_mesh::{Coords, Schedule};
 use drumline_spec::{Family, TrainingJob};
+use drumline_tensor::DType;
 
-use crate::activations::{Dims, in_flight, layer_elements, logits_rows};
+use crate::activations::{Dims, in_flight, layer_buffers, logits_rows};
 use crate::error::EngineError;
 use crate::layout::{Layout, Split};
 use crate::state::share;
 
-/// Bytes of one rank's training state, by what they are for. Everything is f32.
+/// Bytes of one rank's training state, by what they are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Memory {
-    /// Parameters.
+    /// Parameters, and their copy for products where activations are not f32.
     pub weights: u64,
     /// Gradients.
     pub gradients: u64,
@@ -25,11 +26,16 @@ pub struct Memory {
 
 impl Memory {
     /// Computes what [`crate::Trainer::new`] will allocate and a step then uses: nothing grows
-    /// after that.
+    /// after that. `activations` is how the backend keeps them, as
+    /// [`drumline_tensor::Backend::activation_dtype`] tells.
     ///
     /// # Errors
     /// [`EngineError`] when the job cannot be split so.
-    pub fn plan(job: &TrainingJob, coords: Coords) -> Result<Self, EngineError> {
+    pub fn plan(
+        job: &TrainingJob,
+        coords: Coords,
+        activations: DType,
+    ) -> Result<Self, EngineError> {
         let split = Split::of(job, coords);
         let layout = Layout::new(&job.model, split)?;
         let d = Dims::new(&job.model, split, job.micro_batch as usize, job.sequence as usize);
@@ -37,21 +43,25 @@ impl Memory {
         let instructions = schedule.stage(coords.pipeline);
         let (n, own) = (d.rows, d.own_rows);
         let recompute = job.memory.recompute;
-        let elements = |kept: bool| -> usize {
-            layer_elements(d, recompute).iter().filter(|(_, k)| *k == kept).map(|(e, _)| e).sum()
+        let (f32, dtype) = (DType::F32.bytes(), activations.bytes());
+        let buffers = |kept: bool| -> usize {
+            let planned = layer_buffers(d, recompute).into_iter().filter(|p| p.kept == kept);
+            planned.map(|p| p.bytes(activations)).sum()
         };
-        let layer = elements(true);
+        let layer = buffers(true);
         let layers = layout.layers.len() / split.chunks;
-        let activations: usize = (0..job.virtual_stages.max(1))
+        let in_slots: usize = (0..job.virtual_stages.max(1))
             .map(|chunk| {
                 let last = split.is_last() && chunk + 1 == schedule.chunks();
-                let loss = if last { own * (2 * d.hidden + 2) } else { 0 };
-                in_flight(instructions, chunk).max(1) * (layers * layer + own * d.hidden + loss)
+                let loss = if last { own * 2 * (d.hidden * dtype + f32) } else { 0 };
+                let one = layers * layer + own * d.hidden * f32 + loss;
+                in_flight(instructions, chunk).max(1) * one
             })
             .sum();
         // All rows, and the gradients of the norms, to be summed over the rows' holders.
         let gathered = if d.shares_rows() {
-            d.rows * d.hidden + layout.norms().map(|norm| norm.range().len()).sum::<usize>()
+            let norms = layout.norms().map(|norm| norm.range().len()).sum::<usize>();
+            d.rows * d.hidden * dtype + norms * f32
         } else {
             0
         };
@@ -66,21 +76,17 @@ impl Memory {
             Some(range) if !split.is_last() => range.len(),
             _ => 0,
         };
-        let workspace = own * d.hidden
-            + n * (2 * d.hidden + d.qkv_width() + d.attention_width() + d.ffn)
-            + elements(false)
-            + gathered
-            + logits
-            + 5 * chunk
-            + rotary
-            + shared;
-        let bytes = |elements: usize| elements as u64 * 4;
+        let of_activations =
+            n * (2 * d.hidden + d.qkv_width() + d.attention_width() + d.ffn) + logits;
+        let of_f32 = own * d.hidden + 5 * chunk + rotary + shared;
+        let workspace = of_activations * dtype + of_f32 * f32 + buffers(false) + gathered;
+        let copy = if activations == DType::F32 { 0 } else { layout.elements * dtype };
         Ok(Self {
-            weights: bytes(layout.elements),
-            gradients: bytes(layout.elements),
-            optimizer: bytes(2 * share(split, layout.elements).len()),
-            activations: bytes(activations),
-            workspace: bytes(workspace),
+            weights: (layout.elements * f32 + copy) as u64,
+            gradients: (layout.elements * f32) as u64,
+            optimizer: (2 * share(split, layout.elements).len() * f32) as u64,
+            activations: in_slots as u64,
+            workspace: workspace as u64,
         })
     }
 

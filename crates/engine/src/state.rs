@@ -11,11 +11,11 @@ use std::ops::Range;
 
 use drumline_collective::CollectiveError;
 use drumline_mesh::ShardSpec;
-use drumline_tensor::{AdamW, Backend, TensorError};
+use drumline_tensor::{AdamW, Backend, DType, TensorError};
 
 use crate::groups::Route;
 use crate::init;
-use crate::layer::all_mut;
+use crate::layer::{all, all_mut};
 use crate::layout::{ALIGN, Layout, Parameter, Split};
 use crate::shards::{FIRST_MOMENT, SECOND_MOMENT, Snapshot, prefixed, scatter};
 
@@ -40,6 +40,8 @@ fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
 /// Weights, gradients and moments of one rank.
 pub(crate) struct State<B: Backend> {
     pub(crate) parameters: B::Buffer,
+    /// The parameters as products read them, where the backend keeps those narrower.
+    pub(crate) copy: Option<B::Buffer>,
     pub(crate) gradients: B::Buffer,
     first: B::Buffer,
     second: B::Buffer,
@@ -75,8 +77,13 @@ impl<B: Backend> State<B> {
             init::fill(seed, p.init, &p.shard, &mut values);
             scatter(b, p, &values, &mut parameters);
         }
-        Ok(Self {
+        let mut copy = None;
+        if b.activation_dtype() != DType::F32 {
+            copy = Some(b.alloc_activation(layout.elements)?);
+        }
+        let mut state = Self {
             parameters,
+            copy,
             gradients: b.alloc(layout.elements)?,
             first: b.alloc(own.len())?,
             second: b.alloc(own.len())?,
@@ -85,14 +92,24 @@ impl<B: Backend> State<B> {
             shares,
             own,
             moments,
-        })
+        };
+        state.copy_parameters(b);
+        Ok(state)
+    }
+
+    /// Makes the copy anew.
+    fn copy_parameters(&mut self, b: &B) {
+        if let Some(copy) = &mut self.copy {
+            b.copy(all(b, &self.parameters), all_mut(b, copy));
+        }
     }
 
     /// Returns the bytes of weights, gradients and moments.
     pub(crate) fn bytes(&self, b: &B) -> [u64; 3] {
-        let bytes = |buffer: &B::Buffer| b.elements(buffer) as u64 * 4;
+        let bytes = |buffer: &B::Buffer| b.bytes(buffer) as u64;
         let moments = bytes(&self.first) + bytes(&self.second);
-        [bytes(&self.parameters), bytes(&self.gradients), moments]
+        let copy = self.copy.as_ref().map_or(0, bytes);
+        [bytes(&self.parameters) + copy, bytes(&self.gradients), moments]
     }
 
     /// Returns the shares of the copies, where the optimizer is shared.
@@ -132,6 +149,7 @@ impl<B: Backend> State<B> {
             b.adamw(
                 AdamW { weight_decay, ..constants },
                 b.view_mut(&mut self.parameters, range.clone()),
+                self.copy.as_mut().map(|copy| b.view_mut(copy, range.clone())),
                 b.view(&self.gradients, range),
                 b.view_mut(&mut self.first, kept.clone()),
                 b.view_mut(&mut self.second, kept),
@@ -141,7 +159,9 @@ impl<B: Backend> State<B> {
 
     /// Brings the other copies' shares of the weights.
     pub(crate) fn gather(&mut self, b: &B, data: Route<'_, B>) -> Result<(), CollectiveError> {
-        data.all_gather_parts(all_mut(b, &mut self.parameters), &self.shares)
+        data.all_gather_parts(all_mut(b, &mut self.parameters), &self.shares)?;
+        self.copy_parameters(b);
+        Ok(())
     }
 
     /// Copies what this rank owns to host memory: weights, then both moments.
@@ -195,6 +215,7 @@ impl<B: Backend> State<B> {
                 scatter(b, p, &values, buffer);
             }
         }
+        self.copy_parameters(b);
         Ok(())
     }
 }

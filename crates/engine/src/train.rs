@@ -189,7 +189,7 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
     pub fn memory(&self) -> Memory {
         let b = &*self.backend;
         let [weights, gradients, optimizer] = self.state.bytes(b);
-        let rotary = self.rotary.as_ref().map_or(0, |table| b.elements(table) as u64 * 4);
+        let rotary = self.rotary.as_ref().map_or(0, |table| b.bytes(table) as u64);
         let host = (self.theirs.len() + self.norms.len()) as u64 * 4;
         Memory {
             weights,

@@ -7,7 +7,7 @@ use drumline_engine::bench::{in_process, local_groups};
 use drumline_engine::{EngineError, Memory, StepReport, Trainer};
 use drumline_mesh::Mesh;
 use drumline_spec::{Family, MemoryOptions, Parallelism, Recompute, TrainingJob};
-use drumline_tensor::Cpu;
+use drumline_tensor::{Cpu, DType};
 use support::{Whole, job, micros, split, tiny, train};
 
 /// As for the splits: only the order of sums changes.
@@ -116,11 +116,11 @@ fn memory_is_what_was_planned_and_less_of_what_the_option_is_for() {
                 let plain = with(family, shape, parts, MemoryOptions::default());
                 for (rank, groups) in (0..).zip(local_groups(mesh)) {
                     let coords = mesh.coords(rank);
-                    let planned = Memory::plan(&job, coords).unwrap();
+                    let planned = Memory::plan(&job, coords, DType::F32).unwrap();
                     let trainer = Trainer::new(&job, coords, groups, Cpu::new(1).unwrap()).unwrap();
                     let what = format!("{family:?} {shape:?} x {parts} {memory:?}, rank {rank}");
                     assert_eq!(trainer.memory(), planned, "{what}");
-                    let whole = Memory::plan(&plain, coords).unwrap();
+                    let whole = Memory::plan(&plain, coords, DType::F32).unwrap();
                     if memory.shard_optimizer {
                         let share = planned.optimizer as f64 / whole.optimizer as f64;
                         let copies = f64::from(shape.data);

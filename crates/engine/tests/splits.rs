@@ -6,7 +6,7 @@ use drumline_engine::bench::local_groups;
 use drumline_engine::{Memory, Trainer};
 use drumline_mesh::Mesh;
 use drumline_spec::{Family, Parallelism, TrainingJob};
-use drumline_tensor::Cpu;
+use drumline_tensor::{Cpu, DType};
 use support::{Whole, job, split, tiny, train};
 
 /// The bound: 1e-4 relative, over 20 steps. Splits only change the order of sums.
@@ -69,7 +69,7 @@ fn memory_is_what_was_planned_for_every_rank_of_every_split() {
                 let mesh = Mesh::new(shape);
                 for (rank, groups) in (0..).zip(local_groups(mesh)) {
                     let coords = mesh.coords(rank);
-                    let planned = Memory::plan(&job, coords).unwrap();
+                    let planned = Memory::plan(&job, coords, DType::F32).unwrap();
                     let trainer = Trainer::new(&job, coords, groups, Cpu::new(1).unwrap()).unwrap();
                     assert_eq!(trainer.memory(), planned, "{shape:?} x {virtual_stages}, {rank}");
                 }

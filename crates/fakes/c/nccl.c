@@ -167,6 +167,23 @@ static int exchange(comm *c, const char **parts, const size_t *out, char **into,
     }
 }
 
+static float widened(unsigned short half) {
+    unsigned bits = (unsigned)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* Every step of a sum of bfloat16 is rounded, as NCCL's are. */
+static void add_narrow(unsigned short *sum, const unsigned short *more, size_t count, int reduce) {
+    for (size_t i = 0; i < count; i++) {
+        float a = widened(sum[i]), b = widened(more[i]), x = reduce == 2 ? (a > b ? a : b) : a + b;
+        unsigned bits;
+        memcpy(&bits, &x, 4);
+        sum[i] = x != x ? 0x7fff : (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
 static void add(float *sum, const float *more, size_t count, int reduce) {
     for (size_t i = 0; i < count; i++) {
         if (reduce == 2) sum[i] = sum[i] > more[i] ? sum[i] : more[i];
@@ -206,7 +223,7 @@ static int collective(comm *c, op *o) {
         return exchange(c, parts, out, into, in);
     }
     if (o->kind == ALL_GATHER) return gather(c, o->in, o->out, size);
-    if (o->type != 7) return INVALID; /* reductions are of float alone */
+    if (o->type != 7 && o->type != 9) return INVALID; /* reductions are of float and bfloat16 alone */
     all = malloc(size * (size_t)c->ranks + 1);
     if (!all) return SYSTEM_ERROR;
     if (o->kind == ALL_REDUCE) {
@@ -224,8 +241,11 @@ static int collective(comm *c, op *o) {
         answer = exchange(c, parts, bytes, into, bytes);
     }
     if (answer == OK) {
-        for (int rank = 1; rank < c->ranks; rank++)
-            add((float *)all, (const float *)(all + (size_t)rank * size), o->count, o->reduce);
+        for (int rank = 1; rank < c->ranks; rank++) {
+            const char *more = all + (size_t)rank * size;
+            if (o->type == 9) add_narrow((unsigned short *)all, (const unsigned short *)more, o->count, o->reduce);
+            else add((float *)all, (const float *)more, o->count, o->reduce);
+        }
         memcpy(o->out, all, size);
     }
     free(all);

@@ -88,7 +88,7 @@ fn main() {
             "linear-thin" => cpu.linear(s, &x, &w, None, &mut y),
             "norm" => cpu.norm(n, &rows, &gain, None, &mut normal, &mut stats),
             "swiglu" => cpu.swiglu(128, &rows, &mut normal[..64 * 128]),
-            "adamw" => cpu.adamw(step, &mut p, &rows[..8192], &mut m, &mut v),
+            "adamw" => cpu.adamw(step, &mut p, None, &rows[..8192], &mut m, &mut v),
             "stored-f16" => cpu.linear_stored(4, &x, &half, None, &mut y),
             "stored-bf16" => cpu.linear_stored(4, &x, &bf16, None, &mut y),
             "stored-f16-one" => cpu.linear_stored(1, &x[..256], &half, None, &mut y[..96]),

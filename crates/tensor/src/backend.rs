@@ -1,7 +1,7 @@
 //! The operations that an engine asks of a device.
 //!
-//! Buffers are flat f32 and belong to the device; operations work on views of them, so that
-//! parameters, gradients and activations can be parts of a few large buffers planned once.
+//! Buffers are flat and belong to the device; they hold f32, or what a device keeps of activations
+//! ([`Backend::alloc_activation`]). Operations work on views of them, so that parameters, gradients and activations can be parts of a few large buffers planned once.
 //! Shapes come as values, are checked by assertion (a wrong one is a bug in the engine), and
 //! follow the dimension letters of the crate. Nothing here returns before its result may be used
 //! by the next call on the same backend; results reach the host through [`Backend::read`],
@@ -76,6 +76,26 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// [`TensorError::OutOfMemory`].
     fn alloc(&self, elements: usize) -> Result<Self::Buffer, TensorError>;
+
+    /// Allocates zeros that hold activations, their gradients, or a copy of the parameters for
+    /// products. A backend may keep them as bf16; every operation that takes activations then
+    /// takes such views too, and rounds what it writes to them. By default they are f32.
+    ///
+    /// # Errors
+    /// [`TensorError::OutOfMemory`].
+    fn alloc_activation(&self, elements: usize) -> Result<Self::Buffer, TensorError> {
+        self.alloc(elements)
+    }
+
+    /// Returns how [`Backend::alloc_activation`] keeps values.
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    /// Returns the memory of a buffer in bytes.
+    fn bytes(&self, buffer: &Self::Buffer) -> usize {
+        self.elements(buffer) * size_of::<f32>()
+    }
 
     /// Returns the memory that operations keep between calls, in bytes: it grows up to what the largest
     /// of them needed.
@@ -160,6 +180,34 @@ pub trait Backend: Send + Sync + 'static {
         dw: Self::ViewMut<'_>,
         accumulate: bool,
     );
+
+    /// Computes `up = x . w (+ bias)` and `act = gelu(up)` in one operation, where the backend has
+    /// one for these operands; returns whether it did, and else has done nothing. GELU is applied to
+    /// the sum before it is rounded.
+    fn linear_gelu(
+        &self,
+        _shape: Linear,
+        _x: Self::View<'_>,
+        _w: Self::View<'_>,
+        _bias: Option<Self::View<'_>>,
+        _up: Self::ViewMut<'_>,
+        _act: Self::ViewMut<'_>,
+    ) -> bool {
+        false
+    }
+
+    /// Computes [`Backend::linear_grad_input`] and then [`Backend::gelu_grad`] at `up` in one
+    /// operation, where the backend has one; returns whether it did.
+    fn linear_grad_input_gelu(
+        &self,
+        _shape: Linear,
+        _dy: Self::View<'_>,
+        _w: Self::View<'_>,
+        _up: Self::View<'_>,
+        _dx: Self::ViewMut<'_>,
+    ) -> bool {
+        false
+    }
 
     /// Allocates the matrix of a linear layer, zeros, for products alone, stored as `dtype`. Rows of
     /// `s` do not matter.
@@ -315,8 +363,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Computes GELU, tanh form.
     fn gelu(&self, x: Self::View<'_>, y: Self::ViewMut<'_>);
 
-    /// Replaces GELU's input by its gradient.
-    fn gelu_grad(&self, x: Self::ViewMut<'_>, dy: Self::View<'_>);
+    /// Multiplies `dy` by GELU's slope at `x`: the gradient of its output becomes that of its input.
+    fn gelu_grad(&self, x: Self::View<'_>, dy: Self::ViewMut<'_>);
 
     /// Computes `silu(gate) * up` from rows `[gate F, up F]`.
     fn swiglu(&self, width: usize, gate_up: Self::View<'_>, y: Self::ViewMut<'_>);
@@ -396,11 +444,13 @@ pub trait Backend: Send + Sync + 'static {
     /// Returns the sum of squares. The order of additions depends on the length alone.
     fn sum_squares(&self, values: Self::View<'_>) -> f64;
 
-    /// Updates parameters and moments in one pass.
+    /// Updates parameters and moments in one pass; with a `copy`, writes the new parameters to it
+    /// too, as it keeps them.
     fn adamw(
         &self,
         step: AdamW,
         parameters: Self::ViewMut<'_>,
+        copy: Option<Self::ViewMut<'_>>,
         gradients: Self::View<'_>,
         first: Self::ViewMut<'_>,
         second: Self::ViewMut<'_>,

@@ -233,6 +233,7 @@ impl<B: Backend> Bench<B> {
                 device.adamw(
                     step,
                     device.view_mut(out, all.clone()),
+                    None,
                     device.view(b, all.clone()),
                     device.view_mut(&mut moments.0, all.clone()),
                     device.view_mut(&mut moments.1, all),
@@ -325,7 +326,7 @@ impl<B: Backend> Bench<B> {
                     "gelu" => device.gelu(device.view(a, 0..n * f), device.view_mut(out, 0..n * f)),
                     "gelu_grad" => {
                         device
-                            .gelu_grad(device.view_mut(out, 0..n * f), device.view(twos, 0..n * f));
+                            .gelu_grad(device.view(twos, 0..n * f), device.view_mut(out, 0..n * f));
                     }
                     "swiglu" => {
                         device.swiglu(

@@ -13,7 +13,7 @@ use drumline_engine::{DeviceGroups, EngineError, Groups, Memory, Span, Work};
 use drumline_mesh::Mesh;
 use drumline_rank::stopwatch::{Breakdown, Stopwatch};
 use drumline_spec::{MemoryOptions, Parallelism, Precision, Recompute, TrainingJob};
-use drumline_tensor::{MatmulPrecision, peak};
+use drumline_tensor::{DType, MatmulPrecision, peak};
 
 use super::gpu::{self, DeviceArg};
 use super::{Figure, Measured};
@@ -226,7 +226,7 @@ fn job(args: &TrainArgs) -> Result<(Preset, TrainingJob), Failure> {
         ..bench::job(&preset, split, micro, steps)
     };
     // The other rule of interleaving: whole turns of micro-batches.
-    Memory::plan(&job, Mesh::new(split).coords(0))
+    Memory::plan(&job, Mesh::new(split).coords(0), DType::F32)
         .map_err(|error| Failure::user(error.to_string()))?;
     Ok((preset, job))
 }
@@ -466,7 +466,7 @@ fn memory(job: &TrainingJob, before: Usage, found: &Found) -> Result<Vec<Figure>
     let mesh = Mesh::new(job.parallelism);
     let mut plan = Memory::default();
     for rank in 0..mesh.size() {
-        let one = Memory::plan(job, mesh.coords(rank))
+        let one = Memory::plan(job, mesh.coords(rank), DType::F32)
             .map_err(|error| Failure::failed(error.to_string()))?;
         plan.weights += one.weights;
         plan.gradients += one.gradients;

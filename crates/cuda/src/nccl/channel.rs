@@ -11,9 +11,15 @@ use drumline_collective::ReduceOp;
 use super::library::{Config, IN_PROGRESS, Nccl, RawComm, SUCCESS, UniqueId};
 use super::place::Place;
 use super::watchdog::{AskFailure, Flight, Watchdog};
+use crate::memory::Kind;
 
-/// `ncclFloat32`.
-const FLOAT32: c_int = 7;
+/// Returns the library's number for a kind of values: `ncclFloat32`, `ncclBfloat16`.
+fn type_of(kind: Kind) -> c_int {
+    match kind {
+        Kind::Wide => 7,
+        Kind::Narrow => 9,
+    }
+}
 /// Longest pause between two looks at a stream.
 const PAUSE_MAX: Duration = Duration::from_millis(1);
 
@@ -240,6 +246,19 @@ impl Channel {
         &self,
         all: &[(Exchange, u64, u64, usize)],
     ) -> Result<(), NcclError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.queue_kind(Kind::Wide, all) }
+    }
+
+    /// As [`Channel::queue_together`], of values that are kept so.
+    ///
+    /// # Safety
+    /// As there.
+    pub(crate) unsafe fn queue_kind(
+        &self,
+        kind: Kind,
+        all: &[(Exchange, u64, u64, usize)],
+    ) -> Result<(), NcclError> {
         self.check()?;
         let Some((first, ..)) = all.first() else { return Ok(()) };
         let name = first.name();
@@ -259,7 +278,7 @@ impl Channel {
         for (what, from, to, elements) in all {
             if answer == SUCCESS || answer == IN_PROGRESS {
                 // SAFETY: the communicator is open, and the caller's promise.
-                answer = unsafe { self.call(&comm, *what, *from, *to, *elements) };
+                answer = unsafe { self.call(&comm, kind, *what, *from, *to, *elements) };
             }
         }
         if grouped {
@@ -280,12 +299,13 @@ impl Channel {
     unsafe fn call(
         &self,
         comm: &Comm,
+        kind: Kind,
         what: Exchange,
         from: u64,
         to: u64,
         elements: usize,
     ) -> c_int {
-        let f = &self.nccl.functions;
+        let (f, kind) = (&self.nccl.functions, type_of(kind));
         let (read, write) = (from as *const _, to as *mut _);
         let (comm, stream) = (comm.0, self.place.stream());
         let number = |rank: usize| rank as c_int;
@@ -297,20 +317,18 @@ impl Channel {
                         ReduceOp::Sum => 0,
                         ReduceOp::Max => 2,
                     };
-                    (f.all_reduce)(read, write, elements, FLOAT32, op, comm, stream)
+                    (f.all_reduce)(read, write, elements, kind, op, comm, stream)
                 }
-                Exchange::AllGather => (f.all_gather)(read, write, elements, FLOAT32, comm, stream),
+                Exchange::AllGather => (f.all_gather)(read, write, elements, kind, comm, stream),
                 Exchange::ReduceScatter => {
-                    (f.reduce_scatter)(read, write, elements, FLOAT32, 0, comm, stream)
+                    (f.reduce_scatter)(read, write, elements, kind, 0, comm, stream)
                 }
                 Exchange::Broadcast { root } => {
-                    (f.broadcast)(read, write, elements, FLOAT32, number(root), comm, stream)
+                    (f.broadcast)(read, write, elements, kind, number(root), comm, stream)
                 }
-                Exchange::Send { to } => {
-                    (f.send)(read, elements, FLOAT32, number(to), comm, stream)
-                }
+                Exchange::Send { to } => (f.send)(read, elements, kind, number(to), comm, stream),
                 Exchange::Recv { from } => {
-                    (f.recv)(write, elements, FLOAT32, number(from), comm, stream)
+                    (f.recv)(write, elements, kind, number(from), comm, stream)
                 }
             }
         }

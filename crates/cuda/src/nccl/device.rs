@@ -11,9 +11,9 @@ use super::group::NcclGroup;
 use crate::backend::Cuda;
 use crate::memory::{View, ViewMut};
 
-/// Returns the address of element `at` of values at `address`.
-fn element(address: u64, at: usize) -> u64 {
-    address + (at * size_of::<f32>()) as u64
+/// Returns the address of element `at` of values.
+fn element(values: &ViewMut<'_>, at: usize) -> u64 {
+    values.address + (at * values.kind.bytes()) as u64
 }
 
 /// Returns the length of every part, where all are as long and hold `elements` together.
@@ -35,12 +35,14 @@ impl DeviceGroup<Cuda> for NcclGroup {
         if values.elements == 0 {
             return Ok(());
         }
+        let (at, elements) = (values.address, values.elements);
+        let all = [(Exchange::AllReduce(op), at, at, elements)];
         // SAFETY: as said above.
-        unsafe { self.all_reduce_on_device(values.address, values.elements, op) }
+        unsafe { self.together_on_device("all_reduce", values.kind, &all) }
     }
 
     fn start_sum(&self, values: ViewMut<'_>) -> Result<(), CollectiveError> {
-        let (at, elements) = (values.address, values.elements);
+        let (at, elements) = (values.wide("a sum beside what is computed"), values.elements);
         if elements == 0 {
             return Ok(());
         }
@@ -64,9 +66,11 @@ impl DeviceGroup<Cuda> for NcclGroup {
             return DeviceGroup::<Cuda>::all_reduce(self, values, ReduceOp::Sum);
         };
         let rank = drumline_collective::Collective::rank(self);
-        let (from, to) = (values.address, element(values.address, rank * each));
+        let (from, to) = (values.address, element(&values, rank * each));
         // SAFETY: as said above; the library allows its own part as the target.
-        unsafe { self.together_on_device(OP, &[(Exchange::ReduceScatter, from, to, each)]) }
+        unsafe {
+            self.together_on_device(OP, values.kind, &[(Exchange::ReduceScatter, from, to, each)])
+        }
     }
 
     fn all_gather_parts(
@@ -78,10 +82,10 @@ impl DeviceGroup<Cuda> for NcclGroup {
         check_parts(OP, values.elements, parts);
         if let Some(each) = even(parts, values.elements) {
             let rank = drumline_collective::Collective::rank(self);
-            let (from, to) = (element(values.address, rank * each), values.address);
+            let (from, to) = (element(&values, rank * each), values.address);
             // SAFETY: as said above; the library allows its own part as the source.
             return unsafe {
-                self.together_on_device(OP, &[(Exchange::AllGather, from, to, each)])
+                self.together_on_device(OP, values.kind, &[(Exchange::AllGather, from, to, each)])
             };
         }
         let all: Vec<_> = parts
@@ -89,22 +93,22 @@ impl DeviceGroup<Cuda> for NcclGroup {
             .enumerate()
             .filter(|(_, part)| !part.is_empty())
             .map(|(root, part)| {
-                let at = element(values.address, part.start);
+                let at = element(&values, part.start);
                 (Exchange::Broadcast { root }, at, at, part.len())
             })
             .collect();
         // SAFETY: as said above; every part lies inside.
-        unsafe { self.together_on_device(OP, &all) }
+        unsafe { self.together_on_device(OP, values.kind, &all) }
     }
 
     fn send(&self, values: View<'_>, to: usize) -> Result<(), CollectiveError> {
         // SAFETY: as said above.
-        unsafe { self.send_on_device(values.address, values.elements, to) }
+        unsafe { self.send_on_device(values.wide("a message"), values.elements, to) }
     }
 
     fn recv(&self, values: ViewMut<'_>, from: usize) -> Result<(), CollectiveError> {
         // SAFETY: as said above.
-        unsafe { self.recv_on_device(values.address, values.elements, from) }
+        unsafe { self.recv_on_device(values.wide("a message"), values.elements, from) }
     }
 
     fn check(&self) -> Result<(), CollectiveError> {

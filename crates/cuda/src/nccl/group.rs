@@ -18,6 +18,7 @@ use super::channel::{Channel, Exchange, NcclError};
 use super::library::{Nccl, UniqueId};
 use super::place::{Buffer, Place};
 use super::watchdog::Watchdog;
+use crate::memory::Kind;
 
 /// Sends of one direction that may be under way; a further one waits.
 const SENDS_MAX: usize = 8;
@@ -367,7 +368,7 @@ impl NcclGroup {
         Ok(())
     }
 
-    /// Queues exchanges on the device that go on together; what is computed afterwards sees what they
+    /// Queues exchanges of values that are kept so, which go on together on the device; what is computed afterwards sees what they
     /// bring.
     ///
     /// # Safety
@@ -378,13 +379,14 @@ impl NcclGroup {
     pub(crate) unsafe fn together_on_device(
         &self,
         what: &'static str,
+        kind: Kind,
         all: &[(Exchange, u64, u64, usize)],
     ) -> Result<(), CollectiveError> {
         if self.alone() || all.is_empty() {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        unsafe { self.main()?.queue_together(all) }.map_err(|error| told(what, error))?;
+        unsafe { self.main()?.queue_kind(kind, all) }.map_err(|error| told(what, error))?;
         self.join_compute(what)
     }
 

@@ -296,6 +296,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             dims,
             layout: &self.weights.layout,
             parameters: &self.weights.vectors,
+            copy: None,
             rotary: self.rotary.as_ref(),
             positions: &rows.positions,
             recompute: Recompute::None,

@@ -9,6 +9,7 @@
 
 mod attention;
 mod linear;
+mod narrow;
 mod rows;
 mod slices;
 
@@ -20,6 +21,7 @@ pub use linear::{
     bf16_linear_layers_round_their_factors_and_nothing_else, linear_layers_and_their_gradients,
     stored_matrices_multiply_as_what_they_were_rounded_to,
 };
+pub use narrow::{narrow_attention, narrow_epilogues, narrow_linear_layers, narrow_rows};
 pub use rows::{
     activations_and_their_gradients, adamw_steps, cross_entropy_whole_and_in_slices,
     embeddings_look_up_and_add_up, moves_between_host_and_device,

@@ -404,11 +404,11 @@ impl<'b, B: Backend> Slices<'b, B> {
     }
 
     /// [`Backend::gelu_grad`] on host values.
-    pub fn gelu_grad(&self, x: &mut [f32], dy: &[f32]) {
-        let mut own_x = self.put(x);
-        let dy = self.put(dy);
-        self.backend.gelu_grad(own_x.view_mut(self.backend), dy.view(self.backend));
-        own_x.take(self.backend, x);
+    pub fn gelu_grad(&self, x: &[f32], dy: &mut [f32]) {
+        let x = self.put(x);
+        let mut own_dy = self.put(dy);
+        self.backend.gelu_grad(x.view(self.backend), own_dy.view_mut(self.backend));
+        own_dy.take(self.backend, dy);
     }
 
     /// [`Backend::swiglu`] on host values.
@@ -576,6 +576,7 @@ impl<'b, B: Backend> Slices<'b, B> {
         self.backend.adamw(
             step,
             own_parameters.view_mut(self.backend),
+            None,
             gradients.view(self.backend),
             own_first.view_mut(self.backend),
             own_second.view_mut(self.backend),

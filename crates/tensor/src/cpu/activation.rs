@@ -20,16 +20,15 @@ fn gelu_body<S: Simd>(_: S, x: &[f32], y: &mut [f32]) {
 dispatched! { fn gelu_part(x: &[f32], y: &mut [f32]) = gelu_body; }
 
 #[inline(always)]
-fn gelu_grad_body<S: Simd>(_: S, x: &mut [f32], dy: &[f32]) {
-    for (x, &dy) in x.iter_mut().zip(dy) {
-        let v = *x;
+fn gelu_grad_body<S: Simd>(_: S, x: &[f32], dy: &mut [f32]) {
+    for (&v, dy) in x.iter().zip(dy) {
         let s = sigmoid::<S>(TWO_ROOT * (v + CUBIC * v * v * v));
         let slope = TWO_ROOT * (1.0 + 3.0 * CUBIC * v * v);
-        *x = dy * (s + v * s * (1.0 - s) * slope);
+        *dy *= s + v * s * (1.0 - s) * slope;
     }
 }
 
-dispatched! { fn gelu_grad_part(x: &mut [f32], dy: &[f32]) = gelu_grad_body; }
+dispatched! { fn gelu_grad_part(x: &[f32], dy: &mut [f32]) = gelu_grad_body; }
 
 #[inline(always)]
 fn swiglu_body<S: Simd>(_: S, gate: &[f32], up: &[f32], y: &mut [f32]) {
@@ -62,12 +61,12 @@ pub(super) fn gelu(pool: &Pool, x: &[f32], y: &mut [f32]) {
     });
 }
 
-pub(super) fn gelu_grad(pool: &Pool, x: &mut [f32], dy: &[f32]) {
+pub(super) fn gelu_grad(pool: &Pool, x: &[f32], dy: &mut [f32]) {
     assert_eq!(x.len(), dy.len(), "gelu gradient");
-    let out = Rows::new(x, 1);
-    pool.split(dy.len(), GRAIN, |part| {
+    let out = Rows::new(dy, 1);
+    pool.split(x.len(), GRAIN, |part| {
         // SAFETY: parts are disjoint.
-        gelu_grad_part(unsafe { out.part(part.clone()) }, &dy[part]);
+        gelu_grad_part(&x[part.clone()], unsafe { out.part(part) });
     });
 }
 

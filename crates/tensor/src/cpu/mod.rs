@@ -342,7 +342,7 @@ impl Backend for Cpu {
         activation::gelu(&self.pool, x, y);
     }
 
-    fn gelu_grad(&self, x: &mut [f32], dy: &[f32]) {
+    fn gelu_grad(&self, x: &[f32], dy: &mut [f32]) {
         activation::gelu_grad(&self.pool, x, dy);
     }
 
@@ -430,10 +430,14 @@ impl Backend for Cpu {
         &self,
         step: AdamW,
         parameters: &mut [f32],
+        copy: Option<&mut [f32]>,
         gradients: &[f32],
         first: &mut [f32],
         second: &mut [f32],
     ) {
         optimizer::adamw(&self.pool, step, parameters, gradients, first, second);
+        if let Some(copy) = copy {
+            copy.copy_from_slice(parameters);
+        }
     }
 }

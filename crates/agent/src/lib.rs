@@ -14,12 +14,10 @@ pub mod host;
 pub mod link;
 pub mod logs;
 pub mod metrics;
-mod place;
 pub mod process;
 pub mod ranks;
 pub mod sampling;
 pub mod service;
 pub mod supervise;
 
-pub use place::Place;
 pub use service::{AgentError, ControlAddress, Options, run};

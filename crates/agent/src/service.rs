@@ -101,7 +101,7 @@ pub struct Options {
     /// NVML's file; `None`: the system's.
     pub nvml: Option<OsString>,
     /// The node's place in the fleet, outermost level first.
-    pub topology: Vec<crate::place::Place>,
+    pub topology: Vec<v1::TopologyStep>,
 }
 
 impl Options {

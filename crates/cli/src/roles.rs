@@ -16,6 +16,7 @@ use clap::{Args, Subcommand};
 use drumline_agent::ControlAddress;
 use drumline_types::NodeName;
 use drumline_wire::line::Credential;
+use drumline_wire::v1;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -110,15 +111,13 @@ pub struct AgentArgs {
 }
 
 /// Reads one step of a node's place.
-fn place(text: &str) -> Result<drumline_agent::Place, Failure> {
+fn place(text: &str) -> Result<v1::TopologyStep, Failure> {
     let wrong = |why: String| Failure::user(format!("--topology {text}: {why}"));
     let (pair, link_mb_per_s) = drumline_cluster::split_link(text).map_err(wrong)?;
     match pair.split_once('=') {
-        Some((level, name)) if !level.is_empty() && !name.is_empty() => Ok(drumline_agent::Place {
-            level: level.to_owned(),
-            name: name.to_owned(),
-            link_mb_per_s,
-        }),
+        Some((level, name)) if !level.is_empty() && !name.is_empty() => {
+            Ok(v1::TopologyStep { level: level.to_owned(), name: name.to_owned(), link_mb_per_s })
+        }
         _ => Err(wrong("LEVEL=NAME or LEVEL=NAME@GB/S is wanted, such as rack=r7@50".to_owned())),
     }
 }

@@ -95,12 +95,6 @@ pub fn clock(at_ms: u64) -> String {
     format!("{h:02}:{m:02}:{s:02}.{:03}Z", at_ms % 1000)
 }
 
-/// Returns whether a job has ended for good.
-#[must_use]
-pub fn has_ended(job: &v1::JobView) -> bool {
-    matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -62,7 +62,7 @@ pub fn render(fleet: &v1::FleetView, history: &[Vec<(f64, f64)>]) -> Markup {
 }
 
 fn is_active(job: &v1::JobView) -> bool {
-    !matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled")
+    !job.has_ended()
 }
 
 /// The control plane tells utilization as a share and allocation as a number of devices.

@@ -8,9 +8,8 @@ use crate::show::job_table;
 /// Renders the page's main part.
 #[must_use]
 pub fn render(list: &v1::ListJobsResponse, now_ms: u64) -> Markup {
-    let ended =
-        |job: &&v1::JobView| matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled");
-    let (old, active): (Vec<&v1::JobView>, Vec<&v1::JobView>) = list.jobs.iter().partition(ended);
+    let (old, active): (Vec<&v1::JobView>, Vec<&v1::JobView>) =
+        list.jobs.iter().partition(|job| job.has_ended());
     html! {
         h1 { "Jobs" }
         section.panel {

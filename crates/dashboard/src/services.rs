@@ -53,7 +53,6 @@ pub fn render(fleet: &v1::FleetView, history: &[Vec<(f64, f64)>]) -> Markup {
 }
 
 fn served(fleet: &v1::FleetView) -> impl Iterator<Item = (&v1::JobView, &v1::ServiceView)> {
-    let live =
-        |job: &&v1::JobView| !matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled");
+    let live = |job: &&v1::JobView| !job.has_ended();
     fleet.jobs.iter().filter(live).filter_map(|job| Some((job, job.service.as_ref()?)))
 }

@@ -13,6 +13,14 @@ pub mod v1 {
     tonic::include_proto!("drumline.v1alpha1");
 }
 
+impl v1::JobView {
+    /// Returns whether the job has ended for good.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        matches!(self.phase.as_str(), "succeeded" | "failed" | "cancelled")
+    }
+}
+
 /// Returns milliseconds since the Unix epoch, as every `at_ms` of the messages has it.
 #[must_use]
 pub fn now_ms() -> u64 {

@@ -24,12 +24,7 @@ pub(super) async fn find(options: &Options) -> Result<Gpus, AgentError> {
 impl Agent {
     /// The node's place: what its options say, then what the machine itself shows.
     pub(super) fn topology(&self) -> Vec<v1::TopologyStep> {
-        let step = |place: &crate::place::Place| v1::TopologyStep {
-            level: place.level.clone(),
-            name: place.name.clone(),
-            link_mb_per_s: place.link_mb_per_s,
-        };
-        let mut steps: Vec<_> = self.options.topology.iter().map(step).collect();
+        let mut steps = self.options.topology.clone();
         if self.gpus.is_one_nvlink_domain() && steps.iter().all(|step| step.level != "nvlink") {
             let name = self.options.node.to_string();
             steps.push(v1::TopologyStep { level: "nvlink".to_owned(), name, link_mb_per_s: 0 });

@@ -93,7 +93,7 @@ fn text(job: &v1::JobView) -> String {
         if run.mfu > 0.0 {
             line("matmul peak", told::percent(run.mfu));
         }
-        if run.eta_ms > 0 && !told::has_ended(job) {
+        if run.eta_ms > 0 && !job.has_ended() {
             line("time left", format_duration_ms(run.eta_ms));
         }
         if !run.checkpoint_path.is_empty() {

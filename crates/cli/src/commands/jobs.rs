@@ -77,7 +77,7 @@ fn table(jobs: &[v1::JobView]) -> String {
     let rows: Vec<_> = jobs
         .iter()
         .map(|job| {
-            let why = if told::has_ended(job) && job.phase == "succeeded" {
+            let why = if job.has_ended() && job.phase == "succeeded" {
                 String::new()
             } else {
                 told::reason(job)

@@ -118,7 +118,7 @@ async fn one_attempt(
     loop {
         let job = get(&client, &args.id).await?;
         patience.succeeded();
-        if told::has_ended(&job) {
+        if job.has_ended() {
             return Ok(Ended::Job(Box::new(job)));
         }
         if args.attempt == 0 && job.attempt > attempt {
@@ -136,7 +136,7 @@ async fn wait_for_start(client: &crate::client::Client, id: &str) -> Result<u32,
     let mut said = String::new();
     loop {
         let job = get(client, id).await?;
-        if job.attempt > 0 || told::has_ended(&job) {
+        if job.attempt > 0 || job.has_ended() {
             return Ok(job.attempt);
         }
         if said != job.reason {

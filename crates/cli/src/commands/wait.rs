@@ -144,7 +144,7 @@ async fn watch(
                 progress.show(&job);
                 let ready = until.service_ready_is_enough
                     && job.service.as_ref().is_some_and(|service| service.ready);
-                if told::has_ended(&job) || ready {
+                if job.has_ended() || ready {
                     progress.finish();
                     return Ok(job);
                 }

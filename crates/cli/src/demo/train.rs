@@ -72,7 +72,7 @@ async fn follow(
                 meter.see(&job);
                 show.job(&job);
                 kill.consider(&job, show);
-                if told::has_ended(&job) {
+                if job.has_ended() {
                     return Ok(job);
                 }
             }

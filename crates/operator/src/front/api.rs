@@ -100,17 +100,15 @@ impl Control for Front {
         &self,
         request: Request<v1::GetJobRequest>,
     ) -> Result<Response<Self::WatchJobStream>, Status> {
-        let id = request.into_inner().id;
-        let mut last = self.full(&id).await?;
+        let mut last = self.full(&request.into_inner().id).await?;
+        // With its kind, so that each look asks for one object.
+        let id = last.id.clone();
         let (out, receiver) = mpsc::channel(STREAM_MAX);
         let front = self.clone();
         tokio::spawn(async move {
             let mut next = Ok(last.clone());
             loop {
-                let is_over = match &next {
-                    Ok(job) => matches!(job.phase.as_str(), "succeeded" | "failed" | "cancelled"),
-                    Err(_) => true,
-                };
+                let is_over = next.as_ref().map_or(true, v1::JobView::has_ended);
                 if out.send(next).await.is_err() || is_over {
                     return;
                 }

@@ -5,10 +5,10 @@
 //! operand in f32, which the other bodies hold against the references, once with activations as
 //! [`Backend::alloc_activation`] keeps them.
 
+use super::rows::STEP;
+use super::slices::Placed;
 use crate::reference::{self as plain, Random};
-use crate::{
-    AdamW, Attention, Backend, DType, Linear, Loss, NormKind, Normalise, Rotary, WeightLayout,
-};
+use crate::{Attention, Backend, DType, Linear, Loss, NormKind, Normalise, Rotary, WeightLayout};
 
 /// A rounding is off by up to 2^-9 of its value; where a result is rounded twice, or a rounded one is
 /// used again, a few of these come together.
@@ -39,23 +39,6 @@ fn result(operand: Operand) -> Operand {
 /// A result that is written and not read before.
 fn written(elements: usize) -> Operand {
     result(activation(vec![f32::NAN; elements]))
-}
-
-/// An operand on the device.
-struct Placed<B: Backend> {
-    buffer: B::Buffer,
-    start: usize,
-    len: usize,
-}
-
-impl<B: Backend> Placed<B> {
-    fn view(&self, b: &B) -> B::View<'_> {
-        b.view(&self.buffer, self.start..self.start + self.len)
-    }
-
-    fn view_mut(&mut self, b: &B) -> B::ViewMut<'_> {
-        b.view_mut(&mut self.buffer, self.start..self.start + self.len)
-    }
 }
 
 fn distance(got: &[f32], want: &[f32]) -> f64 {
@@ -349,16 +332,6 @@ fn narrow_loss<B: Backend>(b: &B, r: &mut Random, rows: usize, columns: usize, w
 
 /// The copy of the parameters that products read.
 fn narrow_copies<B: Backend>(b: &B, r: &mut Random, n: usize, what: &str) {
-    let step = AdamW {
-        learning_rate: 1e-2,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
-        correction1: 0.271,
-        correction2: 0.142_625,
-        gradient_scale: 0.5,
-    };
     assert_eq!(b.activation_dtype(), DType::Bf16, "{what}");
     let [mut p, mut g, mut m, mut v] = [(); 4].map(|()| b.alloc(n).expect("a small allocation"));
     for buffer in [&mut p, &mut g, &mut m, &mut v] {
@@ -367,7 +340,7 @@ fn narrow_copies<B: Backend>(b: &B, r: &mut Random, n: usize, what: &str) {
     }
     let mut copy = b.alloc_activation(n).expect("a small allocation");
     b.adamw(
-        step,
+        STEP,
         b.view_mut(&mut p, 0..n),
         Some(b.view_mut(&mut copy, 0..n)),
         b.view(&g, 0..n),

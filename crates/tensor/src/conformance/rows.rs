@@ -244,6 +244,18 @@ pub fn embeddings_look_up_and_add_up<B: Backend>(b: &B, r: &mut Random, what: &s
     assert_close(&d, &want, 1e-6, what);
 }
 
+/// A step of the optimizer in which every term counts.
+pub(super) const STEP: AdamW = AdamW {
+    learning_rate: 1e-2,
+    beta1: 0.9,
+    beta2: 0.95,
+    epsilon: 1e-8,
+    weight_decay: 0.1,
+    correction1: 0.271,
+    correction2: 0.142_625,
+    gradient_scale: 0.5,
+};
+
 /// Checks the optimizer.
 ///
 /// # Panics
@@ -251,23 +263,13 @@ pub fn embeddings_look_up_and_add_up<B: Backend>(b: &B, r: &mut Random, what: &s
 pub fn adamw_steps<B: Backend>(b: &B, r: &mut Random, what: &str) {
     let b = Slices::new(b, r);
     let n = 1 + r.below(40_000);
-    let step = AdamW {
-        learning_rate: 1e-2,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
-        correction1: 0.271,
-        correction2: 0.142_625,
-        gradient_scale: 0.5,
-    };
     let (p, g, m) = (r.values(n), r.values(n), r.values(n));
     let v: Vec<f32> = r.values(n).iter().map(|x| x * x).collect();
     let (mut p2, mut m2, mut v2) = (p.clone(), m.clone(), v.clone());
-    b.adamw(step, &mut p2, &g, &mut m2, &mut v2);
+    b.adamw(STEP, &mut p2, &g, &mut m2, &mut v2);
     for i in 0..n {
         let [p, g, m, v] = [p[i], g[i], m[i], v[i]].map(f64::from);
-        let (p, m, v) = plain::adamw(step, p, g, m, v);
+        let (p, m, v) = plain::adamw(STEP, p, g, m, v);
         for (got, want) in [(p2[i], p), (m2[i], m), (v2[i], v)] {
             assert!((f64::from(got) - want).abs() < 1e-5, "{what}, {i}: {got} {want}");
         }

@@ -21,18 +21,18 @@ pub struct Slices<'b, B: Backend> {
 }
 
 /// An operand on the device.
-struct Placed<B: Backend> {
-    buffer: B::Buffer,
-    start: usize,
-    len: usize,
+pub(super) struct Placed<B: Backend> {
+    pub(super) buffer: B::Buffer,
+    pub(super) start: usize,
+    pub(super) len: usize,
 }
 
 impl<B: Backend> Placed<B> {
-    fn view(&self, b: &B) -> B::View<'_> {
+    pub(super) fn view(&self, b: &B) -> B::View<'_> {
         b.view(&self.buffer, self.start..self.start + self.len)
     }
 
-    fn view_mut(&mut self, b: &B) -> B::ViewMut<'_> {
+    pub(super) fn view_mut(&mut self, b: &B) -> B::ViewMut<'_> {
         b.view_mut(&mut self.buffer, self.start..self.start + self.len)
     }
 

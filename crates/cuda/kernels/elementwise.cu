@@ -45,22 +45,30 @@ extern "C" __global__ void gelu_grad(const void* x, void* dy, u64 n, int vector,
     }
 }
 
+// Where the gate of element i of [rows, F] lies in rows [gate F, up F]; its up lies F further.
+__device__ inline u64 gate_at(u64 i, u32 width) { return i / width * 2 * width + i % width; }
+
+// Reads the gates and ups of elements i .. i + 4 of n, zeros beyond. With `vector`, F is a multiple of 4.
+__device__ inline void load_gate_up(const void* gate_up, u64 i, u64 n, u32 width, int vector, u32 narrow, Four& g, Four& u) {
+    if (vector) {
+        u64 at = gate_at(i, width);
+        g = load_four(gate_up, at, at + 4, vector, narrow);
+        u = load_four(gate_up, at + width, at + width + 4, vector, narrow);
+        return;
+    }
+    for (int k = 0; k < 4; k++) {
+        u64 at = gate_at(i + k, width);
+        g.v[k] = i + k < n ? get(gate_up, at, narrow) : 0.0f;
+        u.v[k] = i + k < n ? get(gate_up, at + width, narrow) : 0.0f;
+    }
+}
+
 // y [rows, F] = silu(gate) up, from rows [gate F, up F]: 12 bytes for each element of y. n = rows F.
 // With `vector`, F is a multiple of 4. narrow: gate_up, y.
 extern "C" __global__ void swiglu(const void* gate_up, void* y, u64 n, u32 width, int vector, u32 narrow) {
     FOR_FOURS(i, n) {
         Four g, u, r;
-        u64 at = i / width * 2 * width + i % width;
-        if (vector) {
-            g = load_four(gate_up, at, at + 4, vector, narrow & 1);
-            u = load_four(gate_up, at + width, at + width + 4, vector, narrow & 1);
-        } else {
-            for (int k = 0; k < 4; k++) {
-                at = (i + k) / width * 2 * width + (i + k) % width;
-                g.v[k] = i + k < n ? get(gate_up, at, narrow & 1) : 0.0f;
-                u.v[k] = i + k < n ? get(gate_up, at + width, narrow & 1) : 0.0f;
-            }
-        }
+        load_gate_up(gate_up, i, n, width, vector, narrow & 1, g, u);
         for (int k = 0; k < 4; k++) r.v[k] = g.v[k] / (1.0f + expf(-g.v[k])) * u.v[k];
         store_four(y, i, n, vector, r, narrow & 2);
     }
@@ -71,29 +79,19 @@ extern "C" __global__ void swiglu(const void* gate_up, void* y, u64 n, u32 width
 extern "C" __global__ void swiglu_grad(void* gate_up, const void* dy, u64 n, u32 width, int vector, u32 narrow) {
     FOR_FOURS(i, n) {
         Four d = load_four(dy, i, n, vector, narrow & 2), g, u;
-        u64 at = i / width * 2 * width + i % width;
-        if (vector) {
-            g = load_four(gate_up, at, at + 4, vector, narrow & 1);
-            u = load_four(gate_up, at + width, at + width + 4, vector, narrow & 1);
-        } else {
-            for (int k = 0; k < 4; k++) {
-                at = (i + k) / width * 2 * width + (i + k) % width;
-                g.v[k] = i + k < n ? get(gate_up, at, narrow & 1) : 0.0f;
-                u.v[k] = i + k < n ? get(gate_up, at + width, narrow & 1) : 0.0f;
-            }
-        }
+        load_gate_up(gate_up, i, n, width, vector, narrow & 1, g, u);
         for (int k = 0; k < 4; k++) {
             float s = 1.0f / (1.0f + expf(-g.v[k])), silu = g.v[k] * s;
             g.v[k] = d.v[k] * u.v[k] * s * (1.0f + g.v[k] * (1.0f - s));
             u.v[k] = d.v[k] * silu;
         }
         if (vector) {
-            at = i / width * 2 * width + i % width;
+            u64 at = gate_at(i, width);
             store_four(gate_up, at, at + 4, vector, g, narrow & 1);
             store_four(gate_up, at + width, at + width + 4, vector, u, narrow & 1);
         } else {
             for (int k = 0; k < 4 && i + k < n; k++) {
-                at = (i + k) / width * 2 * width + (i + k) % width;
+                u64 at = gate_at(i + k, width);
                 put(gate_up, at, narrow & 1, g.v[k]);
                 put(gate_up, at + width, narrow & 1, u.v[k]);
             }

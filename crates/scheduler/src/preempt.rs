@@ -119,13 +119,11 @@ impl Scheduler {
         // What is reserved for borrowers is taken together with victims only where these alone will
         // not do.
         let mut outcome = None;
-        for yielding in [&[][..], &yielding] {
-            let asks = Claimant { slot, gang, leaf, claim: &claim, yielding };
-            if outcome.is_none() && !victims.is_empty() {
-                outcome = self.cheapest(asks, &victims);
-            }
-            if outcome.is_some() || asked.yielding == 0 {
-                break;
+        if !victims.is_empty() {
+            let alone = Claimant { slot, gang, leaf, claim: &claim, yielding: &[] };
+            outcome = self.cheapest(alone, &victims);
+            if outcome.is_none() && !yielding.is_empty() {
+                outcome = self.cheapest(Claimant { yielding: &yielding, ..alone }, &victims);
             }
         }
         self.count_again(&counted);

@@ -93,13 +93,17 @@ impl Watch {
                 }
             };
             let gpus = inventory.gpus.clone();
+            // Before anyone hears that it watches: an error from then on is told.
+            let errors = register(&nvml, &gpus);
             if opened.send(Ok(inventory)).is_err() || gpus.is_empty() {
                 return;
             }
             // Ends after the other thread: both use the same open library.
             let ended = AtomicBool::new(false);
             thread::scope(|scope| {
-                scope.spawn(|| wait_for_errors(&nvml, &gpus, &xids_in, &ended));
+                if let Some(errors) = errors {
+                    scope.spawn(|| wait_for_errors(errors, &gpus, &xids_in, &ended));
+                }
                 look_around(&nvml, &gpus, interval, &theirs, &stopped);
                 ended.store(true, Ordering::Release);
             });
@@ -171,8 +175,7 @@ fn handle<'a>(nvml: &'a Nvml, gpu: &Gpu) -> Result<Device<'a>, NvmlError> {
 }
 
 /// Waits for errors of all GPUs until told to end.
-fn wait_for_errors(nvml: &Nvml, gpus: &[Gpu], xids: &SyncSender<Xid>, ended: &AtomicBool) {
-    let Some(set) = register(nvml, gpus) else { return };
+fn wait_for_errors(set: EventSet<'_>, gpus: &[Gpu], xids: &SyncSender<Xid>, ended: &AtomicBool) {
     while !ended.load(Ordering::Acquire) {
         match set.wait(WAIT_MS) {
             Ok(event) => {

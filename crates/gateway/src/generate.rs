@@ -1,5 +1,6 @@
 //! One generation: from an admitted request to the events of the leader rank.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use drumline_wire::v1;
@@ -24,7 +25,8 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Admits a request and starts it.
+    /// Admits a request and starts it. A replica that cannot be reached is passed over as long as
+    /// there is another one.
     ///
     /// # Errors
     /// As [`Routes::admit`]; and what the leader rank refuses.
@@ -34,35 +36,54 @@ impl Generation {
         model: &str,
         request: v1::GenerateRequest,
     ) -> Result<Self, ApiError> {
-        let (mut client, place) = routes.admit(model).inspect_err(|error| {
-            let ending = match error.status.as_u16() {
-                429 => Ending::Busy,
-                503 => Ending::Failed,
-                _ => Ending::Invalid,
+        let prefix = prefix(&request);
+        let mut avoid = Vec::new();
+        let mut unreached = None;
+        loop {
+            let admitted = match (routes.admit(model, prefix, &avoid), unreached.take()) {
+                (Ok(admitted), _) => admitted,
+                // The one that could not be reached is all there was.
+                (Err(_), Some(error)) => return Err(error),
+                (Err(error), None) => {
+                    let ending = match error.status.as_u16() {
+                        429 => Ending::Busy,
+                        503 => Ending::Failed,
+                        _ => Ending::Invalid,
+                    };
+                    // A name that nobody serves must not become a label: anyone can send any.
+                    let label =
+                        if routes.names().iter().any(|name| name == model) { model } else { "" };
+                    meter.refused(label, ending);
+                    return Err(error);
+                }
             };
-            // A name that nobody serves must not become a label: anyone can send any.
-            let label = if routes.names().iter().any(|name| name == model) { model } else { "" };
-            meter.refused(label, ending);
-        })?;
-        let mut measure = meter.begin(model);
-        let opened = tokio::time::timeout(SILENCE_MAX, client.generate(request)).await;
-        let answer = match opened {
-            Ok(answer) => answer,
-            Err(_) => Err(tonic::Status::deadline_exceeded("the request was not taken in 60 s")),
-        };
-        match answer {
-            Ok(response) => {
-                Ok(Self { events: response.into_inner(), measure, over: false, _place: place })
+            let (mut client, place) = (admitted.client, admitted.place);
+            let mut measure = meter.begin(model);
+            let opened = tokio::time::timeout(SILENCE_MAX, client.generate(request.clone())).await;
+            let answer = match opened {
+                Ok(answer) => answer,
+                Err(_) => {
+                    Err(tonic::Status::deadline_exceeded("the request was not taken in 60 s"))
+                }
+            };
+            let status = match answer {
+                Ok(response) => {
+                    let events = response.into_inner();
+                    return Ok(Self { events, measure, over: false, _place: place });
+                }
+                Err(status) => status,
+            };
+            let error = ApiError::from_rank(&status);
+            measure.end(match error.status.as_u16() {
+                429 => Ending::Busy,
+                400 => Ending::Invalid,
+                _ => Ending::Failed,
+            });
+            if status.code() != tonic::Code::Unavailable {
+                return Err(error);
             }
-            Err(status) => {
-                let error = ApiError::from_rank(&status);
-                measure.end(match error.status.as_u16() {
-                    429 => Ending::Busy,
-                    400 => Ending::Invalid,
-                    _ => Ending::Failed,
-                });
-                Err(error)
-            }
+            avoid.push(admitted.job);
+            unreached = Some(error);
         }
     }
 
@@ -120,4 +141,21 @@ impl Generation {
             }
         })
     }
+}
+
+/// Bytes or tokens of a prompt that decide which replica has most likely seen such a beginning.
+const PREFIX: usize = 512;
+
+fn prefix(request: &v1::GenerateRequest) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    match &request.prompt {
+        Some(v1::generate_request::Prompt::Text(text)) => {
+            text.as_bytes().iter().take(PREFIX).for_each(|byte| byte.hash(&mut hasher));
+        }
+        Some(v1::generate_request::Prompt::Tokens(tokens)) => {
+            tokens.ids.iter().take(PREFIX).for_each(|token| token.hash(&mut hasher));
+        }
+        None => {}
+    }
+    hasher.finish()
 }

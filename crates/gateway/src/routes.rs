@@ -1,7 +1,8 @@
 //! Which models are served where, kept up to date by the control plane; and who may still come in.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use drumline_wire::auth::{AddToken, Token};
@@ -22,7 +23,7 @@ pub type Inference = InferenceClient<InterceptedService<Channel, AddToken>>;
 /// A client of the control plane.
 pub type Control = ServicesClient<InterceptedService<Channel, Credential>>;
 
-/// One served model.
+/// One replica of a served model.
 #[derive(Debug, Clone)]
 pub struct Route {
     /// What the control plane says of it.
@@ -32,10 +33,30 @@ pub struct Route {
     places: Arc<Semaphore>,
 }
 
-/// The table of served models. Cloning shares it.
+impl Route {
+    /// Requests that are running or waiting there, as far as this gateway sent them.
+    fn taken(&self) -> usize {
+        places(&self.view).saturating_sub(self.places.available_permits())
+    }
+}
+
+/// A request that was let in.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The replica's leader rank.
+    pub client: Inference,
+    /// The replica's job.
+    pub job: String,
+    /// Held until the request is over.
+    pub place: OwnedSemaphorePermit,
+}
+
+/// The table of served models: every replica of each. Cloning shares it.
 #[derive(Debug, Clone, Default)]
 pub struct Routes {
-    table: Arc<RwLock<BTreeMap<String, Route>>>,
+    table: Arc<RwLock<BTreeMap<String, Vec<Route>>>>,
+    /// One request chooses at a time: two would both see the same room.
+    choosing: Arc<Mutex<()>>,
 }
 
 impl Routes {
@@ -45,67 +66,90 @@ impl Routes {
         self.table.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
-    /// Returns every route.
+    /// Returns the replicas of every model. None has no replica.
     #[must_use]
-    pub fn all(&self) -> Vec<Route> {
+    pub fn all(&self) -> Vec<Vec<Route>> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Returns the replicas of a model; none for one that is not served.
+    #[must_use]
+    pub fn of(&self, model: &str) -> Option<Vec<Route>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).get(model).cloned()
     }
 
     /// Returns how many requests of a model may be running or waiting; none for one that is not
     /// served.
     #[must_use]
     pub fn places(&self, model: &str) -> Option<usize> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        table.get(model).map(|route| places(&route.view))
+        let ready = |route: &&Route| route.client.is_some();
+        let routes = self.of(model)?;
+        let most = routes.iter().map(|route| places(&route.view)).max().unwrap_or(0);
+        Some(routes.iter().filter(ready).map(|route| places(&route.view)).sum::<usize>().max(most))
     }
 
-    /// Lets a request in: returns the model's client and a place that is held until it is dropped.
+    /// Lets a request in at a replica that is none of `avoid`: the one that has most likely seen
+    /// such a beginning (`prefix`, any hash of it), unless another has much less to do; then that
+    /// with the least.
     ///
     /// # Errors
-    /// 404 for a model that is not served, 503 while it is not ready, 429 when its queue is full.
-    pub fn admit(&self, model: &str) -> Result<(Inference, OwnedSemaphorePermit), ApiError> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(route) = table.get(model) else {
-            return Err(ApiError::no_such_model(model, &table.keys().cloned().collect::<Vec<_>>()));
+    /// 404 for a model that is not served, 503 while it is not ready, 429 when its queues are full.
+    pub fn admit(&self, model: &str, prefix: u64, avoid: &[String]) -> Result<Admitted, ApiError> {
+        let Some(routes) = self.of(model) else {
+            return Err(ApiError::no_such_model(model, &self.names()));
         };
-        let Some(client) = route.client.clone() else {
+        let _turn = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ready: Vec<(usize, &Route, &Inference)> = routes
+            .iter()
+            .filter(|route| !avoid.contains(&route.view.job))
+            .filter_map(|route| Some((route.taken(), route, route.client.as_ref()?)))
+            .collect();
+        if ready.is_empty() {
+            let jobs: Vec<&str> = routes.iter().map(|route| route.view.job.as_str()).collect();
             return Err(ApiError::unavailable(format!(
                 "the model {model:?} is not ready yet; `drumline describe job {}` says why",
-                route.view.job
+                jobs.join(" ")
             )));
-        };
-        match route.places.clone().try_acquire_owned() {
-            Ok(place) => Ok((client, place)),
-            Err(_) => Err(ApiError::busy(format!(
-                "{} requests are running or waiting for the model {model:?}; try again later",
-                places(&route.view)
-            ))),
         }
+        let least = ready.iter().map(|(taken, ..)| *taken).min().unwrap_or(0);
+        let affinity = |route: &Route| affinity(prefix, &route.view.job);
+        ready.sort_by_key(|(taken, route, _)| {
+            let is_near = *taken <= least + route.view.max_batch as usize / 2;
+            (!is_near, if is_near { 0 } else { *taken }, affinity(route))
+        });
+        for (_, route, client) in &ready {
+            if let Ok(place) = route.places.clone().try_acquire_owned() {
+                let job = route.view.job.clone();
+                return Ok(Admitted { client: (*client).clone(), job, place });
+            }
+        }
+        let all: usize = ready.iter().map(|(_, route, _)| places(&route.view)).sum();
+        Err(ApiError::busy(format!(
+            "{all} requests are running or waiting for the model {model:?}; try again later"
+        )))
     }
 
     /// Takes the control plane's list. Routes that did not move keep their connection and places.
     fn update(&self, services: Vec<v1::ServiceView>) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let mut next = BTreeMap::new();
+        let mut next: BTreeMap<String, Vec<Route>> = BTreeMap::new();
         for view in services {
-            // Two services of one name: the one that is ready serves.
-            let taken: Option<&Route> = next.get(&view.served_name);
-            if !view.ready && taken.is_some_and(|route| route.client.is_some()) {
-                continue;
-            }
-            let old = table.get(&view.served_name).cloned();
-            let same = old.filter(|old| {
-                old.view.endpoint == view.endpoint
+            let known = table.get(&view.served_name).into_iter().flatten();
+            let same = known.into_iter().find(|old| {
+                old.view.job == view.job
+                    && old.view.endpoint == view.endpoint
                     && old.view.secret == view.secret
                     && places(&old.view) == places(&view)
             });
             let (client, places) = match same {
-                Some(old) if old.client.is_some() || view.endpoint.is_empty() => {
-                    (old.client, old.places)
-                }
-                _ => (connect(&view), Arc::new(Semaphore::new(places(&view)))),
+                // What runs there keeps its place, also where nothing new is sent to.
+                Some(old) if !view.ready => (None, old.places.clone()),
+                Some(old) if old.client.is_some() => (old.client.clone(), old.places.clone()),
+                Some(old) => (connect(&view), old.places.clone()),
+                None => (connect(&view), Arc::new(Semaphore::new(places(&view)))),
             };
-            next.insert(view.served_name.clone(), Route { view, client, places });
+            let name = view.served_name.clone();
+            next.entry(name).or_default().push(Route { view, client, places });
         }
         *table = next;
     }
@@ -167,6 +211,14 @@ impl Routes {
             }
         }
     }
+}
+
+/// Returns where a replica stands in the order of those that get a prefix: the least first. A
+/// replica that comes or goes moves only its own prefixes.
+fn affinity(prefix: u64, job: &str) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    (prefix, job).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Returns how many requests may be running or waiting.

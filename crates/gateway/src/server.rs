@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_LENGTH;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -16,6 +17,7 @@ use drumline_wire::auth::Token;
 use drumline_wire::line::{Credential, endpoint};
 use drumline_wire::v1::services_client::ServicesClient;
 use drumline_wire::{now_ms, v1};
+use futures::StreamExt;
 use prometheus::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -28,6 +30,10 @@ use crate::{chat, completions};
 
 /// The largest request body, in bytes.
 const BODY_MAX: usize = 4 << 20;
+/// Bodies up to this size are read to their end before they are refused, in bytes.
+const DRAIN_MAX: usize = 64 << 20;
+/// How long that may take.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a rank may take to tell its health.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -104,25 +110,31 @@ impl Gateway {
         now_ms() / 1000
     }
 
-    /// Asks a model's leader rank how it is.
+    /// Asks a model's leader ranks how they are, until one is well.
     ///
     /// # Errors
     /// When the model is not served, not ready, or silent.
     pub async fn health(&self, model: &str) -> Result<v1::HealthResponse, ApiError> {
-        // The place is given back at once: health is not work.
-        let route = self.routes.all().into_iter().find(|route| route.view.served_name == model);
-        let Some(route) = route else {
-            return Err(ApiError::no_such_model(model, &self.routes.names()));
-        };
-        route_health(&route).await
+        let routes = self.routes.of(model);
+        let routes = routes.ok_or_else(|| ApiError::no_such_model(model, &self.routes.names()))?;
+        let mut last = not_ready(model);
+        for route in routes.iter().filter(|route| route.client.is_some()) {
+            match route_health(route).await {
+                Ok(health) => return Ok(health),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
+}
+
+fn not_ready(model: &str) -> ApiError {
+    ApiError::unavailable(format!("the model {model:?} is not ready yet"))
 }
 
 async fn route_health(route: &Route) -> Result<v1::HealthResponse, ApiError> {
     let name = &route.view.served_name;
-    let Some(mut client) = route.client.clone() else {
-        return Err(ApiError::unavailable(format!("the model {name:?} is not ready yet")));
-    };
+    let Some(mut client) = route.client.clone() else { return Err(not_ready(name)) };
     match tokio::time::timeout(HEALTH_DEADLINE, client.health(v1::HealthRequest {})).await {
         Ok(Ok(health)) => Ok(health.into_inner()),
         Ok(Err(status)) => Err(ApiError::from_rank(&status)),
@@ -201,6 +213,7 @@ fn router(gateway: Gateway, metrics: Router, guard: Option<Guard>) -> Router {
         .route("/v1/models/{model}", get(model))
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route_layer(middleware::from_fn(refuse_large))
         .route_layer(middleware::from_fn_with_state(gateway.clone(), require_key));
     let app = Router::new()
         .merge(api)
@@ -221,6 +234,25 @@ fn router(gateway: Gateway, metrics: Router, guard: Option<Guard>) -> Router {
     }
 }
 
+/// Reads what is too large to its end before it is refused: a client that still writes would see a
+/// broken connection instead of the answer.
+async fn refuse_large(request: Request, next: Next) -> Response {
+    let length = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    let length = length.and_then(|text| text.parse::<usize>().ok()).unwrap_or(0);
+    if length <= BODY_MAX {
+        return next.run(request).await;
+    }
+    if length <= DRAIN_MAX {
+        let mut body = request.into_body().into_data_stream();
+        let drained = async { while let Some(Ok(_)) = body.next().await {} };
+        let _ = tokio::time::timeout(DRAIN_DEADLINE, drained).await;
+    }
+    let message = format!("the body has {length} bytes; at most {BODY_MAX} are taken");
+    let mut error = ApiError::invalid("", message);
+    error.status = StatusCode::PAYLOAD_TOO_LARGE;
+    error.into_response()
+}
+
 async fn require_key(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {
     if gateway.keys.admit(request.headers(), None) {
         next.run(request).await
@@ -229,15 +261,25 @@ async fn require_key(State(gateway): State<Gateway>, request: Request, next: Nex
     }
 }
 
-fn model_json(route: &Route) -> Value {
+fn model_json(name: &str, replicas: &[Route]) -> Value {
+    let context = replicas.iter().map(|route| route.view.max_context).min().unwrap_or(0);
     json!({
-        "id": route.view.served_name, "object": "model", "created": 0, "owned_by": "drumline",
-        "max_model_len": route.view.max_context, "ready": route.client.is_some(),
+        "id": name, "object": "model", "created": 0, "owned_by": "drumline",
+        "max_model_len": context,
+        "ready": replicas.iter().any(|route| route.client.is_some()),
+        "replicas": replicas.len(),
+        "replicas_ready": replicas.iter().filter(|route| route.client.is_some()).count(),
     })
 }
 
+fn name_of(replicas: &[Route]) -> &str {
+    replicas.first().map_or("", |route| &route.view.served_name)
+}
+
 async fn models(State(gateway): State<Gateway>) -> Json<Value> {
-    let data: Vec<Value> = gateway.routes.all().iter().map(model_json).collect();
+    let all = gateway.routes.all();
+    let data: Vec<Value> =
+        all.iter().map(|replicas| model_json(name_of(replicas), replicas)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -245,25 +287,34 @@ async fn model(
     State(gateway): State<Gateway>,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let route = gateway.routes.all().into_iter().find(|route| route.view.served_name == name);
-    route
-        .map(|route| Json(model_json(&route)))
+    let replicas = gateway.routes.of(&name);
+    replicas
+        .map(|replicas| Json(model_json(&name, &replicas)))
         .ok_or_else(|| ApiError::no_such_model(&name, &gateway.routes.names()))
 }
 
-/// Ready means: there is a model, and every rank of every model answered a step just now.
+/// Ready means: there is a model, and of every model the ranks of a replica answered a step just
+/// now.
 async fn readyz(State(gateway): State<Gateway>) -> Response {
-    let routes = gateway.routes.all();
-    let mut ready = !routes.is_empty();
+    let all = gateway.routes.all();
+    let mut ready = !all.is_empty();
     let mut list = Vec::new();
-    for route in &routes {
-        let (ok, why) = match route_health(route).await {
-            Ok(health) if health.ready => (true, String::new()),
-            Ok(_) => (false, "its ranks did not answer a step just now".to_owned()),
-            Err(error) => (false, error.message),
+    for replicas in &all {
+        let answers = futures::future::join_all(replicas.iter().map(route_health)).await;
+        let well = |answer: &Result<v1::HealthResponse, ApiError>| {
+            answer.as_ref().is_ok_and(|health| health.ready)
         };
-        ready &= ok;
-        list.push(json!({ "model": route.view.served_name, "ready": ok, "reason": why }));
+        let count = answers.iter().filter(|answer| well(answer)).count();
+        let why = match answers.into_iter().find(|answer| !well(answer)) {
+            Some(Err(error)) => error.message,
+            Some(Ok(_)) => "its ranks did not answer a step just now".to_owned(),
+            None => String::new(),
+        };
+        ready &= count > 0;
+        list.push(json!({
+            "model": name_of(replicas), "ready": count > 0, "reason": why,
+            "replicas": replicas.len(), "replicas_ready": count,
+        }));
     }
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(json!({ "ready": ready, "models": list }))).into_response()

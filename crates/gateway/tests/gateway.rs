@@ -115,7 +115,11 @@ async fn mistakes_are_named_and_harm_nobody() {
     }
     let huge = format!(r#"{{"model":"demo","prompt":"{}"}}"#, "x".repeat(5 << 20));
     let headers = [("authorization", GATEWAY_KEY)];
-    assert_eq!(fixture.send("POST", "/v1/completions", &headers, huge).await.status, 413);
+    for _ in 0..20 {
+        let answer = fixture.send("POST", "/v1/completions", &headers, huge.clone()).await;
+        assert_eq!(answer.status, 413);
+        assert!(answer.text.contains("at most 4194304"), "{}", answer.text);
+    }
     assert_eq!(fixture.post("/v1/completions", &ask("ok")).await.status, 200);
     assert_eq!(fixture.send("GET", "/nowhere", &headers, String::new()).await.status, 404);
 }
@@ -207,4 +211,109 @@ async fn what_users_feel_is_counted() {
         assert!(page.contains(line), "{line} in\n{page}");
     }
     assert!(!page.contains("stranger"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_go_to_the_replica_with_room() {
+    let gateway = Fixture::start_replicas(3, 2).await;
+    let slow: Vec<_> = (1..=6)
+        .map(|count| {
+            let gateway = gateway.clone();
+            (
+                count,
+                tokio::spawn(async move { gateway.post("/v1/completions", &ask("slow")).await }),
+            )
+        })
+        .collect();
+    gateway.wait_for_running(6).await;
+    assert_eq!(gateway.running(), [2, 2, 2], "none has more to do than another");
+    let full = gateway.post("/v1/completions", &ask("slow")).await;
+    assert_eq!((full.status, full.header("retry-after")), (429, Some("1")));
+    assert!(full.json["error"]["message"].as_str().unwrap().starts_with("6 requests"));
+    gateway.release();
+    for (count, answer) in slow {
+        assert_eq!(answer.await.unwrap().status, 200, "{count}");
+    }
+    let list = gateway.send("GET", "/readyz", &[], String::new()).await;
+    assert_eq!(list.json["models"][0]["replicas_ready"], 3, "{}", list.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_beginning_goes_to_one_replica() {
+    // Each takes 8 in its queue, so that nobody is full.
+    let gateway = Fixture::start_replicas(3, 8).await;
+    for _ in 0..3 {
+        let running = tokio::spawn({
+            let gateway = gateway.clone();
+            async move { gateway.post("/v1/completions", &ask("slow")).await }
+        });
+        gateway.wait_for_running(1).await;
+        let first = gateway.running();
+        running.abort();
+        gateway.wait_for_running(0).await;
+        let again = tokio::spawn({
+            let gateway = gateway.clone();
+            async move { gateway.post("/v1/completions", &ask("slow")).await }
+        });
+        gateway.wait_for_running(1).await;
+        assert_eq!(gateway.running(), first);
+        again.abort();
+        gateway.wait_for_running(0).await;
+    }
+}
+
+/// Waits until so many replicas answer.
+async fn wait_for_ready(gateway: &Fixture, status: u16, replicas: u64) {
+    for _ in 0..500 {
+        let ready = gateway.send("GET", "/readyz", &[], String::new()).await;
+        if ready.status == status && ready.json["models"][0]["replicas_ready"] == replicas {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not {replicas} replicas within 5 s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_gone_is_passed_over() {
+    let gateway = Fixture::start_replicas(2, 4).await;
+    gateway.end(0);
+    // Whichever of the two these prompts belong to.
+    for prompt in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+        let answer = gateway.post("/v1/completions", &ask(prompt)).await;
+        assert_eq!(
+            (answer.status, &answer.json["choices"][0]["text"]),
+            (200, &Value::from(prompt))
+        );
+    }
+    wait_for_ready(&gateway, 200, 1).await;
+    gateway.end(1);
+    wait_for_ready(&gateway, 503, 0).await;
+    let answer = gateway.post("/v1/completions", &ask("a")).await;
+    assert_eq!(answer.status, 503, "{}", answer.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_goes_finishes_what_it_has() {
+    let gateway = Fixture::start_replicas(2, 4).await;
+    let slow: Vec<_> = (0..4)
+        .map(|_| {
+            let gateway = gateway.clone();
+            tokio::spawn(async move { gateway.post("/v1/completions", &ask("slow")).await })
+        })
+        .collect();
+    gateway.wait_for_running(4).await;
+    assert_eq!(gateway.running(), [2, 2]);
+    gateway.set_ready(0, false);
+    wait_for_ready(&gateway, 200, 1).await;
+    let more = tokio::spawn({
+        let gateway = gateway.clone();
+        async move { gateway.post("/v1/completions", &ask("slow")).await }
+    });
+    gateway.wait_for_running(5).await;
+    assert_eq!(gateway.running(), [2, 3], "nothing new is sent there");
+    gateway.release();
+    for answer in slow.into_iter().chain([more]) {
+        assert_eq!(answer.await.unwrap().status, 200);
+    }
 }

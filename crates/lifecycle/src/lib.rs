@@ -13,6 +13,7 @@ pub mod cause;
 pub mod deadline;
 pub mod event;
 pub mod policy;
+pub mod replicas;
 pub mod state;
 pub mod step;
 mod takedown;

@@ -35,5 +35,5 @@ pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use scheduling::Wishes;
 pub use schema::schema;
-pub use service::{KvCacheStorage, ModelService, WeightStorage};
+pub use service::{Autoscale, KvCacheStorage, ModelService, WeightStorage};
 pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};

@@ -11,7 +11,7 @@ use crate::mistake::{Mistake, Place, nearest};
 use crate::model::{Family, ModelConfig, ModelError, nearest_divisor};
 use crate::queue::QueueSpec;
 use crate::scheduling::{self, Wishes, wishes};
-use crate::service::{KvCacheStorage, ModelService, WeightStorage};
+use crate::service::{Autoscale, KvCacheStorage, ModelService, WeightStorage};
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
 use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
 use crate::walk::{Checked, Walk};
@@ -182,11 +182,15 @@ impl Walk<'_> {
         self.int(path).and_then(|value| u64::try_from(value).ok())
     }
 
-    fn f32(&self, path: &str) -> Option<f32> {
+    fn f64(&self, path: &str) -> Option<f64> {
         match self.get(path)? {
-            Checked::Number(value) => Some(*value as f32),
+            Checked::Number(value) => Some(*value),
             _ => None,
         }
+    }
+
+    fn f32(&self, path: &str) -> Option<f32> {
+        self.f64(path).map(|value| value as f32)
     }
 
     pub(crate) fn text(&self, path: &str) -> Option<String> {
@@ -503,9 +507,13 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
     if split.data > 1 {
         walk.wrong_field(
             "spec.parallelism.data",
-            format!("{} replicas are not supported yet; nearest that works: data 1", split.data),
+            format!(
+                "must be 1: {} copies of a service are spec.replicas: {}",
+                split.data, split.data
+            ),
         );
     }
+    let autoscale = autoscale(walk);
     let wishes = wishes(walk, 1, |_| Ok(()));
     if !walk.mistakes.is_empty() {
         return None;
@@ -515,6 +523,8 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
         model: walk.text("spec.model")?,
         served_name: walk.text("spec.servedName").unwrap_or(name),
         parallelism: split,
+        replicas: walk.u32("spec.replicas")?,
+        autoscale,
         max_batch: walk.u32("spec.maxBatch")?,
         max_context: walk.u32("spec.maxContext").unwrap_or(0),
         max_queue: walk.u32("spec.maxQueue")?,
@@ -532,6 +542,34 @@ fn service(walk: &mut Walk<'_>) -> Option<JobSpec> {
         },
     });
     wrap(walk, work, wishes)
+}
+
+fn autoscale(walk: &mut Walk<'_>) -> Option<Autoscale> {
+    if !walk.is_given("spec.autoscale") {
+        return None;
+    }
+    if !walk.is_given("spec.autoscale.max") {
+        walk.wrong_field("spec.autoscale.max", "is missing: it says how far a service may grow");
+    }
+    if walk.u32("spec.replicas").is_some_and(|replicas| replicas > 1) {
+        walk.wrong_field("spec.replicas", "autoscale decides; give autoscale.min instead");
+    }
+    let min = walk.u32("spec.autoscale.min")?;
+    let max = walk.u32("spec.autoscale.max")?;
+    let waiting = walk.u32("spec.autoscale.waiting")?;
+    if min > max {
+        walk.wrong_field("spec.autoscale.min", format!("{min} is more than max, {max}"));
+    }
+    if let Some(queue) = walk.u32("spec.maxQueue")
+        && waiting >= queue
+    {
+        // The gateway turns away what is beyond: the figure would never be seen.
+        let message = format!("{waiting} never wait: maxQueue is {queue}");
+        walk.wrong_field("spec.autoscale.waiting", message);
+    }
+    let kv_usage = walk.f64("spec.autoscale.kvUsage")?;
+    let down_after_ms = walk.duration_ms("spec.autoscale.downAfter")?;
+    Some(Autoscale { min, max, waiting, kv_usage, down_after_ms })
 }
 
 fn command(walk: &mut Walk<'_>) -> Option<JobSpec> {

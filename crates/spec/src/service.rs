@@ -47,16 +47,37 @@ pub enum KvCacheStorage {
     F16,
 }
 
+/// How many replicas serve, by what is asked of them.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Autoscale {
+    /// The fewest replicas; at least 1.
+    pub min: u32,
+    /// The most replicas.
+    pub max: u32,
+    /// Requests that may wait at each replica before another one is started.
+    pub waiting: u32,
+    /// Share of the KV cache in use, 0 to 1, beyond which another replica is started.
+    pub kv_usage: f64,
+    /// A replica goes once it was not needed for so long. Unit: milliseconds.
+    pub down_after_ms: u64,
+}
+
 /// A served model, checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelService {
     /// A checkpoint folder of Drumline, a run's folder (its latest complete checkpoint), or a
     /// folder in the Hugging Face layout.
     pub model: String,
     /// The name under which clients ask for it.
     pub served_name: String,
-    /// How the model is split. `data` is the number of replicas, each a world of its own: 1 today.
+    /// How each replica is split. `data` is 1: copies are [`Self::replicas`].
     pub parallelism: Parallelism,
+    /// How many gangs serve it, each a world of its own; 1 where [`Self::autoscale`] decides.
+    #[serde(default = "one")]
+    pub replicas: u32,
+    /// What decides the number of replicas instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<Autoscale>,
     /// Greatest number of sequences decoded in one batch.
     pub max_batch: u32,
     /// Greatest number of tokens of prompt and completion together; 0: the model's context.
@@ -69,4 +90,8 @@ pub struct ModelService {
     /// How the keys and values of past tokens are stored.
     #[serde(default)]
     pub kv_cache: KvCacheStorage,
+}
+
+fn one() -> u32 {
+    1
 }

@@ -11,6 +11,9 @@ pub const API_VERSION: &str = "drumline.dev/v1alpha1";
 /// The greatest number of ranks of one gang.
 pub const RANKS_MAX: i64 = 65_536;
 
+/// The most replicas of one service.
+pub const REPLICAS_MAX: i64 = 256;
+
 /// The longest `metadata.name`, so that the id's suffix still fits a DNS label.
 pub const JOB_NAME_MAX: usize = 50;
 
@@ -483,13 +486,53 @@ const SERVICE: &[Field] = &[
                 "data",
                 int(1, RANKS_MAX),
                 "1",
-                "replicas",
-                "Replicas. Only 1 is supported today.",
+                "copies",
+                "Always 1: copies of a service are its replicas.",
             ),
         ]),
         "one rank",
         "",
-        "How the model is split.",
+        "How each replica is split.",
+    ),
+    default(
+        "replicas",
+        int(1, REPLICAS_MAX),
+        "1",
+        "replicas",
+        "How many copies serve, each a gang of its own. The gateway gives each request to the one \
+         with the most room. `drumline scale` and `kubectl scale` change it while it runs.",
+    ),
+    optional(
+        "autoscale",
+        Kind::Object(&[
+            default("min", int(1, REPLICAS_MAX), "1", "replicas", "The fewest."),
+            optional("max", int(1, REPLICAS_MAX), "required", "replicas", "The most."),
+            default(
+                "waiting",
+                int(0, 100_000),
+                "4",
+                "requests",
+                "How many may wait at each replica, beside those of its batch, before another one \
+                 is started; less than maxQueue.",
+            ),
+            default(
+                "kvUsage",
+                Kind::Number { min: 0.05, max: 1.0 },
+                "0.8",
+                "",
+                "Share of the KV cache in use beyond which another replica is started.",
+            ),
+            default(
+                "downAfter",
+                Kind::Duration { min_ms: 1000, max_ms: 24 * HOUR_MS },
+                "5m",
+                "",
+                "A replica goes once it was not needed for so long.",
+            ),
+        ]),
+        "replicas decides",
+        "",
+        "Starts and ends replicas by what is asked of them.",
     ),
     default(
         "maxBatch",

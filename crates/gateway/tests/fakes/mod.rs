@@ -142,13 +142,44 @@ impl Services for Plane {
     }
 }
 
+/// A leader rank, as the control plane tells of it.
+struct Replica {
+    script: Arc<Script>,
+    service: v1::ServiceView,
+    stop: CancellationToken,
+}
+
+impl Replica {
+    async fn start(number: usize, places: u32, stop: CancellationToken) -> Self {
+        let script = Arc::new(Script::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let leader = listener.local_addr().unwrap();
+        let secret = RequireToken::new(Token::new(SECRET).unwrap());
+        let server = tonic::transport::Server::builder()
+            .add_service(InferenceServer::with_interceptor(Leader(script.clone()), secret));
+        let ended = stop.clone().cancelled_owned();
+        tokio::spawn(server.serve_with_incoming_shutdown(TcpIncoming::from(listener), ended));
+        let service = v1::ServiceView {
+            job: format!("demo-{number}"),
+            served_name: "demo".to_owned(),
+            endpoint: format!("http://{leader}"),
+            ready: true,
+            max_batch: 1,
+            max_queue: places - 1,
+            secret: SECRET.to_owned(),
+            ..v1::ServiceView::default()
+        };
+        Self { script, service, stop }
+    }
+}
+
 /// A gateway with everything around it. Cloning shares it.
 #[derive(Clone)]
 pub(crate) struct Fixture {
     address: SocketAddr,
     script: Arc<Script>,
+    replicas: Arc<Vec<Replica>>,
     services: Arc<watch::Sender<v1::ServicesView>>,
-    service: v1::ServiceView,
     http: Client<hyper_util::client::legacy::connect::HttpConnector, Full<Bytes>>,
     _stop: Arc<tokio_util::sync::DropGuard>,
 }
@@ -170,27 +201,18 @@ impl Answer {
 impl Fixture {
     /// Starts a gateway whose model lets in `places` requests.
     pub(crate) async fn start(places: u32) -> Self {
-        let stop = CancellationToken::new();
-        let script = Arc::new(Script::default());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let leader = listener.local_addr().unwrap();
-        let secret = RequireToken::new(Token::new(SECRET).unwrap());
-        let server = tonic::transport::Server::builder()
-            .add_service(InferenceServer::with_interceptor(Leader(script.clone()), secret));
-        let ended = stop.clone().cancelled_owned();
-        tokio::spawn(server.serve_with_incoming_shutdown(TcpIncoming::from(listener), ended));
+        Self::start_replicas(1, places).await
+    }
 
-        let service = v1::ServiceView {
-            job: "demo-1".to_owned(),
-            served_name: "demo".to_owned(),
-            endpoint: format!("http://{leader}"),
-            ready: true,
-            max_batch: 1,
-            max_queue: places - 1,
-            secret: SECRET.to_owned(),
-            ..v1::ServiceView::default()
-        };
-        let (services, view) = watch::channel(v1::ServicesView { services: vec![service.clone()] });
+    /// Starts a gateway before a model of so many replicas, each of which lets in `places` requests.
+    pub(crate) async fn start_replicas(count: usize, places: u32) -> Self {
+        let stop = CancellationToken::new();
+        let mut replicas = Vec::new();
+        for number in 1..=count {
+            replicas.push(Replica::start(number, places, stop.child_token()).await);
+        }
+        let all: Vec<_> = replicas.iter().map(|replica| replica.service.clone()).collect();
+        let (services, view) = watch::channel(v1::ServicesView { services: all });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let plane = listener.local_addr().unwrap();
         let token = Token::new(CLUSTER_TOKEN).unwrap();
@@ -213,9 +235,9 @@ impl Fixture {
         tokio::spawn(drumline_gateway::run(options, ready, stop.clone()));
         let fixture = Self {
             address: listening.await.unwrap(),
-            script,
+            script: replicas[0].script.clone(),
+            replicas: Arc::new(replicas),
             services: Arc::new(services),
-            service,
             http: Client::builder(TokioExecutor::new()).build_http(),
             _stop: Arc::new(stop.drop_guard()),
         };
@@ -224,8 +246,10 @@ impl Fixture {
     }
 
     pub(crate) fn release(&self) {
-        self.script.released.store(true, Ordering::SeqCst);
-        self.script.go.notify_waiters();
+        for replica in self.replicas.iter() {
+            replica.script.released.store(true, Ordering::SeqCst);
+            replica.script.go.notify_waiters();
+        }
     }
 
     pub(crate) fn set_healthy(&self, healthy: bool) {
@@ -233,8 +257,24 @@ impl Fixture {
     }
 
     pub(crate) fn set_served(&self, served: bool) {
-        let services = if served { vec![self.service.clone()] } else { Vec::new() };
+        let all = self.replicas.iter().map(|replica| replica.service.clone());
+        let services = if served { all.collect() } else { Vec::new() };
         self.services.send_replace(v1::ServicesView { services });
+    }
+
+    /// Tells the gateway whether a replica takes requests.
+    pub(crate) fn set_ready(&self, number: usize, ready: bool) {
+        self.services.send_modify(|view| view.services[number].ready = ready);
+    }
+
+    /// Ends a replica's process without a word to the gateway.
+    pub(crate) fn end(&self, number: usize) {
+        self.replicas[number].stop.cancel();
+    }
+
+    /// Returns how many generations run on each replica.
+    pub(crate) fn running(&self) -> Vec<usize> {
+        self.replicas.iter().map(|one| one.script.running.load(Ordering::SeqCst)).collect()
     }
 
     /// Waits until the model answers with this status.
@@ -254,7 +294,7 @@ impl Fixture {
     /// Waits until so many generations run on the leader.
     pub(crate) async fn wait_for_running(&self, count: usize) {
         for _ in 0..500 {
-            if self.script.running.load(Ordering::SeqCst) == count {
+            if self.running().iter().sum::<usize>() == count {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

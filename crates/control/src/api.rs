@@ -311,6 +311,26 @@ impl Handle {
         self.get_job(&request.id)
     }
 
+    /// Sets the number of a service's replicas; returns it as it is then.
+    ///
+    /// # Errors
+    /// [`ApiError::NotFound`]; [`ApiError::Invalid`] when it is no service, or does not scale by hand.
+    pub async fn scale(
+        &self,
+        request: v1::ScaleJobRequest,
+        peer: &str,
+    ) -> Result<v1::JobView, ApiError> {
+        check_user(&request.user)?;
+        let job = self.find(&request.id)?.state().job.clone();
+        let (replicas, user) = (request.replicas, request.user.clone());
+        let outcome = self.ask(|reply| Input::Scale { job, replicas, user, reply }).await;
+        let word = outcome.as_ref().map_or_else(ToString::to_string, |()| "ok".to_owned());
+        let ids = std::slice::from_ref(&request.id);
+        self.0.audit.record(&request.user, peer, "scale", ids, &word).await;
+        outcome?;
+        self.get_job(&request.id)
+    }
+
     /// Says that somebody has dealt with an unhealthy device.
     ///
     /// # Errors

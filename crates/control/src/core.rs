@@ -7,7 +7,7 @@ use std::sync::Arc;
 use drumline_cluster::{Change, Request};
 use drumline_lifecycle::{Action, Event, State, deadline, step};
 use drumline_ports::store::Revision;
-use drumline_spec::{JobSpec, QueueSpec};
+use drumline_spec::{JobKind, JobSpec, QueueSpec};
 use drumline_types::{Attempt, JobId, JobPhase, NodeName, QueueName, Timestamp};
 use drumline_wire::v1;
 use drumline_wire::v1::agent_down::Kind as Down;
@@ -20,10 +20,11 @@ use crate::desk::Desk;
 use crate::devices;
 use crate::fleet::{Fleet, Holders};
 use crate::identity;
-use crate::job::Job;
+use crate::job::{Job, Serving};
 use crate::ledger::{Group, Loaded, Submission};
 use crate::metrics::Metrics;
 use crate::options::ReignEnded;
+use crate::replicas::{ReplicaOf, Set};
 use crate::view;
 
 /// Ranks of one gang: its state must fit into one transaction of the store.
@@ -31,7 +32,7 @@ pub(crate) const RANKS_MAX: u32 = 2_000;
 /// Jobs of one submission: it is one transaction.
 pub(crate) const SUBMISSION_JOBS_MAX: usize = 40;
 /// Jobs that have not ended. Each costs memory, and time in every decision.
-const ACTIVE_JOBS_MAX: usize = 20_000;
+pub(crate) const ACTIVE_JOBS_MAX: usize = 20_000;
 
 /// A message to an agent that waits for what led to it to be durable.
 #[derive(Debug)]
@@ -91,6 +92,8 @@ pub(crate) struct Core {
     pub(crate) stale: BTreeSet<JobId>,
     /// Jobs beside which devices are kept ready.
     pub(crate) spared: BTreeSet<JobId>,
+    /// Replicas of services that have not ended, by service.
+    pub(crate) sets: BTreeMap<JobId, Set>,
     pub(crate) new: Vec<NewJobs>,
     pub(crate) sends: Vec<Send>,
     pub(crate) events: Vec<v1::EventView>,
@@ -123,6 +126,7 @@ impl Core {
             dirty: BTreeSet::new(),
             stale: BTreeSet::new(),
             spared: BTreeSet::new(),
+            sets: BTreeMap::new(),
             new: Vec::new(),
             sends: Vec::new(),
             events: Vec::new(),
@@ -155,6 +159,7 @@ impl Core {
             }
             core.jobs.insert(id, job);
         }
+        core.recover_replicas();
         core.events.sort_by_key(|event| event.at_ms);
         for id in core.active.clone() {
             core.apply(&id, Event::Recovered, now);
@@ -277,43 +282,53 @@ impl Core {
         self.put_queues(queues, now)?;
         let mut ids = Vec::new();
         for spec in specs {
-            let id = self.fresh_id(&spec.name)?;
-            self.metrics.submitted(spec.kind());
-            let state = State::submitted(id.clone(), now);
-            let mut job = Job::new(spec, user, state);
-            let note = drumline_lifecycle::Note {
-                at: now,
-                severity: drumline_lifecycle::Severity::Info,
-                reason: "Submitted".to_owned(),
-                message: format!("accepted from {}", if user.is_empty() { "a user" } else { user }),
-                attempt: Attempt(0),
-            };
-            self.events.push(view::event(id.as_str(), &note));
-            job.note(note);
-            let why = crate::schedule::chosen(&job.spec);
-            if !why.is_empty() {
-                let note = drumline_lifecycle::Note {
-                    at: now,
-                    severity: drumline_lifecycle::Severity::Info,
-                    reason: "SplitChosen".to_owned(),
-                    message: why,
-                    attempt: Attempt(0),
-                };
-                self.events.push(view::event(id.as_str(), &note));
-                job.note(note);
-            }
-            self.desk.apply(submitted(&id, &job), now);
-            self.jobs.insert(id.clone(), job);
-            self.active.insert(id.clone());
-            self.stale.insert(id.clone());
-            ids.push(id);
+            let message =
+                format!("accepted from {}", if user.is_empty() { "a user" } else { user });
+            ids.push(self.take_in(spec, user, None, message, now)?);
         }
+        self.keep_replicas(now);
         if !key.is_empty() {
             let submission = Submission { jobs: ids.clone(), hash, at: now };
             self.submissions.insert(key.to_owned(), submission);
         }
         self.new.push(NewJobs { ids: ids.clone(), key: key.to_owned() });
         Ok(ids)
+    }
+
+    /// Takes one job in; whoever calls it has it written.
+    pub(crate) fn take_in(
+        &mut self,
+        spec: JobSpec,
+        user: &str,
+        replica_of: Option<ReplicaOf>,
+        message: String,
+        now: Timestamp,
+    ) -> Result<JobId, ApiError> {
+        let id = self.fresh_id(&spec.name)?;
+        self.metrics.submitted(spec.kind());
+        let mut job = Job::new(spec, user, State::submitted(id.clone(), now));
+        let why = crate::schedule::chosen(&job.spec);
+        let chosen = (!why.is_empty()).then_some(("SplitChosen", why));
+        for (reason, message) in [("Submitted", message)].into_iter().chain(chosen) {
+            let note = drumline_lifecycle::Note {
+                at: now,
+                severity: drumline_lifecycle::Severity::Info,
+                reason: reason.to_owned(),
+                message,
+                attempt: Attempt(0),
+            };
+            self.events.push(view::event(id.as_str(), &note));
+            job.note(note);
+        }
+        if replica_of.is_none() && job.spec.kind() == JobKind::ModelService {
+            self.sets.entry(id.clone()).or_default();
+        }
+        job.stored.replica_of = replica_of;
+        self.desk.apply(submitted(&id, &job), now);
+        self.jobs.insert(id.clone(), job);
+        self.active.insert(id.clone());
+        self.stale.insert(id.clone());
+        Ok(id)
     }
 
     fn fresh_id(&self, name: &str) -> Result<JobId, ApiError> {
@@ -442,14 +457,21 @@ impl Core {
         }
         if report.serve.is_some()
             && let drumline_spec::Work::ModelService(service) = &job.spec.work
-            && let Some(last) = &job.serving.last
+            && job.serving.last.is_some()
         {
             let name = |what: &str| format!("service/{}/{what}", service.served_name);
             let x = now.0 as f64;
-            board.point(&name("tokens_per_second"), x, job.serving.tokens_per_second);
-            board.point(&name("running"), x, f64::from(last.running));
-            board.point(&name("waiting"), x, f64::from(last.waiting));
-            board.point(&name("kv_usage"), x, last.kv_usage);
+            // One line for all replicas: what they do together.
+            let all = self.serving_with(&id);
+            let sum = |of: &dyn Fn(&Serving, &v1::ServeReport) -> f64| {
+                all.iter().map(|(serving, last)| of(serving, last)).sum::<f64>()
+            };
+            let rate = sum(&|serving, _| serving.tokens_per_second);
+            board.point(&name("tokens_per_second"), x, rate);
+            board.point(&name("running"), x, sum(&|_, last| f64::from(last.running)));
+            board.point(&name("waiting"), x, sum(&|_, last| f64::from(last.waiting)));
+            let used = sum(&|_, last| last.kv_usage) / all.len().max(1) as f64;
+            board.point(&name("kv_usage"), x, used);
         }
     }
 
@@ -502,6 +524,7 @@ impl Core {
         for id in due {
             self.apply(&id, Event::Tick, now);
         }
+        self.keep_replicas(now);
     }
 
     fn job_deadline(&self, id: &JobId) -> Option<Timestamp> {
@@ -514,7 +537,8 @@ impl Core {
     /// Returns the next moment at which [`Self::tick`] may change something.
     pub(crate) fn deadline(&self) -> Option<Timestamp> {
         let jobs = self.active.iter().filter_map(|id| self.job_deadline(id));
-        jobs.chain(self.fleet.deadline()).chain(self.desk.wake()).min()
+        let others = [self.fleet.deadline(), self.desk.wake(), self.replicas_due()];
+        jobs.chain(others.into_iter().flatten()).min()
     }
 
     /// Lets figures grow old: a service that was not heard of late is not ready.

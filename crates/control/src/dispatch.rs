@@ -125,6 +125,12 @@ impl Dispatcher {
                     Ok(()) => answers.push(Answer::Done(reply)),
                     Err(error) => drop(reply.send(Err(error))),
                 },
+                Input::Scale { job, replicas, user, reply } => {
+                    match self.core.scale(&job, replicas, &user, now) {
+                        Ok(()) => answers.push(Answer::Done(reply)),
+                        Err(error) => drop(reply.send(Err(error))),
+                    }
+                }
                 Input::ClearDevice { node, index, reply } => {
                     match self.core.clear_device(&node, index, now) {
                         Ok(()) => answers.push(Answer::Done(reply)),
@@ -144,6 +150,7 @@ impl Dispatcher {
                     if self.core.jobs.contains_key(&job) {
                         let event = drumline_lifecycle::Event::Cancel { user };
                         self.core.apply(&job, event, now);
+                        self.core.cancel_replicas(&job, now);
                         answers.push(Answer::Done(reply));
                     } else {
                         let _ = reply.send(Err(ApiError::no_such_job(job.as_str())));
@@ -270,6 +277,9 @@ impl Dispatcher {
     async fn keep_house(&mut self) -> Result<(), ReignEnded> {
         let now = self.clock.now();
         self.core.age(now);
+        if self.core.keep_replicas(now) {
+            self.flush(Vec::new()).await?;
+        }
         // Idleness comes with time alone.
         self.core.fleet.changed = true;
         let nodes = self.core.node_views(now);

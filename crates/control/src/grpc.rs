@@ -116,6 +116,14 @@ impl Control for Api {
         Ok(Response::new(self.handle.hold(request.into_inner(), &peer).await?))
     }
 
+    async fn scale_job(
+        &self,
+        request: Request<v1::ScaleJobRequest>,
+    ) -> Result<Response<v1::JobView>, Status> {
+        let peer = peer(&request);
+        Ok(Response::new(self.handle.scale(request.into_inner(), &peer).await?))
+    }
+
     async fn clear_device(
         &self,
         request: Request<v1::ClearDeviceRequest>,

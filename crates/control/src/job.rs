@@ -10,6 +10,8 @@ use drumline_types::{DeviceId, JobId, NodeName, Timestamp};
 use drumline_wire::v1;
 use serde::{Deserialize, Serialize};
 
+use crate::replicas::{ReplicaOf, Shown};
+
 /// Lines of history that are kept per job.
 pub(crate) const NOTES_MAX: usize = 64;
 /// Attempts of which it is remembered where they ran, for their logs.
@@ -35,6 +37,12 @@ pub(crate) struct StoredState {
     /// Devices that are kept ready beside it, so that the next reign keeps the same.
     #[serde(default)]
     pub(crate) spares: Vec<DeviceId>,
+    /// The service whose replica it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) replica_of: Option<ReplicaOf>,
+    /// How many replicas a user asked for since it was submitted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) replicas: Option<u32>,
 }
 
 /// A job.
@@ -52,6 +60,10 @@ pub(crate) struct Job {
     pub(crate) samples: BTreeMap<u32, v1::RankSample>,
     /// Devices that are kept ready beside it, each with the job that it is lent to.
     pub(crate) spares: Vec<(DeviceId, Option<JobId>)>,
+    /// What is known of its replicas.
+    pub(crate) replicas: Shown,
+    /// Whether it gets no new requests, because it is to go.
+    pub(crate) drains: bool,
 }
 
 /// How a training run stands, as its ranks report it.
@@ -106,6 +118,8 @@ impl Job {
             training: Training::default(),
             places: VecDeque::new(),
             spares: Vec::new(),
+            replica_of: None,
+            replicas: None,
         };
         Self::from_stored(StoredSpec { spec, user: user.to_owned() }, json, stored, None)
     }
@@ -125,6 +139,8 @@ impl Job {
             serving: Serving::default(),
             samples: BTreeMap::new(),
             spares: Vec::new(),
+            replicas: Shown::default(),
+            drains: false,
         }
     }
 

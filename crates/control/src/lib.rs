@@ -31,6 +31,7 @@ mod message;
 mod metrics;
 pub mod options;
 mod queues;
+mod replicas;
 mod schedule;
 mod series;
 pub mod service;

@@ -36,6 +36,8 @@ pub(crate) enum Input {
     DeleteQueue { queue: QueueName, reply: Reply<()> },
     /// Hold a waiting job back, or let it go.
     Hold { job: JobId, held: bool, reply: Reply<()> },
+    /// Set the number of a service's replicas.
+    Scale { job: JobId, replicas: u32, user: String, reply: Reply<()> },
     /// Somebody has dealt with an unhealthy device.
     ClearDevice { node: NodeName, index: u32, reply: Reply<()> },
     /// Return all that decisions depend on.

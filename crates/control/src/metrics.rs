@@ -1,6 +1,6 @@
 //! What the control plane counts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use drumline_lifecycle::Severity;
 use drumline_spec::{DeviceKind, JobKind};
 use drumline_telemetry::table;
 use drumline_types::JobPhase;
+use drumline_wire::v1;
 use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGaugeVec, Registry};
 
 use crate::board::Board;
@@ -210,12 +211,19 @@ impl Metrics {
             gauge.reset();
         }
         self.0.service_kv.reset();
+        let mut of_model: BTreeMap<String, Vec<v1::ServiceView>> = BTreeMap::new();
         for service in board.services() {
-            let name = [service.served_name.as_str()];
-            self.0.service_ready.with_label_values(&name).set(i64::from(service.ready));
-            self.0.service_running.with_label_values(&name).set(i64::from(service.running));
-            self.0.service_waiting.with_label_values(&name).set(i64::from(service.waiting));
-            self.0.service_kv.with_label_values(&name).set(service.kv_usage);
+            of_model.entry(service.served_name.clone()).or_default().push(service);
+        }
+        for (name, replicas) in of_model {
+            let name = [name.as_str()];
+            let sum = |of: &dyn Fn(&v1::ServiceView) -> i64| replicas.iter().map(of).sum::<i64>();
+            let ready = sum(&|one| i64::from(one.ready));
+            self.0.service_ready.with_label_values(&name).set(ready);
+            self.0.service_running.with_label_values(&name).set(sum(&|one| one.running.into()));
+            self.0.service_waiting.with_label_values(&name).set(sum(&|one| one.waiting.into()));
+            let used: f64 = replicas.iter().map(|one| one.kv_usage).sum();
+            self.0.service_kv.with_label_values(&name).set(used / ready.max(1) as f64);
         }
     }
 

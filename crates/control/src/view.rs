@@ -156,7 +156,7 @@ pub(crate) fn service(job: &Job, gateway_url: &str) -> Option<v1::ServiceView> {
     let leader = state.ranks.iter().filter_map(|rank| rank.join.as_ref());
     let endpoint = leader.map(|join| join.inference_url.clone()).find(|url| !url.is_empty());
     let last = job.serving.last.unwrap_or_default();
-    let ready = running && last.ready && endpoint.is_some();
+    let ready = running && last.ready && endpoint.is_some() && !job.drains;
     Some(v1::ServiceView {
         job: state.job.to_string(),
         served_name: spec.served_name.clone(),
@@ -172,6 +172,17 @@ pub(crate) fn service(job: &Job, gateway_url: &str) -> Option<v1::ServiceView> {
         max_queue: spec.max_queue,
         secret: state.rendezvous.secret.clone(),
         gateway_url: gateway_url.to_owned(),
+        replica_of: job
+            .stored
+            .replica_of
+            .as_ref()
+            .map(|of| of.service.to_string())
+            .unwrap_or_default(),
+        replica: job.stored.replica_of.as_ref().map_or(0, |of| of.number),
+        replicas: job.replicas.wanted,
+        replicas_ready: job.replicas.ready,
+        replica_jobs: job.replicas.jobs.iter().map(ToString::to_string).collect(),
+        drains: job.drains,
     })
 }
 

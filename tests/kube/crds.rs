@@ -222,7 +222,29 @@ fn wrong() -> Vec<Wrong> {
             M,
             service(add("", "parallelism", json!({ "data": 2 }))),
             "spec.parallelism.data",
-            "replicas are not supported yet",
+            "copies of a service are spec.replicas",
+        ),
+        (
+            M,
+            service(|spec| {
+                spec["replicas"] = json!(2);
+                spec["autoscale"] = json!({ "max": 3 });
+            }),
+            "spec.replicas",
+            "autoscale decides",
+        ),
+        (M, service(add("", "autoscale", json!({ "min": 2 }))), "spec.autoscale.max", "Required"),
+        (
+            M,
+            service(add("", "autoscale", json!({ "min": 3, "max": 2 }))),
+            "spec.autoscale.min",
+            "more than max",
+        ),
+        (
+            M,
+            service(add("", "autoscale", json!({ "max": 2, "waiting": 64 }))),
+            "spec.autoscale.waiting",
+            "less than maxQueue",
         ),
         (M, service(add("", "maxBatch", json!(0))), "spec.maxBatch", "greater than or equal to 1"),
         (M, service(add("", "servedName", json!("a b"))), "spec.servedName", "match"),

@@ -23,6 +23,7 @@ mod packaging;
 mod preemption;
 mod proxy;
 mod real;
+mod replicas;
 mod scale;
 mod trained;
 mod witness;

@@ -14,7 +14,7 @@ use drumline_wire::line::Credential;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
-use kube::api::{Api, DeleteParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -164,6 +164,62 @@ async fn served(admin: &Admin, port: u16) {
     assert_eq!(answer["usage"]["completion_tokens"], 8, "{answer}");
     let refused = complete(stranger).await;
     assert!(refused["choices"].is_null(), "{refused}");
+    replicated(admin, allowed).await;
+}
+
+/// Scales the service: by hand, with a replica lost, and by what is asked of it.
+async fn replicated(admin: &Admin, gateway: SocketAddr) {
+    admin.add_node("b", 0, "2").await;
+    let scale = |replicas: u32| {
+        let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let services = admin.jobs(S);
+        async move { services.patch_scale("demo", &PatchParams::default(), &patch).await }
+    };
+    assert_eq!(scale(2).await.unwrap().spec.unwrap().replicas, Some(2));
+    admin.wait(S, "demo", "two serve", |s| s["readyReplicas"] == 2).await;
+    let replica = admin.jobs(S).get("demo-1").await.unwrap();
+    assert_eq!(replica.metadata.owner_references.unwrap()[0].name, "demo");
+    let all = ListParams::default().labels("drumline.dev/service=demo");
+    assert_eq!(admin.pods().list(&all).await.unwrap().items.len(), 4, "two gangs of two");
+
+    // The first gang loses a pod: the other one answers meanwhile.
+    admin.pods().delete("demo-s1-0", &DeleteParams::default()).await.unwrap();
+    let mut answered = 0;
+    for _ in 0..400 {
+        let answer = complete(gateway).await;
+        assert!(
+            answer["choices"].is_array() || answer["error"]["code"] == "model_unavailable",
+            "{answer}"
+        );
+        answered += u32::from(answer["choices"].is_array());
+        let status = admin.status(S, "demo").await;
+        if status["attempt"] == 2 && phase(&status) == "running" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(answered > 0);
+    admin.wait(S, "demo", "two serve again", |s| s["readyReplicas"] == 2).await;
+    scale(1).await.unwrap();
+    admin.wait(S, "demo", "one is left", |s| s["replicas"] == 1).await;
+
+    // More than a batch is asked for all the time: another one starts, and goes when it is quiet.
+    let rule = json!({ "spec": { "autoscale": { "max": 2, "waiting": 0, "downAfter": "2s" } } });
+    admin.jobs(S).patch("demo", &PatchParams::default(), &Patch::Merge(&rule)).await.unwrap();
+    let told = scale(2).await.unwrap_err().to_string();
+    assert!(told.contains("autoscale decides"), "{told}");
+    let asking: Vec<_> = (0..6)
+        .map(|_| {
+            tokio::spawn(async move {
+                loop {
+                    complete(gateway).await;
+                }
+            })
+        })
+        .collect();
+    admin.wait(S, "demo", "another one serves", |s| s["readyReplicas"] == 2).await;
+    asking.iter().for_each(tokio::task::JoinHandle::abort);
+    admin.wait(S, "demo", "it is gone", |s| s["replicas"] == 1).await;
 }
 
 const KEY: &str = "a-key-of-the-gateway-0123456789";

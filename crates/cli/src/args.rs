@@ -13,7 +13,7 @@ use crate::commands::complete::CompleteArgs;
 use crate::commands::data::DataArgs;
 use crate::commands::describe::DescribeArgs;
 use crate::commands::export::ExportArgs;
-use crate::commands::jobs::{CancelArgs, JobsArgs};
+use crate::commands::jobs::{CancelArgs, JobsArgs, ScaleArgs};
 use crate::commands::logs::LogsArgs;
 use crate::commands::manifests::{ExplainArgs, ValidateArgs};
 use crate::commands::nodes::NodesArgs;
@@ -150,6 +150,8 @@ pub enum Command {
     Wait(WaitArgs),
     /// Cancel jobs, or end services.
     Cancel(CancelArgs),
+    /// Set how many replicas of a served model there are.
+    Scale(ScaleArgs),
     /// Hold waiting jobs back.
     Hold(HoldArgs),
     /// Let jobs go that are held.

@@ -78,6 +78,7 @@ async fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Command::Logs(args) => commands::logs::run(&args, &global.access()?).await,
         Command::Wait(args) => commands::wait::run(&args, &global.access()?, format).await,
         Command::Cancel(args) => commands::jobs::cancel(&args, &global.access()?, format).await,
+        Command::Scale(args) => commands::jobs::scale(&args, &global.access()?, format).await,
         Command::Hold(args) => commands::queues::hold(&args, true, &global.access()?, format).await,
         Command::Release(args) => {
             commands::queues::hold(&args, false, &global.access()?, format).await

@@ -46,9 +46,14 @@ pub fn progress(job: &v1::JobView) -> String {
         };
     }
     match &job.service {
+        Some(service) if service.drains => format!("finishes {} requests", service.running),
         Some(service) if service.ready => {
+            let of = match service.replicas {
+                0 | 1 => String::new(),
+                wanted => format!(" on {} of {wanted} replicas", service.replicas_ready),
+            };
             format!(
-                "serving {}, {} running, {} waiting",
+                "serving {}{of}, {} running, {} waiting",
                 service.served_name, service.running, service.waiting
             )
         }

@@ -108,6 +108,12 @@ fn service(view: &v1::ServiceView) -> Value {
         "max_batch": view.max_batch,
         "max_queue": view.max_queue,
         "last_step_ms": moment(view.last_step_ms),
+        "replicas": view.replicas,
+        "replicas_ready": view.replicas_ready,
+        "replica_jobs": view.replica_jobs,
+        "replica_of": view.replica_of,
+        "replica": view.replica,
+        "drains": view.drains,
     })
 }
 

@@ -33,6 +33,7 @@ use crate::queues::QueueStates;
 use crate::ranks::keys::Keys;
 use crate::ranks::services::Board;
 use crate::ranks::worlds::Worlds;
+use crate::replicas::Sets;
 use crate::status::told;
 use crate::step::{Doomed, Next, View, evicted, phase, step};
 use crate::wake::Wake;
@@ -95,6 +96,8 @@ pub(crate) struct Core {
     pub(crate) keys: Arc<Keys>,
     /// What ranks tell.
     pub(crate) worlds: Worlds,
+    /// Services of several replicas.
+    pub(crate) replicas: Sets,
     /// What gateways are told.
     pub(crate) board: watch::Sender<Board>,
     desk: Desk,
@@ -147,6 +150,7 @@ impl Core {
             writer,
             keys,
             worlds: Worlds::default(),
+            replicas: Sets::default(),
             board,
             desk: Desk::new(now.0),
             fleet: Fleet::default(),
@@ -177,6 +181,7 @@ impl Core {
         let (members, ready) = (std::mem::take(&mut self.members), std::mem::take(&mut self.ready));
         let is_lost = |name: &str| !ready.contains(name);
         self.settle_promises(&members, &mut wake);
+        self.keep_replicas(&jobs, now, &mut wake);
         let mut wanting: Vec<&Job> = Vec::new();
         let mut between = BTreeSet::new();
         for (uid, job) in &jobs {
@@ -185,6 +190,11 @@ impl Core {
                 Some(Next::Consider) => {
                     wanting.push(job);
                     continue;
+                }
+                Some(Next::Nothing { .. })
+                    if self.replicas.is_news(job) && !self.busy.contains(uid) =>
+                {
+                    self.write(job, job.status.clone());
                 }
                 None | Some(Next::Nothing { .. }) => {}
                 Some(Next::Adopt) => {
@@ -505,6 +515,7 @@ impl Core {
         status.checkpoint_at_launch = status.checkpoint;
         status.ranks = u32::try_from(seats.len()).unwrap_or(u32::MAX);
         status.ready = format!("0/{}", seats.len());
+        self.replicas.count(job, &mut status);
         self.promised.insert(job.uid.clone(), Promise::new(job.clone(), attempt, seats.len()));
         let uid = job.uid.clone();
         self.spawn(job.clone(), move |writer, job| async move {
@@ -536,7 +547,8 @@ impl Core {
         }
     }
 
-    pub(crate) fn write(&mut self, job: &Job, status: JobStatus) {
+    pub(crate) fn write(&mut self, job: &Job, mut status: JobStatus) {
+        self.replicas.count(job, &mut status);
         self.call(
             job,
             move |writer, job| async move { writer.status(&job, &status).await.map(Some) },

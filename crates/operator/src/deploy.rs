@@ -24,7 +24,7 @@ pub fn url(namespace: &str) -> String {
 ///
 /// It reads nodes and pods of all namespaces, because it accounts for what others use. It asks whose
 /// tokens it is shown and what their owners may do. It writes no node, reads no secret but its own,
-/// and cannot change its own resources' specs.
+/// and changes of its own resources' specs only queue and priority of a service's replicas.
 #[must_use]
 pub fn cluster_role() -> Value {
     let rule = |group: &str, resources: &[&str], verbs: &[&str]| json!({ "apiGroups": [group], "resources": resources, "verbs": verbs });
@@ -42,7 +42,9 @@ pub fn cluster_role() -> Value {
             { "apiGroups": [GROUP], "resources": texts(&status), "verbs": ["patch"] },
             // Owner references that block deletion need it where that admission plugin is on.
             { "apiGroups": [GROUP], "resources": texts(&finalizers), "verbs": ["update"] },
-            rule(GROUP, &["queues"], &["get", "list", "watch"]),
+            // Replicas of a service, in the queue that its maker may use.
+            rule(GROUP, &["modelservices"], &["create", "delete"]),
+            rule(GROUP, &["queues"], &["get", "list", "watch", "use"]),
             rule(GROUP, &["queues/status"], &["patch"]),
             rule("", &["nodes", "namespaces"], &["get", "list", "watch"]),
             rule("policy", &["poddisruptionbudgets"], &["get", "list", "watch"]),

@@ -24,6 +24,8 @@ pub const DEVICE: &str = "drumline.dev/device";
 pub const SLOT: &str = "drumline.dev/planned-device";
 /// Label: the job's name.
 pub const JOB: &str = "drumline.dev/job";
+/// Label: the service that the pods of a model and all its replicas serve.
+pub const SERVICE: &str = "drumline.dev/service";
 /// The scheduler that pods of gangs name.
 pub const SCHEDULER: &str = "drumline";
 

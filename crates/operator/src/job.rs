@@ -24,6 +24,22 @@ pub const HOST_PATH: &str = "drumline.dev/host-path";
 /// Annotation: the size of each rank's `/dev/shm`.
 pub const SHM_SIZE: &str = "drumline.dev/shm-size";
 
+/// Label: the service whose replica this is.
+pub const REPLICA_OF: &str = "drumline.dev/replica-of";
+/// Label: the replica's number; the service itself is number 0.
+pub const REPLICA: &str = "drumline.dev/replica";
+
+/// Where a replica belongs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaOf {
+    /// The service's name.
+    pub service: String,
+    /// The service's uid.
+    pub uid: String,
+    /// The replica's number, from 1.
+    pub number: u32,
+}
+
 /// Returns how a kind is called in the API.
 #[must_use]
 pub fn resource(kind: JobKind) -> ApiResource {
@@ -76,6 +92,8 @@ pub struct Job {
     pub template_text: Option<String>,
     /// The same, once it was held against the administrator's rules.
     pub template: Template,
+    /// The service whose replica it is.
+    pub replica_of: Option<ReplicaOf>,
     /// The queue that its namespace names.
     pub space_queue: Option<QueueName>,
     /// What it asks for, or every mistake in it, in one line.
@@ -118,6 +136,7 @@ impl Job {
                 .map(|name| name.trim().to_owned())
                 .filter(|name| !name.is_empty())
                 .collect(),
+            replica_of: replica_of(kind, object),
             space_queue: None,
             shared_claim: annotation(SHARED_CLAIM),
             host_path: annotation(HOST_PATH),
@@ -174,6 +193,12 @@ impl Job {
         }
     }
 
+    /// Returns the name of the `ModelService` that the job is, or is a replica of.
+    #[must_use]
+    pub fn served_by(&self) -> &str {
+        self.replica_of.as_ref().map_or(&self.name, |of| &of.service)
+    }
+
     /// Returns the name of the service that gives the job's ranks their addresses.
     #[must_use]
     pub fn service(&self) -> String {
@@ -185,6 +210,20 @@ impl Job {
     pub fn pod(&self, attempt: u32, rank: u32) -> String {
         format!("{}-{}{attempt}-{rank}", self.name, letter(self.kind))
     }
+}
+
+fn replica_of(kind: JobKind, object: &DynamicObject) -> Option<ReplicaOf> {
+    let labels = object.metadata.labels.as_ref()?;
+    let service = labels.get(REPLICA_OF)?;
+    let number = labels.get(REPLICA)?.parse().ok().filter(|number| *number > 0)?;
+    let owners = object.metadata.owner_references.iter().flatten();
+    let owner =
+        owners.into_iter().find(|owner| owner.name == *service && owner.kind == kind.as_str())?;
+    (kind == JobKind::ModelService).then(|| ReplicaOf {
+        service: service.clone(),
+        uid: owner.uid.clone(),
+        number,
+    })
 }
 
 fn letter(kind: JobKind) -> char {

@@ -26,6 +26,7 @@ mod promise;
 pub mod quantity;
 pub mod queues;
 pub mod ranks;
+mod replicas;
 pub mod service;
 pub mod status;
 pub mod step;

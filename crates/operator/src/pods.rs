@@ -3,7 +3,7 @@
 //! One pod for each rank, and not one for each node: a rank is what fails, what is placed and what
 //! a device belongs to, and a pod whose one container is a rank needs no supervisor of its own.
 
-use drumline_spec::{DeviceKind, Gang, JobSpec, Work};
+use drumline_spec::{DeviceKind, Gang, JobKind, JobSpec, Work};
 use drumline_types::JobId;
 use drumline_wire::contract;
 use k8s_openapi::api::core::v1::{Pod, Service};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::ask::Ask;
 use crate::crd::{GROUP, VERSION};
 use crate::desk::gang;
-use crate::gang::{ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SLOT, UID};
+use crate::gang::{ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SERVICE, SLOT, UID};
 use crate::job::Job;
 use crate::ranks::AUDIENCE;
 
@@ -184,7 +184,7 @@ pub fn service(job: &Job) -> Result<Service, serde_json::Error> {
 }
 
 fn labels(job: &Job, id: &JobId, attempt: u32, rank: u32, ranks: u32, device: DeviceKind) -> Value {
-    json!({
+    let mut labels = json!({
         "app.kubernetes.io/managed-by": "drumline",
         JOB: job.name,
         JOB_ID: id.as_str(),
@@ -193,10 +193,15 @@ fn labels(job: &Job, id: &JobId, attempt: u32, rank: u32, ranks: u32, device: De
         RANK: rank.to_string(),
         RANKS: ranks.to_string(),
         DEVICE: device.as_str(),
-    })
+    });
+    if job.kind == JobKind::ModelService {
+        labels[SERVICE] = json!(job.served_by());
+    }
+    labels
 }
 
-fn owner(job: &Job) -> Value {
+/// Returns what makes a job the owner of an object.
+pub(crate) fn owner(job: &Job) -> Value {
     json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
         "kind": job.kind.as_str(),

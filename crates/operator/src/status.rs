@@ -6,6 +6,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::crd::status::{Condition, JobStatus};
 use crate::gang::UID;
 use crate::job::Job;
+use crate::replicas::selector;
 
 /// Returns the job's status with this phase and reason.
 #[must_use]
@@ -17,7 +18,7 @@ pub fn told(job: &Job, phase: JobPhase, why: &Explanation, now_ms: u64) -> JobSt
     reason.clone_into(&mut status.reason);
     status.message.clone_from(&why.message);
     status.observed_generation = job.generation;
-    status.selector = format!("{UID}={}", job.uid);
+    status.selector = selector(job).unwrap_or_else(|| format!("{UID}={}", job.uid));
     let running = phase == JobPhase::Running;
     let succeeded = phase == JobPhase::Succeeded;
     let failed = phase == JobPhase::Failed;

@@ -224,7 +224,6 @@ fn attempt(view: &View<'_>, spec: &JobSpec) -> Next {
             let mut status = told(job, JobPhase::Succeeded, &why, now);
             progressed(&mut status, spec, view.told);
             status.ready = format!("0/{ranks}");
-            status.replicas = 0;
             write(job, status)
         }
         Gang::Running => {
@@ -236,7 +235,6 @@ fn attempt(view: &View<'_>, spec: &JobSpec) -> Next {
             let mut status = told(job, JobPhase::Running, &why, now);
             progressed(&mut status, spec, view.told);
             status.ready = format!("{ranks}/{ranks}");
-            status.replicas = u32::from(matches!(spec.work, Work::ModelService(_)));
             if status.running_since_ms == 0 {
                 status.running_since_ms = now;
             }
@@ -299,7 +297,6 @@ fn failed(view: &View<'_>, spec: &JobSpec, why: &Explanation) -> Next {
         let mut status = told(job, JobPhase::Failed, &last, now);
         progressed(&mut status, spec, view.told);
         status.ready = format!("0/{ranks}");
-        status.replicas = 0;
         return write(job, status);
     }
     let is_refused = view.members.iter().any(|m| m.is_refused && m.attempt == job.status.attempt);
@@ -317,7 +314,6 @@ fn failed(view: &View<'_>, spec: &JobSpec, why: &Explanation) -> Next {
     status.not_before_ms = now + wait_ms;
     status.running_since_ms = 0;
     status.ready = format!("0/{ranks}");
-    status.replicas = 0;
     write(job, status)
 }
 
@@ -401,7 +397,6 @@ pub fn evicted(view: &View<'_>, why: &Explanation) -> JobStatus {
     status.not_before_ms = view.now_ms;
     status.running_since_ms = 0;
     status.ready = format!("0/{}", job.status.ranks);
-    status.replicas = 0;
     status
 }
 

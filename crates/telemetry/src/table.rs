@@ -105,7 +105,7 @@ metrics! {
         JOB_CHECKPOINT_STEP = "drumline_job_checkpoint_step", Kind::Gauge, "", ["job"],
             "The step of the last complete checkpoint.";
         SERVICE_READY = "drumline_service_ready", Kind::Gauge, "", ["service"],
-            "1 when every rank of the service answered just now.";
+            "Replicas of the service of which every rank answered just now.";
         SERVICE_RUNNING = "drumline_service_requests_running", Kind::Gauge, "", ["service"],
             "Requests in the batch.";
         SERVICE_WAITING = "drumline_service_requests_waiting", Kind::Gauge, "", ["service"],

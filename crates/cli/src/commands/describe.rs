@@ -102,6 +102,14 @@ fn text(job: &v1::JobView) -> String {
     }
     if let Some(service) = &job.service {
         line("model", service.served_name.clone());
+        if !service.replica_of.is_empty() {
+            let going = if service.drains { ", finishes its requests and goes" } else { "" };
+            line("replica", format!("{} of {}{going}", service.replica, service.replica_of));
+        } else if service.replicas > 1 || !service.replica_jobs.is_empty() {
+            let (ready, wanted) = (service.replicas_ready, service.replicas);
+            let others = service.replica_jobs.join(", ");
+            line("replicas", format!("{ready} of {wanted} serve; beside this one {others}"));
+        }
         line("endpoint", views::gateway_v1(&service.gateway_url).as_str().unwrap_or("").to_owned());
         line("KV cache", format!("{} in use", told::percent(service.kv_usage)));
     }

@@ -1,4 +1,4 @@
-//! `drumline jobs` and `drumline cancel`.
+//! `drumline jobs`, `drumline cancel` and `drumline scale`.
 
 use clap::{Args, ValueEnum};
 use drumline_wire::v1;
@@ -44,6 +44,30 @@ pub struct CancelArgs {
     /// Ids, as `jobs` shows them.
     #[arg(required = true)]
     pub ids: Vec<String>,
+}
+
+/// Set how many replicas of a served model there are.
+#[derive(Debug, Args)]
+pub struct ScaleArgs {
+    /// The service's id, as `jobs` shows it.
+    pub id: String,
+    /// How many replicas there should be. Those that go finish their requests first.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=drumline_spec::table::REPLICAS_MAX))]
+    pub replicas: u32,
+}
+
+/// Runs `scale`.
+///
+/// # Errors
+/// When the job is no service, or scales by itself; unreachable.
+pub async fn scale(args: &ScaleArgs, access: &Access, format: Format) -> Result<(), Failure> {
+    let client = access.connect().await?;
+    let user = std::env::var("USER").unwrap_or_default();
+    let request = v1::ScaleJobRequest { id: args.id.clone(), replicas: args.replicas, user };
+    let job = client.call(|mut c| async move { c.scale_job(request).await }).await?;
+    output::value(format, &views::job(&job), || {
+        format!("{} scales to {} replicas\n", job.id, args.replicas)
+    })
 }
 
 /// Runs `jobs`.

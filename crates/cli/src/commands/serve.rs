@@ -29,6 +29,9 @@ pub struct ServeArgs {
     /// Pipeline stages.
     #[arg(long, default_value_t = 1)]
     pub pipeline: u32,
+    /// Copies of the model, each on devices of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=drumline_spec::table::REPLICAS_MAX))]
+    pub replicas: u32,
     /// Most sequences in one batch.
     #[arg(long, default_value_t = 8)]
     pub max_batch: u32,
@@ -126,6 +129,7 @@ fn manifest(args: &ServeArgs) -> Value {
         ("model", json!(model)),
         ("servedName", json!(served)),
         ("parallelism", json!({ "tensor": args.tensor, "pipeline": args.pipeline })),
+        ("replicas", json!(args.replicas)),
         ("maxBatch", json!(args.max_batch)),
         ("maxContext", json!(args.max_context)),
         ("maxQueue", json!(args.max_queue)),

@@ -152,6 +152,13 @@ impl Control for Service {
         self.job(&request.into_inner().id).map(Response::new)
     }
 
+    async fn scale_job(
+        &self,
+        request: Request<v1::ScaleJobRequest>,
+    ) -> Result<Response<v1::JobView>, Status> {
+        self.job(&request.into_inner().id).map(Response::new)
+    }
+
     async fn clear_device(
         &self,
         request: Request<v1::ClearDeviceRequest>,

@@ -25,6 +25,10 @@ pub fn of(kind: &str) -> Vec<Value> {
         if kind == "TrainingJob" {
             columns.push(column("Step", "integer", ".status.step"));
         }
+        if kind == "ModelService" {
+            columns.push(column("Replicas", "integer", ".status.replicas"));
+            columns.push(column("Serving", "integer", ".status.readyReplicas"));
+        }
         columns.push(column("Ranks", "string", ".status.ready"));
         columns.push(column("Queue", "string", ".spec.queue"));
         if kind == "TrainingJob" {

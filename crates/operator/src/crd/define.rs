@@ -52,7 +52,7 @@ fn one(kind: &str) -> Option<Value> {
     let mut subresources = Map::from_iter([("status".to_owned(), json!({}))]);
     if kind == "ModelService" {
         let scale = json!({
-            "specReplicasPath": ".spec.parallelism.data",
+            "specReplicasPath": ".spec.replicas",
             "statusReplicasPath": ".status.replicas",
             "labelSelectorPath": ".status.selector",
         });

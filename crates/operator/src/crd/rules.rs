@@ -192,7 +192,22 @@ fn service() -> Vec<Value> {
         rule(
             "self.parallelism.data == 1",
             ".parallelism.data",
-            "replicas are not supported yet; nearest that works: data 1",
+            "must be 1: copies of a service are spec.replicas",
+        ),
+        rule(
+            "!has(self.autoscale) || self.replicas == 1",
+            ".replicas",
+            "autoscale decides; give autoscale.min instead",
+        ),
+        rule(
+            "!has(self.autoscale) || self.autoscale.min <= self.autoscale.max",
+            ".autoscale.min",
+            "min is more than max",
+        ),
+        rule(
+            "!has(self.autoscale) || self.autoscale.waiting < self.maxQueue",
+            ".autoscale.waiting",
+            "so many never wait: it must be less than maxQueue",
         ),
     ]
 }
@@ -202,7 +217,7 @@ fn service() -> Vec<Value> {
 fn fixed(kind: &str) -> Vec<Value> {
     let fields: &[&str] = match kind {
         "TrainingJob" => &["model", "parallelism", "batch", "resources", "steps", "seed"],
-        "ModelService" => &["model", "resources"],
+        "ModelService" => &["model", "parallelism", "resources"],
         "CommandJob" => &["argv", "ranks", "resources"],
         _ => &[],
     };

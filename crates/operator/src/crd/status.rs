@@ -59,9 +59,12 @@ pub struct JobStatus {
     /// Ranks that run, of all: `7/8`.
     #[serde(default)]
     pub ready: String,
-    /// Replicas that run; services only.
+    /// Replicas that there are, the service itself included; services only.
     #[serde(default)]
     pub replicas: u32,
+    /// Replicas that serve.
+    #[serde(default)]
+    pub ready_replicas: u32,
     /// Selects the job's pods.
     #[serde(default)]
     pub selector: String,
@@ -112,8 +115,9 @@ pub fn job_schema() -> Value {
             "launchedMs": count("When the newest attempt was launched. Unit: milliseconds since 1970."),
             "runningSinceMs": count("When every rank ran. Unit: milliseconds since 1970."),
             "ready": text("Ranks that run, of all."),
-            "replicas": count("Replicas that run; services only."),
-            "selector": text("Selects the job's pods."),
+            "replicas": count("Replicas that there are, the service itself included; services only."),
+            "readyReplicas": count("Replicas that serve."),
+            "selector": text("Selects the job's pods; of a service those of all its replicas."),
             "step": maybe("The last finished step of a training run."),
             "loss": { "type": "string", "nullable": true, "description": "The loss of that step." },
             "checkpoint": maybe("The step of the newest complete checkpoint."),

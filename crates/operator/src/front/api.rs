@@ -8,7 +8,8 @@ use drumline_wire::v1;
 use drumline_wire::v1::control_server::Control;
 use futures::Stream;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{Api, DeleteParams, ListParams, Preconditions};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
+use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -16,7 +17,7 @@ use tonic::{Request, Response, Status};
 use crate::front::logs::{RANKS_MAX, RankLog};
 use crate::front::view::{in_full, told, view};
 use crate::front::{Front, is_over, phase_of, refused};
-use crate::job::Job;
+use crate::job::{Job, ReplicaOf};
 
 /// Messages that wait for a reader of a stream.
 const STREAM_MAX: usize = 8;
@@ -162,6 +163,33 @@ impl Control for Front {
         jobs.delete(&job.name, &params).await.map_err(|error| refused(&error))?;
         let job = Job { is_deleting: true, ..job };
         Ok(Response::new(view(&job, &[], &[])))
+    }
+
+    async fn scale_job(
+        &self,
+        request: Request<v1::ScaleJobRequest>,
+    ) -> Result<Response<v1::JobView>, Status> {
+        let v1::ScaleJobRequest { id, replicas, .. } = request.into_inner();
+        let (job, _) = self.find(&id).await?;
+        let name = crate::front::view::id(&job);
+        if job.kind != JobKind::ModelService {
+            let kind = job.kind;
+            return Err(Status::invalid_argument(format!(
+                "{name} is a {kind}; only a ModelService has replicas"
+            )));
+        }
+        if let Some(ReplicaOf { service, .. }) = &job.replica_of {
+            return Err(Status::invalid_argument(format!(
+                "{name} is a replica of {service}; scale that one"
+            )));
+        }
+        // As `kubectl scale` does: the API server checks the number against the resource's rules.
+        let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let jobs = self.objects(job.kind, &job.namespace);
+        jobs.patch_scale(&job.name, &PatchParams::default(), &patch)
+            .await
+            .map_err(|error| refused(&error))?;
+        Ok(Response::new(self.full(&id).await?))
     }
 
     async fn hold_job(

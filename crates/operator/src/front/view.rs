@@ -94,6 +94,14 @@ fn asked(view: &mut v1::JobView, job: &Job, spec: &JobSpec) {
                 max_context: service.max_context,
                 max_batch: service.max_batch,
                 max_queue: service.max_queue,
+                replica_of: job
+                    .replica_of
+                    .as_ref()
+                    .map(|of| of.service.clone())
+                    .unwrap_or_default(),
+                replica: job.replica_of.as_ref().map_or(0, |of| of.number),
+                replicas: status.replicas,
+                replicas_ready: status.ready_replicas,
                 ..v1::ServiceView::default()
             });
         }

@@ -60,7 +60,7 @@ impl Core {
             .values()
             .filter_map(|job| {
                 let told = self.worlds.told(&job.uid, job.status.attempt);
-                view(job, told, &self.keys, now.0)
+                view(job, told, &self.keys, self.replicas.drains(&job.uid), now.0)
             })
             .collect();
         self.board.send_if_modified(|board| {

@@ -44,9 +44,15 @@ impl Services {
     }
 }
 
-/// Returns how gateways see a job; `None` when it serves no model.
+/// Returns how gateways see a job, which `drains` when it is to get no new requests; `None` when it serves no model.
 #[must_use]
-pub fn view(job: &Job, told: Option<&Told>, keys: &Keys, now_ms: u64) -> Option<v1::ServiceView> {
+pub fn view(
+    job: &Job,
+    told: Option<&Told>,
+    keys: &Keys,
+    drains: bool,
+    now_ms: u64,
+) -> Option<v1::ServiceView> {
     let Work::ModelService(spec) = &job.spec.as_ref().ok()?.work else { return None };
     let phase = phase(&job.status);
     if job.is_deleting || phase.is_terminal() {
@@ -59,7 +65,7 @@ pub fn view(job: &Job, told: Option<&Told>, keys: &Keys, now_ms: u64) -> Option<
     Some(v1::ServiceView {
         job: job.id.to_string(),
         served_name: spec.served_name.clone(),
-        ready: is_running && report.ready && !endpoint.is_empty(),
+        ready: is_running && report.ready && !endpoint.is_empty() && !drains,
         endpoint,
         last_step_ms: told.map_or(0, |told| told.progressed_ms),
         running: report.running,
@@ -71,6 +77,10 @@ pub fn view(job: &Job, told: Option<&Told>, keys: &Keys, now_ms: u64) -> Option<
         max_queue: spec.max_queue,
         secret: keys.secret(&job.uid, job.status.attempt).expose().to_owned(),
         gateway_url: String::new(),
+        replica_of: job.replica_of.as_ref().map(|of| of.service.clone()).unwrap_or_default(),
+        replica: job.replica_of.as_ref().map_or(0, |of| of.number),
+        drains,
+        ..v1::ServiceView::default()
     })
 }
 

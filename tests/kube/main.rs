@@ -8,6 +8,7 @@ mod chart;
 mod cluster;
 mod containers;
 mod crds;
+mod devices;
 mod faults;
 mod front;
 mod gangs;

@@ -196,13 +196,43 @@ fn check_model<'b>(
     if first != got {
         let (job, first, other) = (plan.job.clone(), first.to_owned(), got.to_owned());
         found.push(Violation::MixedModels { job, first, other });
-    } else if !gang.models.is_empty() && !gang.models.iter().any(|name| is_called(got, name)) {
+    } else if !may_have(gang, got) {
+        let wanted = match gang.models.as_slice() {
+            [] => "a whole device".to_owned(),
+            models => models.join(" or "),
+        };
         let (device, job, got) = (id.clone(), plan.job.clone(), got.to_owned());
-        found.push(Violation::WrongModel { device, job, got, wanted: gang.models.join(" or ") });
+        found.push(Violation::WrongModel { device, job, got, wanted });
     }
 }
 
-/// Returns whether `name` may stand for a maker's model: the same, or every word of it is there.
+/// Returns whether a gang may get a model: one of those that it names, else any that is whole.
+pub(crate) fn may_have(gang: &Gang, model: &str) -> bool {
+    if gang.models.is_empty() {
+        return !is_instance(model);
+    }
+    gang.models.iter().any(|name| is_called(model, name))
+}
+
+/// Returns whether a model is a part of a GPU that MIG divides, such as `A100 MIG 1g.5gb`.
+fn is_instance(model: &str) -> bool {
+    let lower = model.to_lowercase();
+    let mut before = "";
+    lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).any(|word| {
+        let is_profile = is_slices(before)
+            && word.strip_suffix("gb").is_some_and(|size| size.parse::<u32>().is_ok());
+        before = word;
+        word == "mig" || is_profile
+    })
+}
+
+/// Returns whether a word says how many slices of a GPU there are, as `1g`.
+fn is_slices(word: &str) -> bool {
+    matches!(word.as_bytes(), [digit, b'g'] if digit.is_ascii_digit())
+}
+
+/// Returns whether `name` may stand for a maker's model: the same, or every word of it is there; and
+/// for a part of a GPU only if it says so.
 pub(crate) fn is_called(model: &str, name: &str) -> bool {
     let lower = model.to_lowercase();
     let words = |text: &str| -> Vec<String> {
@@ -211,6 +241,9 @@ pub(crate) fn is_called(model: &str, name: &str) -> bool {
     let there = words(&lower);
     let mut asked = words(&name.to_lowercase());
     asked.retain(|word| !word.is_empty());
+    if is_instance(model) && !asked.iter().any(|word| word == "mig" || is_slices(word)) {
+        return false;
+    }
     lower == name.to_lowercase()
         || (!asked.is_empty() && asked.iter().all(|word| there.contains(word)))
 }

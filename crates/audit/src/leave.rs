@@ -8,7 +8,7 @@ use drumline_spec::{Gang, WHOLE_DEVICE};
 use drumline_types::{DeviceId, JobId, Timestamp};
 
 use crate::books::Books;
-use crate::gang::is_called;
+use crate::gang::may_have;
 use crate::ledger::{Entry, Ledger, Standing};
 use crate::quota::{Charge, Quota};
 use crate::spares::{lost, may_borrow};
@@ -214,8 +214,7 @@ fn fits_idle(ledger: &Ledger, cycle: &Cycle, job: &Entry, kept: &Kept<'_>) -> bo
             let id_here = DeviceId { node: node.name.clone(), index };
             let wanted = device.kind == gang.device
                 && device.health == Health::Healthy
-                && (gang.models.is_empty()
-                    || gang.models.iter().any(|name| is_called(&device.model, name)));
+                && may_have(gang, &device.model);
             if wanted
                 && ledger.left_milli(&id_here) == WHOLE_DEVICE
                 && !given.contains(&id_here)

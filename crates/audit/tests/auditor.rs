@@ -159,12 +159,13 @@ fn every_spoiled_start_is_found_and_named() {
     let in_pairs = Gang { topology: vec![pairs], ..gang(4) };
     let led = Gang { leader: Some(DeviceKind::Cpu), topology: vec![rack], ..gang(3) };
     let h100 = Gang { models: vec!["h100".to_owned()], ..gang(2) };
+    let instances = Gang { models: vec!["1g.10gb".to_owned()], ..gang(2) };
     let thirsty = Gang { cpu_milli: 5000, ..gang(2) };
     let heavy = Gang { memory: Bytes(501), ..gang(2) };
     let shared = Gang { share_milli: 600, ..gang(2) };
     let sized = Gang { elastic: Some(elastic), ..gang(4) };
     type Case<'a> = (&'a Gang, &'a [&'a str], &'a [&'a str]);
-    let cases: [Case<'_>; 27] = [
+    let cases: [Case<'_>; 30] = [
         (&plain, &["a/0", "b/0", "c/0", "c/1"], &[]),
         (&plain, &["a/0", "b/0", "c/0", "c/0"], &["DeviceTwice"]),
         (&plain, &["a/0", "b/0", "c/0", "c/9"], &["NoSuchDevice"]),
@@ -183,6 +184,9 @@ fn every_spoiled_start_is_found_and_named() {
         (&led, &["a/0", "a/1", "b/0"], &["WrongKind"]),
         (&h100, &["a/0", "a/1"], &[]),
         (&h100, &["d/0", "d/1"], &["WrongModel", "WrongModel"]),
+        (&h100, &["e/0", "e/1"], &["WrongModel", "WrongModel"]),
+        (&gang(2), &["e/0", "e/1"], &["WrongModel", "WrongModel"]),
+        (&instances, &["e/0", "e/1"], &[]),
         (&thirsty, &["a/0", "b/1"], &[]),
         (&thirsty, &["a/0", "a/1"], &["CpuOverfull"]),
         (&heavy, &["a/0", "a/1"], &["MemoryOverfull"]),
@@ -194,9 +198,12 @@ fn every_spoiled_start_is_found_and_named() {
         (&plain, &["b/2", "b/3", "c/0", "c/1"], &["DeviceHeld", "DeviceHeld"]),
     ];
     let other = request("other", "default", 0, gang(2));
+    let instance = Device::new(DeviceKind::Gpu, "NVIDIA H100 MIG 1g.10gb", Bytes(10));
+    let divided = Node::new("e".parse().unwrap(), vec![instance; 2]).within("rack", "r2");
     for (gang, devices, expected) in cases {
         let job = request("job", "default", 0, gang.clone());
-        let auditor = auditor(&[&job], &[(&other, &["b/2", "b/3"])]);
+        let mut auditor = auditor(&[&job], &[(&other, &["b/2", "b/3"])]);
+        auditor.apply(&Change::Node { node: Box::new(divided.clone()) });
         let made = cycle(vec![plan(&job, devices)], Vec::new());
         assert_eq!(found(&auditor, &made, &[]), expected, "{gang:?} on {devices:?}");
     }

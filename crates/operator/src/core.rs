@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use drumline_audit::CheckedJob;
 use drumline_cluster::Request;
-use drumline_spec::{Gang, GangSettings, JobKind, Parallelism};
+use drumline_spec::{DeviceKind, Gang, GangSettings, JobKind, Parallelism};
 use drumline_types::{Attempt, Explanation, JobId, JobPhase, Reason, Timestamp};
 use k8s_openapi::api::core::v1::{Namespace, Node as KubeNode, Pod};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -339,7 +339,8 @@ impl Core {
                 });
                 let read = same.or_else(|| {
                     let mut job = Job::read(*kind, object)?;
-                    job.hold_against(&self.writer.rules.host_paths);
+                    let devices = &self.rules.devices;
+                    job.hold_against(&self.writer.rules.host_paths, &|name| devices.is_gpu(name));
                     let queue = spaces.get(&job.namespace).cloned();
                     job.belongs_to(queue);
                     Some(job)
@@ -355,7 +356,7 @@ impl Core {
 
     fn request(&self, job: &Job, guarded: &BTreeSet<String>) -> Option<Request> {
         let spec = job.spec.as_ref().ok()?;
-        let mut request = request(&job.id, spec, job.created_ms, self.rules.cpu_device_milli);
+        let mut request = request(&job.id, spec, job.created_ms, self.rules.devices.cpu_milli);
         request.settings.preemptible &= !guarded.contains(&job.uid);
         Some(request)
     }
@@ -484,7 +485,7 @@ impl Core {
         let attempt = plan.attempt.0;
         let spec = job.spec.as_ref().map_err(Clone::clone)?.at(plan.split);
         let extra = job.template.extra();
-        let ask = Arc::new(ask(&self.writer.rules, &spec, &extra));
+        let mut asks: BTreeMap<Option<String>, Arc<Ask>> = BTreeMap::new();
         let mut seats = Vec::new();
         let mut places = Vec::new();
         for assignment in &plan.assignments {
@@ -492,18 +493,24 @@ impl Core {
                 return Err("a plan names a node that is not there".to_owned());
             };
             let (rank, device) = (assignment.rank.0, plan.gang.device);
-            let slot = self.fleet.slot(node, device, assignment.device.index);
-            seats.push(Seat { rank, node: node.to_owned(), slot });
+            let Some((resource, slot)) = self.fleet.place(node, assignment.device.index) else {
+                return Err("a plan names a device that is not there".to_owned());
+            };
+            let resource = (device != DeviceKind::Cpu).then(|| resource.to_owned());
+            let of_rank = || Arc::new(ask(&self.writer.rules, &spec, resource.as_deref(), &extra));
+            let ask = asks.entry(resource.clone()).or_insert_with(of_rank).clone();
+            seats.push(Seat { rank, node: node.to_owned(), resource: resource.clone(), slot });
             let held = Held {
                 job: job.id.clone(),
                 attempt: plan.attempt,
                 rank,
                 device,
+                resource,
                 node: node.to_owned(),
                 slot: Some(slot),
             };
             let pod = (job.namespace.clone(), job.pod(attempt, rank));
-            places.push(Place { pod, held, ask: ask.clone() });
+            places.push(Place { pod, held, ask });
         }
         self.stores.ledger.open().promise(&job.uid, places, &extra, turn)?;
         let message = format!("attempt {attempt} is being bound to {} devices", seats.len());

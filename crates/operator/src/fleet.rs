@@ -9,16 +9,15 @@ use drumline_types::{Attempt, Bytes, DeviceId, JobId, NodeName};
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 
 use crate::ask::Ask;
+use crate::devices::{CPU, DeviceRules, Offer, Sort, kind};
 use crate::gang::Member;
 use crate::quantity::milli;
 
 /// How nodes are read.
 #[derive(Debug, Clone)]
 pub struct FleetRules {
-    /// The extended resource that is one GPU.
-    pub gpu_resource: String,
-    /// Processor time of one CPU device, in thousandths of a core.
-    pub cpu_device_milli: u64,
+    /// Which resources are devices.
+    pub devices: DeviceRules,
     /// Levels of the topology and the node labels that name their domains, outermost first. A node
     /// that lacks one of the labels has no known place.
     pub topology: Vec<LevelRule>,
@@ -57,8 +56,7 @@ impl LevelRule {
 impl Default for FleetRules {
     fn default() -> Self {
         Self {
-            gpu_resource: "nvidia.com/gpu".to_owned(),
-            cpu_device_milli: 1000,
+            devices: DeviceRules::default(),
             topology: vec![LevelRule {
                 level: "zone".to_owned(),
                 label: "topology.kubernetes.io/zone".to_owned(),
@@ -102,7 +100,7 @@ type Ranks = Vec<(JobId, Attempt, u32, DeviceId)>;
 /// A rank's hold on a device of one node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Ours {
-    kind: DeviceKind,
+    resource: String,
     /// Those that name a slot come first; the others take what is left.
     slot: u32,
     job: JobId,
@@ -110,14 +108,33 @@ struct Ours {
     rank: u32,
 }
 
-/// A node's devices in the core's order: GPU slots first, then those of CPU devices. A slot keeps
-/// its place for as long as the layout is kept, also while the node does not offer it.
+/// Every node's devices by index. The core is told once what a gang holds, so a device keeps its index
+/// for as long as the layout is kept, also while the node does not offer it: what comes later comes
+/// after it.
 #[derive(Debug, Clone, Default)]
-struct Layout {
-    gpu_slots: BTreeMap<String, u32>,
+struct Layout(BTreeMap<String, NodeLayout>);
+
+/// The devices of one node.
+#[derive(Debug, Clone, Default)]
+struct NodeLayout {
+    resources: Vec<Known>,
+    /// For each index the place of its resource above, and which of its devices it is.
+    order: Vec<(usize, u32)>,
 }
 
-/// No node has more devices of one kind.
+/// The devices of one resource of a node.
+#[derive(Debug, Clone)]
+struct Known {
+    resource: String,
+    /// How many the node offers now.
+    count: u32,
+    /// What they are, or were when the node last offered them.
+    sort: Sort,
+    /// The index of each that there is or was.
+    at: Vec<u32>,
+}
+
+/// No node has more devices of one resource.
 const SLOTS_MAX: u32 = 1 << 14;
 
 /// A rank that holds a device of a node: seen on the API server, or assumed until it is.
@@ -131,9 +148,11 @@ pub struct Held {
     pub rank: u32,
     /// What it holds.
     pub device: DeviceKind,
+    /// The resource that it asks for, where it is no CPU device; `None`: the first that is a GPU.
+    pub resource: Option<String>,
     /// Kubernetes' name of the node.
     pub node: String,
-    /// Which of the node's devices of that kind the plan gave it; which one it is in truth is the
+    /// Which of the node's devices of that resource the plan gave it; which one it is in truth is the
     /// kubelet's choice.
     pub slot: Option<u32>,
 }
@@ -146,7 +165,7 @@ impl Fleet {
     pub fn update(&mut self, rules: &FleetRules, now: &NodeNow) -> Result<Node, NodeName> {
         let name = now.name.as_str();
         let alias = alias(name);
-        let ours: Vec<Ours> = now.held.iter().map(Ours::from).collect();
+        let ours: Vec<Ours> = now.held.iter().map(|held| Ours::of(&rules.devices, held)).collect();
         let mut ranks = Ranks::new();
         let node = match &now.node {
             Some(node) => {
@@ -155,7 +174,7 @@ impl Fleet {
             }
             None => {
                 let slots = Slots::of(&ours);
-                slots.give_out(&alias, self.layout.gpu_slots(name, slots.gpus), &mut ranks);
+                slots.give_out(&alias, self.layout.see(name, &[], &slots), &mut ranks);
                 self.names.remove(&alias);
                 Err(alias)
             }
@@ -217,87 +236,154 @@ impl Fleet {
         self.names.get(alias).map(String::as_str)
     }
 
-    /// Returns which of its kind a device is.
+    /// Returns the resource that a device of a node is asked for by, and which of that resource's it is;
+    /// `None`: there is no such device.
     #[must_use]
-    pub fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
-        self.layout.slot(node, kind, index)
+    pub fn place(&self, node: &str, index: u32) -> Option<(&str, u32)> {
+        self.layout.place(node, index)
     }
 }
 
-impl From<&Held> for Ours {
-    fn from(rank: &Held) -> Self {
+impl Ours {
+    fn of(rules: &DeviceRules, held: &Held) -> Self {
+        let resource = match (held.device, &held.resource) {
+            (DeviceKind::Cpu, _) => CPU,
+            (DeviceKind::Gpu, Some(resource)) => resource,
+            (DeviceKind::Gpu, None) => rules.first(),
+        };
         Self {
-            kind: rank.device,
-            slot: rank.slot.filter(|slot| *slot < SLOTS_MAX).unwrap_or(u32::MAX),
-            job: rank.job.clone(),
-            attempt: rank.attempt,
-            rank: rank.rank,
+            resource: resource.to_owned(),
+            slot: held.slot.filter(|slot| *slot < SLOTS_MAX).unwrap_or(u32::MAX),
+            job: held.job.clone(),
+            attempt: held.attempt,
+            rank: held.rank,
         }
     }
 }
 
 impl Layout {
-    /// Returns the number of a node's GPU slots, which never becomes less.
-    fn gpu_slots(&mut self, node: &str, least: u32) -> u32 {
-        let slots = self.gpu_slots.entry(node.to_owned()).or_default();
-        *slots = (*slots).max(least.min(SLOTS_MAX));
-        *slots
+    /// Takes in what a node offers and what gangs hold of it.
+    fn see(&mut self, node: &str, offers: &[Offer], held: &Slots<'_>) -> &NodeLayout {
+        let of_node = self.0.entry(node.to_owned()).or_default();
+        of_node.resources.iter_mut().for_each(|known| known.count = 0);
+        for offer in offers {
+            let count = u32::try_from(offer.count).unwrap_or(u32::MAX).min(SLOTS_MAX);
+            let known = of_node.reach(&offer.resource, count);
+            known.count = count;
+            known.sort = offer.sort.clone();
+        }
+        for (resource, end) in &held.ends {
+            of_node.reach(resource, *end);
+        }
+        of_node.trim(held);
+        of_node
     }
 
-    fn slot(&self, node: &str, kind: DeviceKind, index: u32) -> u32 {
-        let gpus = self.gpu_slots.get(node).copied().unwrap_or(0);
-        if kind == DeviceKind::Gpu { index } else { index.saturating_sub(gpus) }
+    fn place(&self, node: &str, index: u32) -> Option<(&str, u32)> {
+        let of_node = self.0.get(node)?;
+        let (resource, slot) = of_node.order.get(index as usize)?;
+        Some((of_node.resources.get(*resource)?.resource.as_str(), *slot))
+    }
+}
+
+impl NodeLayout {
+    /// Returns a resource with at least so many slots.
+    fn reach(&mut self, resource: &str, slots: u32) -> &mut Known {
+        let found = self.resources.iter().position(|known| known.resource == resource);
+        let at = found.unwrap_or_else(|| {
+            self.resources.push(Known {
+                resource: resource.to_owned(),
+                count: 0,
+                sort: Sort { model: resource.to_owned(), memory: Bytes(0) },
+                at: Vec::new(),
+            });
+            self.resources.len() - 1
+        });
+        let known = &mut self.resources[at];
+        for slot in known.at.len() as u32..slots {
+            known.at.push(self.order.len() as u32);
+            self.order.push((at, slot));
+        }
+        known
+    }
+
+    /// Forgets what is neither offered nor held, where nothing comes after it.
+    fn trim(&mut self, held: &Slots<'_>) {
+        while let Some(&(at, slot)) = self.order.last() {
+            let known = &mut self.resources[at];
+            if slot < known.count || held.taken.contains(&(known.resource.as_str(), slot)) {
+                break;
+            }
+            known.at.pop();
+            self.order.pop();
+        }
+    }
+
+    fn index(&self, resource: &str, slot: u32) -> Option<u32> {
+        let known = self.resources.iter().find(|known| known.resource == resource)?;
+        known.at.get(slot as usize).copied()
+    }
+
+    /// Returns the devices by index.
+    fn devices(&self) -> Vec<Device> {
+        let device = |(at, slot): &(usize, u32)| {
+            let known = &self.resources[*at];
+            let is_there = *slot < known.count;
+            Device {
+                health: match is_there {
+                    true => Health::Healthy,
+                    false => Health::Failed("the node does not offer it any more".to_owned()),
+                },
+                ..Device::new(kind(&known.resource), known.sort.model.as_str(), known.sort.memory)
+            }
+        };
+        self.order.iter().map(device).collect()
     }
 }
 
 /// The slots that gangs hold of one node, each named once.
 struct Slots<'a> {
     held: Vec<(&'a Ours, u32)>,
-    /// One more than the greatest GPU slot that is held.
-    gpus: u32,
-    /// The same for CPU devices.
-    cpus: u32,
+    taken: BTreeSet<(&'a str, u32)>,
+    /// One more than the greatest slot of each resource that is held.
+    ends: BTreeMap<&'a str, u32>,
 }
 
 impl<'a> Slots<'a> {
     fn of(ours: &'a [Ours]) -> Self {
         let mut sorted: Vec<&Ours> = ours.iter().collect();
         sorted.sort();
-        let mut slots = Self { held: Vec::new(), gpus: 0, cpus: 0 };
-        let mut taken: BTreeSet<(DeviceKind, u32)> = BTreeSet::new();
+        let mut slots = Self { held: Vec::new(), taken: BTreeSet::new(), ends: BTreeMap::new() };
         for one in sorted {
+            let name = one.resource.as_str();
             // Pods that name no slot, or one that another has, get the first that is free.
-            let free = |slot: &u32| !taken.contains(&(one.kind, *slot));
+            let free = |slot: &u32| !slots.taken.contains(&(name, *slot));
             let named = Some(one.slot).filter(|slot| *slot < SLOTS_MAX).filter(free);
             let Some(slot) = named.or_else(|| (0..SLOTS_MAX).find(free)) else { continue };
-            taken.insert((one.kind, slot));
-            let end = if one.kind == DeviceKind::Gpu { &mut slots.gpus } else { &mut slots.cpus };
+            slots.taken.insert((name, slot));
+            let end = slots.ends.entry(name).or_default();
             *end = (*end).max(slot + 1);
             slots.held.push((one, slot));
         }
         slots
     }
 
-    fn count(&self, kind: DeviceKind) -> u64 {
-        self.held.iter().filter(|(one, _)| one.kind == kind).count() as u64
-    }
-
-    fn has(&self, kind: DeviceKind, slot: u32) -> bool {
-        self.held.iter().any(|(one, held)| one.kind == kind && *held == slot)
+    fn count(&self, resource: &str) -> u64 {
+        self.held.iter().filter(|(one, _)| one.resource == resource).count() as u64
     }
 
     /// Gives the node's devices to the gangs that hold them.
-    fn give_out(&self, node: &NodeName, gpu_slots: u32, ranks: &mut Ranks) {
+    fn give_out(&self, node: &NodeName, layout: &NodeLayout, ranks: &mut Ranks) {
         for (one, slot) in &self.held {
-            let first = if one.kind == DeviceKind::Gpu { 0 } else { gpu_slots };
-            let device = DeviceId { node: node.clone(), index: first + slot };
+            let Some(index) = layout.index(&one.resource, *slot) else { continue };
+            let device = DeviceId { node: node.clone(), index };
             ranks.push((one.job.clone(), one.attempt, one.rank, device));
         }
     }
 }
 
-/// Reads one node: GPUs first, then CPU devices; of what no gang holds, the last of each kind are
-/// what others use.
+/// Reads one node: its GPUs by resource, then CPU devices; of what no gang holds, the last of each
+/// resource are what others use.
 fn read(
     rules: &FleetRules,
     layout: &mut Layout,
@@ -309,40 +395,24 @@ fn read(
 ) -> Node {
     let labels = node.metadata.labels.clone().unwrap_or_default();
     let name = node.metadata.name.as_deref().unwrap_or_default();
-    let gpu_model = labels.get("nvidia.com/gpu.product").cloned().unwrap_or_default();
-    let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX).min(SLOTS_MAX);
-    let gpus = count(allocatable(node, &rules.gpu_resource).unwrap_or(0) / 1000);
-    let cpu_milli = allocatable(node, "cpu").unwrap_or(0);
-    let device_milli = rules.cpu_device_milli.max(1);
-    let cpus = count(cpu_milli / device_milli);
     let slots = Slots::of(ours);
-    let gpu_slots = layout.gpu_slots(name, gpus.max(slots.gpus));
-    let cpu_slots = cpus.max(slots.cpus);
-    slots.give_out(&alias, gpu_slots, ranks);
-    let mut out = Node::new(
-        alias,
-        devices(DeviceKind::Gpu, gpus, gpu_slots, &gpu_model)
-            .chain(devices(DeviceKind::Cpu, cpus, cpu_slots, "cpu"))
-            .collect(),
-    );
-    let slots = &slots;
-    let others = |kind, first: u32, count: u32, used: u64| {
-        let room = u64::from(count).saturating_sub(slots.count(kind));
-        let free = (0..count).rev().filter(move |slot| !slots.has(kind, *slot));
-        free.take(used.min(room) as usize).map(move |slot| (first + slot, WHOLE_DEVICE))
-    };
-    let gpus_others = taken.get(&rules.gpu_resource).div_ceil(1000);
-    let cpus_others = taken.get("cpu").div_ceil(device_milli);
+    let layout = layout.see(name, &rules.devices.offers(node), &slots);
+    slots.give_out(&alias, layout, ranks);
+    let mut used = BTreeMap::new();
+    for known in &layout.resources {
+        let resource = known.resource.as_str();
+        let others = rules.devices.taken(resource, taken.get(resource));
+        let room = u64::from(known.count).saturating_sub(slots.count(resource));
+        let there = (0..known.count).zip(&known.at).rev();
+        let free = there.filter(|(slot, _)| !slots.taken.contains(&(resource, *slot)));
+        let theirs = free.take(others.min(room) as usize);
+        used.extend(theirs.map(|(_, index)| (*index, WHOLE_DEVICE)));
+    }
+    let mut out = Node::new(alias, layout.devices());
     out.external = External {
         cpu_milli: taken.get("cpu"),
         memory: Bytes(taken.get("memory").div_ceil(1000)),
-        devices: [
-            others(DeviceKind::Gpu, 0, gpus, gpus_others).collect::<Vec<_>>(),
-            others(DeviceKind::Cpu, gpu_slots, cpus, cpus_others).collect(),
-        ]
-        .concat()
-        .into_iter()
-        .collect(),
+        devices: used,
     };
     let place = |rule: &LevelRule| {
         let name = labels.get(&rule.label)?;
@@ -353,27 +423,10 @@ fn read(
     out.ready = is_ready(node);
     out.cordoned = node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false);
     out.taints = taints(rules, node);
-    out.cpu_milli = cpu_milli;
+    out.cpu_milli = allocatable(node, "cpu").unwrap_or(0);
     out.memory = Bytes(allocatable(node, "memory").unwrap_or(0) / 1000);
     out.labels = labels;
     out
-}
-
-/// Returns `count` devices, and the slots beyond them that were devices once.
-fn devices(
-    kind: DeviceKind,
-    count: u32,
-    slots: u32,
-    model: &str,
-) -> impl Iterator<Item = Device> + '_ {
-    (0..slots).map(move |index| Device {
-        health: if index < count {
-            Health::Healthy
-        } else {
-            Health::Failed("the node does not offer it any more".to_owned())
-        },
-        ..Device::new(kind, model, Bytes(0))
-    })
 }
 
 /// Returns what a node offers of a resource, in thousandths.
@@ -425,6 +478,7 @@ pub fn held(member: &Member) -> Option<Held> {
         attempt: Attempt(member.attempt),
         rank: member.rank,
         device: member.device,
+        resource: member.resource.clone(),
         node: member.holds.clone()?,
         slot: member.slot,
     })
@@ -529,6 +583,7 @@ mod tests {
                 attempt: Attempt(3),
                 rank,
                 device: DeviceKind::Gpu,
+                resource: None,
                 node: node.to_owned(),
                 slot: None,
             })
@@ -566,6 +621,7 @@ mod tests {
             attempt: Attempt(1),
             rank: 0,
             device: DeviceKind::Cpu,
+            resource: None,
             node: "a".to_owned(),
             slot: Some(2),
         };
@@ -585,7 +641,83 @@ mod tests {
         assert_eq!(index(&held, 2, &others), 4);
         (held.device, held.slot) = (DeviceKind::Gpu, Some(1));
         assert_eq!(index(&held, 0, &others), 1);
-        assert_eq!(fleet.slot("a", DeviceKind::Cpu, 4), 2);
+        assert_eq!(fleet.place("a", 4), Some((CPU, 2)));
+        assert_eq!(fleet.place("a", 99), None);
+    }
+
+    #[test]
+    fn every_resource_of_a_node_is_counted_for_itself() {
+        const MIG: &str = "nvidia.com/mig-1g.10gb";
+        let mut fleet = Fleet::default();
+        let mut mixed = node("a", 2, "4");
+        let offered = mixed.status.as_mut().unwrap().allocatable.as_mut().unwrap();
+        offered.insert(MIG.to_owned(), serde_json::from_value(json!("3")).unwrap());
+        let mut held = Held {
+            job: "j".parse().unwrap(),
+            attempt: Attempt(1),
+            rank: 0,
+            device: DeviceKind::Gpu,
+            resource: Some(MIG.to_owned()),
+            node: "a".to_owned(),
+            slot: Some(1),
+        };
+        let others = [pod("a", "Running", json!({ MIG: "1", "nvidia.com/gpu": "1" }))];
+        let read = update(&mut fleet, &mixed, std::slice::from_ref(&held), &others);
+        let models: Vec<&str> = read.devices.iter().map(|device| device.model.as_str()).collect();
+        let (whole, part) = ("nvidia.com/gpu", "MIG-1g.10gb");
+        assert_eq!(models, [whole, whole, part, part, part, "cpu", "cpu", "cpu", "cpu"]);
+        // The second instance is the gang's; others have the last of each.
+        assert_eq!(fleet.held[&held.job].1[0].index, 3);
+        assert_eq!(read.external.devices.keys().copied().collect::<Vec<u32>>(), [1, 4]);
+        assert_eq!(fleet.place("a", 3), Some((MIG, 1)));
+        assert_eq!(fleet.place("a", 5), Some((CPU, 0)));
+        // A pod that was made when there was but one resource holds a whole GPU.
+        (held.resource, held.slot) = (None, Some(0));
+        let read = update(&mut fleet, &mixed, std::slice::from_ref(&held), &others);
+        assert_eq!(fleet.held[&held.job].1[0].index, 0);
+        assert_eq!(free(&fleet, &read, DeviceKind::Gpu), 2);
+        // The card is not divided any more, and what was held of it is.
+        held.resource = Some(MIG.to_owned());
+        let read = update(&mut fleet, &node("a", 2, "4"), std::slice::from_ref(&held), &[]);
+        assert_eq!(fleet.held[&held.job].1[0].index, 2);
+        assert!(read.devices[2..5].iter().all(|device| device.health != Health::Healthy));
+        assert_eq!(read.devices[2].model, part);
+    }
+
+    #[test]
+    fn what_a_node_offers_later_comes_after_what_is_held() {
+        let mut fleet = Fleet::default();
+        let held = Held {
+            job: "j".parse().unwrap(),
+            attempt: Attempt(1),
+            rank: 0,
+            device: DeviceKind::Cpu,
+            resource: None,
+            node: "a".to_owned(),
+            slot: Some(0),
+        };
+        let kinds = |node: &Node| -> String {
+            let letter = |device: &Device| match (device.kind, &device.health) {
+                (DeviceKind::Gpu, Health::Healthy) => 'G',
+                (DeviceKind::Gpu, _) => 'g',
+                (DeviceKind::Cpu, Health::Healthy) => 'C',
+                (DeviceKind::Cpu, _) => 'c',
+            };
+            node.devices.iter().map(letter).collect()
+        };
+        let held = std::slice::from_ref(&held);
+        // The device plugin starts after the gang, and its devices become more.
+        for (gpus, cpu, all) in [
+            (0, "2", "CC"),
+            (2, "2", "CCGG"),
+            (3, "3", "CCGGGC"),
+            (1, "3", "CCGggC"),
+            (1, "1", "CcG"),
+        ] {
+            let read = update(&mut fleet, &node("a", gpus, cpu), held, &[]);
+            assert_eq!(kinds(&read), all);
+            assert_eq!(fleet.held[&held[0].job].1[0].index, 0);
+        }
     }
 
     #[test]

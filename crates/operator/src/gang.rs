@@ -20,7 +20,9 @@ pub const RANK: &str = "drumline.dev/rank";
 pub const RANKS: &str = "drumline.dev/ranks";
 /// Label: the kind of device that the rank holds.
 pub const DEVICE: &str = "drumline.dev/device";
-/// Annotation: which of its node's devices of that kind the plan gave it.
+/// Annotation: the extended resource that is its device.
+pub const RESOURCE: &str = "drumline.dev/planned-resource";
+/// Annotation: which of its node's devices of that resource the plan gave it.
 pub const SLOT: &str = "drumline.dev/planned-device";
 /// Label: the job's name.
 pub const JOB: &str = "drumline.dev/job";
@@ -63,7 +65,9 @@ pub struct Member {
     pub ranks: u32,
     /// The kind of device that it holds.
     pub device: DeviceKind,
-    /// Which of its node's devices of that kind the plan gave it.
+    /// The extended resource that is its device; `None`: the first that is a GPU, or none.
+    pub resource: Option<String>,
+    /// Which of its node's devices of that resource the plan gave it.
     pub slot: Option<u32>,
     /// Where it stands.
     pub standing: Standing,
@@ -129,12 +133,8 @@ impl Member {
                 Some("gpu") => DeviceKind::Gpu,
                 _ => DeviceKind::Cpu,
             },
-            slot: pod
-                .metadata
-                .annotations
-                .as_ref()
-                .and_then(|all| all.get(SLOT))
-                .and_then(|text| text.parse().ok()),
+            resource: annotation(pod, RESOURCE).filter(|name| asks_for(pod, name)).cloned(),
+            slot: annotation(pod, SLOT).and_then(|text| text.parse().ok()),
             standing,
             node: spec.node_name.clone(),
             holds: occupied(pod).map(str::to_owned),
@@ -154,6 +154,18 @@ impl Member {
             told: told.join(": "),
         })
     }
+}
+
+fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
+    pod.metadata.annotations.as_ref()?.get(key)
+}
+
+/// Whether a pod asks for a resource. Annotations may be changed by whoever may change pods; what it
+/// asks for may not.
+fn asks_for(pod: &Pod, resource: &str) -> bool {
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let resources = containers.filter_map(|container| container.resources.as_ref());
+    resources.filter_map(|all| all.limits.as_ref()).any(|limits| limits.contains_key(resource))
 }
 
 /// Whether a pod's reason is that its kubelet did not admit it for want of a resource.
@@ -268,6 +280,7 @@ mod tests {
             rank,
             ranks: 2,
             device: DeviceKind::Cpu,
+            resource: None,
             slot: None,
             standing,
             node: (standing != Standing::Unbound).then(|| "a".to_owned()),
@@ -300,6 +313,7 @@ mod tests {
         let refused = Member { is_refused: true, ..member(1, Failed) };
         let Gang::Broken(why) = judged(&[member(0, Running), refused], false) else { panic!() };
         assert_eq!(why.reason, Reason::Moved);
+        assert!(is_refusal("OutOfnvidia.com/mig-1g.10gb"));
         assert!(is_refusal("OutOfnvidia.com/gpu") && !is_refusal("Evicted"));
         let Gang::Broken(why) = judged(&pair(Running, Succeeded), true) else { panic!() };
         assert_eq!(why.reason, Reason::NodeLost);

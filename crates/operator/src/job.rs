@@ -164,7 +164,9 @@ impl Job {
     }
 
     /// Refuses what its annotations ask for and an administrator has not allowed.
-    pub fn hold_against(&mut self, host_paths: &[String]) {
+    ///
+    /// `is_device` knows the resources that are ranks' devices.
+    pub fn hold_against(&mut self, host_paths: &[String], is_device: &dyn Fn(&str) -> bool) {
         let is_allowed = |path: &str| {
             let below = |allowed: &String| {
                 path.strip_prefix(allowed.trim_end_matches('/'))
@@ -173,7 +175,7 @@ impl Job {
             !path.split('/').any(|part| part == "..") && host_paths.iter().any(below)
         };
         if let Some(text) = &self.template_text {
-            match Template::read(text, &is_allowed) {
+            match Template::read(text, &is_allowed, is_device) {
                 Ok(template) => self.template = template,
                 Err(why) => self.spec = Err(format!("annotation {TEMPLATE}: {why}")),
             }

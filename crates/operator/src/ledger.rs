@@ -563,6 +563,7 @@ mod tests {
                 attempt: Attempt(1),
                 rank,
                 device: DeviceKind::Gpu,
+                resource: None,
                 node: "a".to_owned(),
                 slot: Some(rank),
             },
@@ -614,6 +615,37 @@ mod tests {
         // A pod that has gone leaves its room to the next.
         books.pod_event(&Event::Delete(pod("p0", Some("a"), 1)));
         assert_eq!(review(&mut books, "p2"), Verdict::Allowed);
+    }
+
+    #[test]
+    fn what_is_promised_of_one_resource_leaves_the_others_alone() {
+        const MIG: &str = "nvidia.com/mig-1g.10gb";
+        let mut books = books();
+        let node = json!({ "metadata": { "name": "a" },
+                           "status": { "allocatable": { GPU: "4", MIG: "2", "pods": "110" } } });
+        books.node_event(&Event::Apply(serde_json::from_value(node).unwrap()));
+        let instance = |rank| {
+            let mut place = place(rank);
+            let mut ask = Ask::place();
+            ask.put(MIG, 1000);
+            (place.held.resource, place.ask) = (Some(MIG.to_owned()), Arc::new(ask));
+            place
+        };
+        books.promise("job", vec![instance(0), instance(1)], &Ask::default(), 0).unwrap();
+        let wants_instance = |name: &str| {
+            let mut pod = pod(name, None, 0);
+            let resources = json!({ "limits": { MIG: "1" } });
+            pod.spec.as_mut().unwrap().containers[0].resources =
+                serde_json::from_value(resources).unwrap();
+            pod
+        };
+        books.pod_event(&Event::Apply(wants_instance("m")));
+        let Verdict::Refused(why) = review(&mut books, "m") else { panic!("let through") };
+        assert!(why.contains("nvidia.com/mig-1g.10gb of a") && why.contains("0 are left of 2"));
+        assert_eq!(review(&mut books, "p0"), Verdict::Allowed);
+        let late = books.promise("other", vec![instance(2)], &Ask::default(), 0).unwrap_err();
+        assert!(late.contains(MIG), "{late}");
+        books.promise("other", vec![place(2), place(3)], &Ask::default(), 0).unwrap();
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod core;
 pub mod crd;
 pub mod deploy;
 pub mod desk;
+pub mod devices;
 pub mod fleet;
 pub mod front;
 pub mod gang;
@@ -34,6 +35,7 @@ pub mod template;
 mod waits;
 mod wake;
 
+pub use devices::{DeviceRules, GpuResource};
 pub use fleet::{FleetRules, LevelRule};
 pub use guard::{GuardRules, WhenAway};
 pub use lease::LeaseRules;

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use drumline_spec::DeviceKind;
 use drumline_telemetry::http::{IsReady, Refresh, serve_probed};
 use drumline_telemetry::table;
 use drumline_types::{JobPhase, Timestamp};
@@ -18,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::core::Stores;
 use crate::crd::status::JobStatus;
+use crate::devices::kind;
 use crate::fleet::{FleetRules, is_ready};
 use crate::gang::Member;
 use crate::lease::Leadership;
-use crate::quantity::milli;
 
 /// Where it is told, and to whom.
 #[derive(Debug, Clone)]
@@ -163,16 +164,12 @@ impl Gauges {
 
 /// Returns the devices that a node offers, by kind.
 fn offered(node: &KubeNode, rules: &FleetRules) -> [(&'static str, i64); 2] {
-    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let of = |name: &str| {
-        let quantity = allocatable.and_then(|all| all.get(name));
-        quantity.and_then(|one| milli(&one.0)).unwrap_or(0)
-    };
-    let whole = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-    [
-        ("gpu", whole(of(&rules.gpu_resource) / 1000)),
-        ("cpu", whole(of("cpu") / rules.cpu_device_milli.max(1))),
-    ]
+    let offers = rules.devices.offers(node);
+    [DeviceKind::Gpu, DeviceKind::Cpu].map(|of| {
+        let of_kind = offers.iter().filter(|offer| kind(&offer.resource) == of);
+        let count = of_kind.fold(0, |count: u64, offer| count.saturating_add(offer.count));
+        (of.as_str(), i64::try_from(count).unwrap_or(i64::MAX))
+    })
 }
 
 /// Serves probes and metrics until `stop`. Failing to is told and stops nothing else.

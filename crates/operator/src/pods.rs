@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use crate::ask::Ask;
 use crate::crd::{GROUP, VERSION};
 use crate::desk::gang;
-use crate::gang::{ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, SCHEDULER, SERVICE, SLOT, UID};
+use crate::gang::{
+    ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, RESOURCE, SCHEDULER, SERVICE, SLOT, UID,
+};
 use crate::job::Job;
 use crate::ranks::AUDIENCE;
 
@@ -31,8 +33,6 @@ pub const MASTER_PORT: u16 = 29_500;
 pub struct PodRules {
     /// The image of ranks that name none.
     pub image: String,
-    /// The extended resource that is one GPU.
-    pub gpu_resource: String,
     /// Processor time of one CPU device, in thousandths of a core.
     pub cpu_device_milli: u64,
     /// Keys of taints that every gang tolerates.
@@ -56,7 +56,6 @@ impl Default for PodRules {
     fn default() -> Self {
         Self {
             image: "drumline:latest".to_owned(),
-            gpu_resource: "nvidia.com/gpu".to_owned(),
             cpu_device_milli: 1000,
             tolerated: vec!["nvidia.com/gpu".to_owned()],
             shared_claim: String::new(),
@@ -76,7 +75,9 @@ pub struct Seat {
     pub rank: u32,
     /// Kubernetes' name of the node that the checked plan gives it.
     pub node: String,
-    /// Which of the node's devices of its kind.
+    /// The extended resource that is its device; `None`: it is a CPU device.
+    pub resource: Option<String>,
+    /// Which of the node's devices of that resource.
     pub slot: u32,
 }
 
@@ -98,7 +99,7 @@ pub fn pod(
         "name": "rank",
         "image": job.image.as_deref().unwrap_or(&rules.image),
         "env": environment(rules, job, spec, attempt, seat.rank)?,
-        "resources": resources(rules, &gang),
+        "resources": resources(&gang, seat),
         "securityContext": {
             "allowPrivilegeEscalation": false,
             "capabilities": { "drop": ["ALL"] },
@@ -133,12 +134,17 @@ pub fn pod(
         None => json!({ "key": one.key, "operator": "Exists" }),
     }));
     let secrets: Vec<Value> = job.pull_secrets.iter().map(|name| json!({ "name": name })).collect();
+    let mut annotations =
+        json!({ "drumline.dev/planned-node": seat.node, SLOT: seat.slot.to_string() });
+    if let Some(resource) = &seat.resource {
+        annotations[RESOURCE] = json!(resource);
+    }
     let mut pod = json!({
         "metadata": {
             "name": job.pod(attempt, seat.rank),
             "namespace": job.namespace,
             "labels": labels,
-            "annotations": { "drumline.dev/planned-node": seat.node, SLOT: seat.slot.to_string() },
+            "annotations": annotations,
             "ownerReferences": [owner(job)],
         },
         "spec": {
@@ -216,21 +222,22 @@ fn host(rank: u32) -> String {
     format!("r{rank}")
 }
 
-/// Returns what the pod of each rank asks of its node; `extra` is beside its device.
+/// Returns what the pod of a rank asks of its node: `resource` is its device where that is no CPU
+/// device, `extra` is beside it.
 #[must_use]
-pub fn ask(rules: &PodRules, spec: &JobSpec, extra: &Ask) -> Ask {
+pub fn ask(rules: &PodRules, spec: &JobSpec, resource: Option<&str>, extra: &Ask) -> Ask {
     let gang = gang(spec, rules.cpu_device_milli);
     let mut ask = Ask::place();
     ask.put("cpu", gang.cpu_milli);
     ask.put("memory", gang.memory.0.saturating_mul(1000));
-    if gang.device == DeviceKind::Gpu {
-        ask.put(&rules.gpu_resource, 1000);
+    if let Some(resource) = resource {
+        ask.put(resource, 1000);
     }
     ask.add(extra);
     ask
 }
 
-fn resources(rules: &PodRules, gang: &Gang) -> Value {
+fn resources(gang: &Gang, seat: &Seat) -> Value {
     let mut requests = json!({});
     if gang.cpu_milli > 0 {
         requests["cpu"] = json!(format!("{}m", gang.cpu_milli));
@@ -239,8 +246,8 @@ fn resources(rules: &PodRules, gang: &Gang) -> Value {
         requests["memory"] = json!(gang.memory.0.to_string());
     }
     let mut limits = json!({});
-    if gang.device == DeviceKind::Gpu {
-        limits[&rules.gpu_resource] = json!("1");
+    if let Some(resource) = &seat.resource {
+        limits[resource] = json!("1");
     }
     json!({ "requests": requests, "limits": limits })
 }

@@ -25,6 +25,7 @@ use tonic::Status;
 
 use crate::core::{Core, Stores};
 use crate::deploy::{RANKS_PORT, url};
+use crate::devices::GpuResource;
 use crate::fleet::FleetRules;
 use crate::guard::{self, GuardError, GuardRules, InEffect};
 use crate::job::{resource, resource_named};
@@ -350,18 +351,17 @@ impl Options {
         })
     }
 
-    /// Sets the extended resource that is one GPU, for nodes and pods alike.
+    /// Sets the extended resources that are GPUs.
     #[must_use]
-    pub fn gpu_resource(mut self, name: &str) -> Self {
-        name.clone_into(&mut self.fleet.gpu_resource);
-        name.clone_into(&mut self.pods.gpu_resource);
+    pub fn gpu_resources(mut self, gpus: Vec<GpuResource>) -> Self {
+        self.fleet.devices.gpus = gpus;
         self
     }
 
     /// Sets the processor time of one CPU device, in thousandths of a core.
     #[must_use]
     pub fn cpu_device_milli(mut self, milli: u64) -> Self {
-        self.fleet.cpu_device_milli = milli.max(1);
+        self.fleet.devices.cpu_milli = milli.max(1);
         self.pods.cpu_device_milli = milli.max(1);
         self
     }

@@ -50,11 +50,16 @@ pub struct Template {
 }
 
 impl Template {
-    /// Reads an annotation. `may_mount` says whether a folder of the nodes may be mounted.
+    /// Reads an annotation. `may_mount` says whether a folder of the nodes may be mounted, `is_device`
+    /// whether a resource is a rank's device, of which it gets the one that its plan gives it.
     ///
     /// # Errors
     /// The first thing that may not be named, with its place.
-    pub fn read(text: &str, may_mount: &dyn Fn(&str) -> bool) -> Result<Self, String> {
+    pub fn read(
+        text: &str,
+        may_mount: &dyn Fn(&str) -> bool,
+        is_device: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, String> {
         let value: Value =
             serde_json::from_str(text).map_err(|error| format!("no JSON: {error}"))?;
         let mut template = Self::default();
@@ -64,6 +69,12 @@ impl Template {
                 "spec" => template.read_spec(object("spec", value)?, may_mount)?,
                 other => return Err(unknown(other)),
             }
+        }
+        if let Some(name) = template.extra.keys().find(|name| is_device(name)) {
+            return Err(format!(
+                "spec.containers[0].resources.limits.{name}: a rank gets the one device of its plan; \
+                 spec.resources of the job says which"
+            ));
         }
         Ok(template)
     }
@@ -231,7 +242,8 @@ mod tests {
     use super::*;
 
     fn read(value: &Value) -> Result<Template, String> {
-        Template::read(&value.to_string(), &|path| path == "/data")
+        let is_device = |name: &str| name == "nvidia.com/gpu";
+        Template::read(&value.to_string(), &|path| path == "/data", &is_device)
     }
 
     #[test]
@@ -281,6 +293,11 @@ mod tests {
                 "limits.cpu",
             ),
             (
+                json!({ "spec": { "containers": [{ "resources": {
+                    "limits": { "nvidia.com/gpu": 8 } } }] } }),
+                "limits.nvidia.com/gpu: a rank gets the one device of its plan",
+            ),
+            (
                 json!({ "spec": { "containers": [{ "resources": { "requests": {} } }] } }),
                 "limits are wanted",
             ),
@@ -297,6 +314,6 @@ mod tests {
             let why = read(&value).unwrap_err();
             assert!(why.contains(told), "{value}: {why}");
         }
-        assert!(Template::read("{", &|_| true).unwrap_err().contains("JSON"));
+        assert!(Template::read("{", &|_| true, &|_| false).unwrap_err().contains("JSON"));
     }
 }

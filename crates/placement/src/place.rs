@@ -1,7 +1,7 @@
 //! One gang on a fleet: models, sizes and wishes in turn, until something fits.
 
 use drumline_cluster::{Commitment, Slice, Snapshot, Stock};
-use drumline_spec::{Gang, Parallelism, WHOLE_DEVICE};
+use drumline_spec::{Gang, Parallelism, WHOLE_DEVICE, is_mig_instance};
 use drumline_types::{Attempt, DeviceId, JobId};
 
 use crate::devices::pick;
@@ -90,13 +90,15 @@ fn sane(gang: &Gang) -> Gang {
 }
 
 /// Returns the numbers of the models that will do, in the order in which they are tried: as the
-/// gang prefers, else the one with the least memory first.
+/// gang prefers, else the one with the least memory first. What MIG has divided is had by name alone:
+/// who names nothing counts on a whole device.
 pub(crate) fn models(fleet: &Snapshot, gang: &Gang) -> Vec<u32> {
     let mut of_kind: Vec<(u32, &Stock)> = fleet
         .stocks()
         .filter(|(_, stock)| stock.kind() == gang.device && stock.all() > 0)
         .collect();
     if gang.models.is_empty() {
+        of_kind.retain(|(_, stock)| !is_mig_instance(stock.model()));
         of_kind.sort_by(|(_, a), (_, b)| (a.memory(), a.model()).cmp(&(b.memory(), b.model())));
         return of_kind.into_iter().map(|(at, _)| at).collect();
     }

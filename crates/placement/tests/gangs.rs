@@ -79,6 +79,19 @@ fn models_are_tried_in_the_order_of_preference_and_else_the_smallest_first() {
 }
 
 #[test]
+fn what_mig_has_divided_is_had_by_name_alone() {
+    let instance = "A100-SXM4-80GB-MIG-1g.10gb";
+    let mut mixed = node("z/r1/a", (1, "A100-SXM4-80GB", 80), 0, 0);
+    mixed.devices.extend(vec![Device::new(DeviceKind::Gpu, instance, Bytes(10 << 30)); 7]);
+    let fleet = fleet([mixed]);
+    // The smallest would come first.
+    assert_eq!(put(&fleet, &gpus(1)).unwrap(), ["a/0"]);
+    assert_eq!(put(&fleet, &gpus(2)), Err(Reason::ExceedsCluster));
+    let named = Gang { models: vec![instance.to_owned()], ..gpus(7) };
+    assert_eq!(put(&fleet, &named).unwrap().len(), 7);
+}
+
+#[test]
 fn an_elastic_gang_changes_its_copies_and_never_splits_one() {
     let fleet = fleet([node("z/r1/a", (7, "H100", 80), 0, 0)]);
     let split = Parallelism { tensor: 2, pipeline: 1, data: 4 };

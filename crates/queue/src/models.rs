@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use drumline_spec::DeviceKind;
+use drumline_spec::{DeviceKind, is_mig_instance, means_mig_instances};
 
 /// A device model of the fleet, interned. The number means nothing outside one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,11 +72,15 @@ impl Models {
 
 /// Returns whether `wanted`, such as `h100`, means the model that its maker calls, for example,
 /// `NVIDIA H100 80GB HBM3`: the same text, or each of its words is a word of the model. Case does
-/// not count; words are runs of letters and digits.
+/// not count; words are runs of letters and digits. An instance of a GPU that MIG divides is meant only
+/// by a name that says so: `a100` means the whole ones.
 #[must_use]
 pub fn means(wanted: &str, model: &str) -> bool {
     if wanted.eq_ignore_ascii_case(model) {
         return true;
+    }
+    if is_mig_instance(model) && !means_mig_instances(wanted) {
+        return false;
     }
     let words = |text: &str| -> Vec<String> {
         text.split(|c: char| !c.is_alphanumeric())
@@ -101,6 +105,10 @@ mod tests {
             ("a100", "NVIDIA H100 80GB HBM3", false),
             ("", "NVIDIA H100 80GB HBM3", false),
             ("1g.10gb", "1g.10gb", true),
+            ("1g.10gb", "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", true),
+            ("a100 mig", "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", true),
+            ("a100", "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", false),
+            ("2g.20gb", "NVIDIA-A100-SXM4-80GB-MIG-1g.10gb", false),
         ] {
             assert_eq!(means(wanted, model), yes, "{wanted}");
         }

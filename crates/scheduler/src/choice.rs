@@ -1,7 +1,7 @@
 //! The ways in which a gang may be charged and placed: by model, where a queue has quota by model.
 
 use drumline_queue::{QueueId, Tree};
-use drumline_spec::Gang;
+use drumline_spec::{Gang, is_mig_instance};
 
 use crate::scheduler::Scheduler;
 
@@ -26,6 +26,7 @@ impl Scheduler {
             .filter(|(_, kind, name)| *kind == gang.device && !name.is_empty());
         if gang.models.is_empty() {
             return of_kind
+                .filter(|(.., name)| !is_mig_instance(name))
                 .map(|(model, _, name)| Choice {
                     charged: model,
                     models: Some(vec![name.to_owned()]),

@@ -4,7 +4,7 @@
 //! It moves nobody and judges nobody: `consolidate` decides who may be asked to move.
 
 use drumline_cluster::{DomainAt, Health, LevelAt, NodeAt, Pool, Snapshot, Topology, state};
-use drumline_spec::Gang;
+use drumline_spec::{Gang, is_mig_instance};
 use drumline_types::JobId;
 
 use crate::site;
@@ -161,7 +161,8 @@ fn models(fleet: &Snapshot, gang: &Gang) -> Vec<Vec<u32>> {
     };
     let of_kind = fleet.stocks().filter(|(_, stock)| stock.kind() == gang.device);
     if gang.models.is_empty() {
-        return of_kind.map(|(model, _)| open(model)).collect();
+        let whole = of_kind.filter(|(_, stock)| !is_mig_instance(stock.model()));
+        return whole.map(|(model, _)| open(model)).collect();
     }
     let of_kind: Vec<(u32, &str)> = of_kind.map(|(at, stock)| (at, stock.model())).collect();
     let wanted = site::models(fleet, gang);

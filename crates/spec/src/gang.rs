@@ -105,7 +105,7 @@ pub struct Gang {
     pub device: DeviceKind,
     /// The kind of device that rank 0 gets, where it only leads.
     pub leader: Option<DeviceKind>,
-    /// Device models that will do, the preferred first. Empty: any of the kind. A gang gets
+    /// Device models that will do, the preferred first. Empty: any whole one. A gang gets
     /// devices of one model.
     pub models: Vec<String>,
     /// The share of its device that each rank gets, in thousandths, at most [`WHOLE_DEVICE`].

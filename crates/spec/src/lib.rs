@@ -10,6 +10,7 @@ pub mod gang;
 pub mod job;
 pub mod manifest;
 pub mod memory;
+mod mig;
 pub mod mistake;
 pub mod model;
 pub mod object;
@@ -30,6 +31,7 @@ pub use gang::{
 };
 pub use job::{JobKind, JobSpec, SplitChoice, Work};
 pub use memory::{MemoryOptions, Recompute};
+pub use mig::{is_mig_instance, means_mig_instances};
 pub use mistake::{Mistake, Place};
 pub use model::{Activation, Family, ModelConfig, ModelError, Norm, Position};
 pub use queue::{DeviceClass, QueueSpec, Reclaim};

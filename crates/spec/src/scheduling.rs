@@ -33,10 +33,11 @@ pub(crate) const RESOURCES: Field = optional(
         optional(
             "models",
             Kind::Texts { min: 1, max: 16 },
-            "any of the kind",
+            "any whole one of the kind",
             "",
             "Device models that will do, as `drumline nodes` shows them, the preferred first. A \
-             gang gets devices of one model.",
+             gang gets devices of one model, and MIG instances by a name that says so alone, such as \
+             `1g.10gb`.",
         ),
         default(
             "share",
@@ -278,7 +279,7 @@ pub(crate) const QUEUE_SPEC: &[Field] = &[
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Wishes {
-    /// Device models that will do, the preferred first. Empty: any.
+    /// Device models that will do, the preferred first. Empty: any whole one.
     pub models: Vec<String>,
     /// The share of a device for each rank, in thousandths; `None`: the whole.
     pub share_milli: Option<u32>,

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use drumline_operator::{GuardRules, LevelRule, Observe, Options, WhenAway};
+use drumline_operator::{GpuResource, GuardRules, LevelRule, Observe, Options, WhenAway};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use tokio_util::sync::CancellationToken;
@@ -20,9 +20,17 @@ pub struct OperatorArgs {
     /// Image of ranks whose job names none.
     #[arg(long, default_value = "drumline:latest")]
     pub image: String,
-    /// The extended resource that is one GPU.
-    #[arg(long, default_value = "nvidia.com/gpu")]
-    pub gpu_resource: String,
+    /// An extended resource of which each unit is one GPU; may be given more than once, or several
+    /// separated by commas. What its devices are may follow, such as amd.com/gpu=MI300X:192Gi; else the
+    /// labels of the nodes tell. Beside nvidia.com/gpu, MIG instances (nvidia.com/mig-1g.10gb) are
+    /// found by themselves.
+    #[arg(
+        long,
+        value_name = "NAME[=MODEL[:MEMORY]]",
+        value_delimiter = ',',
+        default_value = "nvidia.com/gpu"
+    )]
+    pub gpu_resource: Vec<String>,
     /// Processor time of one CPU device, in thousandths of a core.
     #[arg(long, default_value_t = 1000)]
     pub cpu_device_milli: u64,
@@ -89,12 +97,14 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
         LevelRule::parse(text).map_err(|why| Failure::user(format!("--topology {text}: {why}")))
     };
     let topology = args.topology.iter().map(level).collect::<Result<Vec<_>, _>>()?;
+    let gpus = GpuResource::parse_all(&args.gpu_resource)
+        .map_err(|why| Failure::user(format!("--gpu-resource {why}")))?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = format!("{host}-{}", std::process::id());
     let mut options = Options::here(args.namespace, identity)
         .await
         .map_err(|error| Failure::failed(error.to_string()))?
-        .gpu_resource(&args.gpu_resource)
+        .gpu_resources(gpus)
         .cpu_device_milli(args.cpu_device_milli);
     options.fleet.topology = topology;
     options.fleet.tolerated.clone_from(&args.tolerate);

@@ -10,6 +10,7 @@ use kube::api::{Api, DynamicObject, ListParams};
 use tonic::Status;
 
 use crate::ask::Ask;
+use crate::devices::DeviceRules;
 use crate::fleet::{Fleet, FleetRules, Held, NodeNow, held, is_ready, occupied};
 use crate::front::{Front, refused};
 use crate::gang::{JOB, Member};
@@ -44,11 +45,15 @@ impl Front {
                 None => others.add(&Ask::of(pod)),
             }
         }
-        let (rules, mut fleet) = (FleetRules::default(), Fleet::default());
+        let mut fleet = Fleet::default();
         let mut views = Vec::new();
         for node in nodes {
             let name = node.metadata.name.clone().unwrap_or_default();
             let (held, others) = by_node.remove(&name).unwrap_or_default();
+            // The operator's own rules are not to be read here.
+            let hold = held.iter().filter_map(|held| held.resource.as_deref());
+            let devices = DeviceRules::seen(&node, hold);
+            let rules = FleetRules { devices, ..FleetRules::default() };
             let node = Arc::new(node);
             let now = NodeNow { name: name.clone(), node: Some(node.clone()), held, others };
             let Ok(read) = fleet.update(&rules, &now) else { continue };

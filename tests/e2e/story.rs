@@ -84,6 +84,7 @@ fn a_run_goes_on_under_another_split_and_is_exported_and_served() {
     }
     assert_eq!(said[0], said[1]);
     assert!(said[0].len() > 5, "{said:?}");
+    replicated(&cluster, "exported", &|| ask("exported", "The control plane"), &said[1]);
 
     // A prompt that comes again is found in the cache, says the same, and is counted.
     let long = "The control plane decides what runs where, and agents start it.";
@@ -106,4 +107,31 @@ fn a_run_goes_on_under_another_split_and_is_exported_and_served() {
     let ended: f64 = success.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
     assert_eq!(ended, 3.0);
     cluster.stop();
+}
+
+/// Scales a service to two replicas and back: what it says stays the same, and no call fails.
+fn replicated(cluster: &Cluster, model: &str, ask: &dyn Fn() -> String, says: &str) {
+    let jobs = cluster.json(&["jobs", "--kind", "ModelService"]);
+    let is_it = |job: &&Value| job["service"]["model"] == model;
+    let id = jobs.as_array().unwrap().iter().find(is_it).unwrap()["id"].as_str().unwrap();
+    let wrong = cluster.run(&["scale", id, "--replicas", "0"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(cluster.run(&["scale", id, "--replicas", "2"]).status.success());
+    let job = cluster.wait_for(id, "two serve", |job| job["service"]["replicas_ready"] == 2);
+    let replica = job["service"]["replica_jobs"][0].as_str().unwrap();
+    let described = cluster.run(&["describe", "job", replica]);
+    let text = String::from_utf8_lossy(&described.stdout).into_owned();
+    assert!(text.contains(&format!("1 of {id}")), "{text}");
+    let told = cluster.run(&["scale", replica, "--replicas", "2"]);
+    assert!(String::from_utf8_lossy(&told.stderr).contains(&format!("a replica of {id}")));
+    // The service itself loses its rank: its replica answers meanwhile.
+    let killed = cluster.job(id);
+    let pid = killed["placement"][0]["pid"].as_u64().unwrap();
+    crate::cluster::kill(u32::try_from(pid).unwrap());
+    cluster.wait_for(id, "its end was seen", |job| job["phase"] != "running");
+    assert_eq!(ask(), says);
+    cluster.wait_for(id, "two serve again", |job| job["service"]["replicas_ready"] == 2);
+    assert!(cluster.run(&["scale", id, "--replicas", "1"]).status.success());
+    cluster.wait_for(replica, "it is gone", |job| job["phase"] == "cancelled");
+    assert_eq!(ask(), says);
 }

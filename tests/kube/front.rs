@@ -251,6 +251,18 @@ async fn a_user_submits_sees_reads_and_cancels_with_their_own_rights() {
     let refused = alice.snapshot(v1::SnapshotRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
     assert!(refused.message().contains("kubectl get"), "{refused}");
+    let scale = |id: &str| v1::ScaleJobRequest { id: id.into(), replicas: 2, user: String::new() };
+    let refused = alice.scale_job(scale("hello")).await.unwrap_err();
+    assert!(refused.message().contains("CommandJob"), "{refused}");
+    let service = "apiVersion: drumline.dev/v1alpha1\nkind: ModelService\nmetadata: {name: chat}\n\
+                   spec: {model: m, resources: {device: gpu}}\n";
+    alice.submit(submission(service, "chat", false)).await.unwrap();
+    alice.scale_job(scale("chat")).await.unwrap();
+    until(&mut alice, "chat", |job| job.service.as_ref().unwrap().replicas == 2).await;
+    let refused = alice.scale_job(scale("modelservice/chat-1")).await.unwrap_err();
+    assert!(refused.message().contains("a replica of chat"), "{refused}");
+    let request = v1::CancelJobRequest { id: "chat".into(), user: String::new() };
+    alice.cancel_job(request).await.unwrap();
     assert_eq!(alice.get_job(named("nobody")).await.unwrap_err().code(), Code::NotFound);
 
     // Who may nothing is told by the API server.

@@ -187,14 +187,15 @@ impl Core {
         for (uid, job) in &jobs {
             let theirs = members.get(uid).map(Vec::as_slice).unwrap_or_default();
             match self.next(job, theirs, &is_lost, now, &mut wake) {
-                Some(Next::Consider) => {
-                    wanting.push(job);
-                    continue;
-                }
-                Some(Next::Nothing { .. })
+                // How many replicas there are is told before anything else is begun: one write at a time.
+                Some(Next::Consider | Next::Nothing { .. })
                     if self.replicas.is_news(job) && !self.busy.contains(uid) =>
                 {
                     self.write(job, job.status.clone());
+                }
+                Some(Next::Consider) => {
+                    wanting.push(job);
+                    continue;
                 }
                 None | Some(Next::Nothing { .. }) => {}
                 Some(Next::Adopt) => {

@@ -22,6 +22,8 @@ pub const RANKS: &str = "drumline.dev/ranks";
 pub const DEVICE: &str = "drumline.dev/device";
 /// Annotation: the extended resource that is its device.
 pub const RESOURCE: &str = "drumline.dev/planned-resource";
+/// Annotation: the node that the plan gave it.
+pub const NODE: &str = "drumline.dev/planned-node";
 /// Annotation: which of its node's devices of that resource the plan gave it.
 pub const SLOT: &str = "drumline.dev/planned-device";
 /// Label: the job's name.
@@ -156,7 +158,7 @@ impl Member {
     }
 }
 
-fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
+pub(crate) fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
     pod.metadata.annotations.as_ref()?.get(key)
 }
 

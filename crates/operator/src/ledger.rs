@@ -14,7 +14,7 @@ use kube::runtime::watcher::Event;
 
 use crate::ask::Ask;
 use crate::fleet::{Held, NodeNow, held, occupied};
-use crate::gang::Member;
+use crate::gang::{Member, NODE, Standing, annotation};
 
 /// A binding that was let through, or sent, and is not seen for so long was never stored: the API
 /// server ends every request before that.
@@ -192,6 +192,17 @@ impl Books {
         });
         let node = occupied(pod).map(str::to_owned);
         let ask = Ask::of(pod);
+        // Another leader's gang: whoever made it may have sent its binding, which is stored any moment.
+        let is_new = self.pods.get(&key).is_none_or(|before| before.uid != uid);
+        if is_new
+            && !self.expected.contains_key(&key)
+            && let Some(member) = member.as_ref().filter(|one| one.standing == Standing::Unbound)
+            && let Some(planned) = annotation(pod, NODE)
+        {
+            let until = Instant::now() + LET_THROUGH;
+            let late = Whose::Late(member.job.clone(), member.attempt, until);
+            self.expect(key.clone(), planned.clone(), Arc::new(ask.clone()), late);
+        }
         let before = self.pods.get(&key);
         let same = before.filter(|before| {
             let (old, new) = (before.member.as_ref(), member.as_ref());
@@ -569,6 +580,35 @@ mod tests {
             },
             ask: Arc::new(ask),
         }
+    }
+
+    #[test]
+    fn what_another_leader_was_binding_is_kept_free() {
+        let mut books = books();
+        let planned = |rank: u32, node: Option<&str>| {
+            let mut pod = member(rank, node);
+            let planned = [(NODE.to_owned(), "a".to_owned())].into();
+            pod.metadata.annotations = Some(planned);
+            pod
+        };
+        // This process has just begun to lead: it has promised nothing, and sees pods that wait.
+        books.pod_event(&Event::Apply(planned(0, None)));
+        books.pod_event(&Event::Apply(planned(1, None)));
+        books.begin(Instant::now());
+        assert_eq!(review(&mut books, "p0"), Verdict::Allowed);
+        assert_eq!(review(&mut books, "p1"), Verdict::Allowed);
+        let told = review(&mut books, "p2");
+        assert!(matches!(&told, Verdict::Refused(why) if why.contains(GPU)), "{told:?}");
+        // One is bound after all, the other one deleted: each is counted once, or not at all.
+        books.pod_event(&Event::Apply(planned(0, Some("a"))));
+        books.pod_event(&Event::Delete(planned(1, None)));
+        assert_eq!(review(&mut books, "p2"), Verdict::Allowed);
+        let told = review(&mut books, "p3");
+        assert!(matches!(told, Verdict::Refused(_)), "{told:?}");
+        // What was never stored lapses.
+        books.pod_event(&Event::Apply(planned(1, None)));
+        books.changes(&|_| true, Instant::now() + LET_THROUGH * 2);
+        assert!(!books.expected.contains_key(&key_of("g-c1-1")));
     }
 
     fn key_of(name: &str) -> PodKey {

@@ -13,7 +13,7 @@ use crate::ask::Ask;
 use crate::crd::{GROUP, VERSION};
 use crate::desk::gang;
 use crate::gang::{
-    ATTEMPT, DEVICE, JOB, JOB_ID, RANK, RANKS, RESOURCE, SCHEDULER, SERVICE, SLOT, UID,
+    ATTEMPT, DEVICE, JOB, JOB_ID, NODE, RANK, RANKS, RESOURCE, SCHEDULER, SERVICE, SLOT, UID,
 };
 use crate::job::Job;
 use crate::ranks::AUDIENCE;
@@ -134,8 +134,7 @@ pub fn pod(
         None => json!({ "key": one.key, "operator": "Exists" }),
     }));
     let secrets: Vec<Value> = job.pull_secrets.iter().map(|name| json!({ "name": name })).collect();
-    let mut annotations =
-        json!({ "drumline.dev/planned-node": seat.node, SLOT: seat.slot.to_string() });
+    let mut annotations = json!({ NODE: seat.node, SLOT: seat.slot.to_string() });
     if let Some(resource) = &seat.resource {
         annotations[RESOURCE] = json!(resource);
     }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use drumline_data::{BuildOptions, Corpus};
-use drumline_operator::{deploy, ranks::AUDIENCE};
+use drumline_operator::{Observe, deploy, ranks::AUDIENCE};
 use drumline_spec::JobKind;
+use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use drumline_wire::line::Credential;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
@@ -56,11 +57,30 @@ pub(crate) fn training() -> Value {
     })
 }
 
-async fn operator(cluster: &Cluster, port: u16, identity: &str) -> Operator {
+async fn operator(cluster: &Cluster, port: u16, metrics: u16, identity: &str) -> Operator {
     let mut options = options(cluster.config(OPERATOR).await, identity);
     options.ranks.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     options.ranks.url = format!("https://127.0.0.1:{port}");
+    options.observe = Some(Observe {
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, metrics)),
+        keys: Some(Keys::new(vec![Token::new(KEY).unwrap()])),
+    });
     Operator::run(options)
+}
+
+/// Waits until the operator's metrics have a series whose value `holds`.
+async fn until_metric(port: u16, series: &str, holds: impl Fn(f64) -> bool) {
+    let mut page = String::new();
+    for _ in 0..600 {
+        page = fetch(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), "GET /metrics", "").await;
+        let value =
+            page.lines().find_map(|line| line.strip_prefix(series)?.trim().parse::<f64>().ok());
+        if value.is_some_and(&holds) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{series} is not as it should be in\n{page}");
 }
 
 /// Waits until the run has a checkpoint on disk.
@@ -98,11 +118,14 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
     let folder = tempfile::tempdir().unwrap();
     dataset(folder.path());
     let _containers = Containers::start(admin.client.clone(), "native", folder.path());
-    let port = free_port();
-    let first = operator(cluster, port, "first").await;
+    let (port, metrics) = (free_port(), free_port());
+    let first = operator(cluster, port, metrics, "first").await;
     admin.apply(T, "demo", training()).await.unwrap();
     admin.wait(T, "demo", "running", |s| phase(s) == "running").await;
     until_checkpoint(&folder.path().join("run")).await;
+    until_metric(metrics, "drumline_job_loss{job=\"native/demo\"}", |loss| loss < 6.0).await;
+    until_metric(metrics, "drumline_job_tokens_per_second{job=\"native/demo\"}", |rate| rate > 0.0)
+        .await;
 
     // A pod is deleted in the middle of the run: the gang goes on from its last checkpoint.
     admin.pods().delete("demo-t1-1", &DeleteParams::default()).await.unwrap();
@@ -114,20 +137,20 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
 
     // The operator is replaced in the middle of the run: the gang does not notice.
     first.stop().await;
-    let second = operator(cluster, port, "second").await;
+    let second = operator(cluster, port, metrics, "second").await;
     let done = admin.wait(T, "demo", "done", |s| phase(s) == "succeeded").await;
     assert_eq!((&done["attempt"], &done["reason"]), (&json!(2), &json!("Completed")), "{done}");
     assert_eq!(done["step"], STEPS, "{done}");
     let loss: f64 = done["loss"].as_str().unwrap().parse().unwrap();
     assert!(loss > 0.0 && loss < 5.0, "an untrained model's is ln 300 = 5.7: {loss}");
 
-    served(&admin, port).await;
+    served(&admin, port, metrics).await;
     second.stop().await;
 }
 
 /// Serves the trained model, through a gateway that may ask the operator and through one that may
 /// not.
-async fn served(admin: &Admin, port: u16) {
+async fn served(admin: &Admin, port: u16, metrics: u16) {
     let service = json!({
         "model": "run", "servedName": "demo", "parallelism": { "tensor": 2 },
         "maxContext": 64, "maxBatch": 2,
@@ -164,11 +187,11 @@ async fn served(admin: &Admin, port: u16) {
     assert_eq!(answer["usage"]["completion_tokens"], 8, "{answer}");
     let refused = complete(stranger).await;
     assert!(refused["choices"].is_null(), "{refused}");
-    replicated(admin, allowed).await;
+    replicated(admin, allowed, metrics).await;
 }
 
 /// Scales the service: by hand, with a replica lost, and by what is asked of it.
-async fn replicated(admin: &Admin, gateway: SocketAddr) {
+async fn replicated(admin: &Admin, gateway: SocketAddr, metrics: u16) {
     admin.add_node("b", 0, "2").await;
     let scale = |replicas: u32| {
         let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
@@ -177,6 +200,8 @@ async fn replicated(admin: &Admin, gateway: SocketAddr) {
     };
     assert_eq!(scale(2).await.unwrap().spec.unwrap().replicas, Some(2));
     admin.wait(S, "demo", "two serve", |s| s["readyReplicas"] == 2).await;
+    let ready = "drumline_service_ready{service=\"native/demo\"}";
+    until_metric(metrics, ready, |ready| (ready - 2.0).abs() < 0.1).await;
     let replica = admin.jobs(S).get("demo-1").await.unwrap();
     assert_eq!(replica.metadata.owner_references.unwrap()[0].name, "demo");
     let all = ListParams::default().labels("drumline.dev/service=demo");
@@ -254,19 +279,26 @@ async fn gateway(admin: &Admin, port: u16, certificate: &str, account: &str) -> 
 
 /// Asks for eight tokens.
 async fn complete(gateway: SocketAddr) -> Value {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let body = json!({ "model": "demo", "prompt": "line 1", "max_tokens": 8, "temperature": 0,
                        "ignore_eos": true })
     .to_string();
+    let text = fetch(gateway, "POST /v1/completions", &body).await;
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    serde_json::from_str(body).unwrap_or_else(|_| json!({ "raw": text }))
+}
+
+/// Returns an answer with its head.
+async fn fetch(server: SocketAddr, what: &str, body: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let request = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: {gateway}\r\nAuthorization: Bearer {KEY}\r\n\
+        "{what} HTTP/1.1\r\nHost: {server}\r\nAuthorization: Bearer {KEY}\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     );
-    let mut stream = tokio::net::TcpStream::connect(gateway).await.unwrap();
-    stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    serde_json::from_str(body).unwrap_or_else(|_| json!({ "raw": text }))
+    let Ok(mut stream) = tokio::net::TcpStream::connect(server).await else { return text };
+    if stream.write_all(request.as_bytes()).await.is_ok() {
+        let _ = stream.read_to_string(&mut text).await;
+    }
+    text
 }

@@ -21,6 +21,7 @@ use crate::ask::Ask;
 use crate::budgets::guarded;
 use crate::crd::status::JobStatus;
 use crate::desk::{Desk, Holding, Scene, Wanting, request};
+use crate::figures::Figures;
 use crate::fleet::{Fleet, FleetRules, Held, is_ready};
 use crate::gang::{Member, UID};
 use crate::guard::InEffect;
@@ -54,6 +55,9 @@ const UNGUARDED: &str = "bindings of other schedulers do not come by the operato
 const UNGUARDED_MS: u64 = 10_000;
 /// How far a run is, is written at most so often.
 const PROGRESS_TOLD: Duration = Duration::from_secs(10);
+
+/// Figures of running jobs are taken down so often, in milliseconds.
+const FIGURES_MS: u64 = 5_000;
 
 /// What the watches have brought.
 #[derive(Clone)]
@@ -100,6 +104,8 @@ pub(crate) struct Core {
     pub(crate) replicas: Sets,
     /// What gateways are told.
     pub(crate) board: watch::Sender<Board>,
+    /// What readers of metrics are told.
+    pub(crate) figures: watch::Sender<Vec<Figures>>,
     desk: Desk,
     fleet: Fleet,
     /// Whether other schedulers' bindings are held against the ledger; `None`: nobody asks for it.
@@ -139,6 +145,7 @@ impl Core {
         writer: Writer,
         keys: Arc<Keys>,
         board: watch::Sender<Board>,
+        figures: watch::Sender<Vec<Figures>>,
         guard: Option<InEffect>,
         done: mpsc::UnboundedSender<Done>,
         now: Timestamp,
@@ -152,6 +159,7 @@ impl Core {
             worlds: Worlds::default(),
             replicas: Sets::default(),
             board,
+            figures,
             desk: Desk::new(now.0),
             fleet: Fleet::default(),
             guard,
@@ -223,7 +231,10 @@ impl Core {
         self.told.retain(|uid, _| jobs.contains_key(uid));
         self.latest.retain(|uid, _| jobs.contains_key(uid));
         self.worlds.retain(|uid| jobs.contains_key(uid));
-        self.publish(&jobs, now);
+        if self.publish(&jobs, now) {
+            // Figures are read at any time, and no older than this.
+            wake.at_ms(Some(now.0 + FIGURES_MS));
+        }
         wake.left()
     }
 

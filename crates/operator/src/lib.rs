@@ -12,6 +12,7 @@ pub mod crd;
 pub mod deploy;
 pub mod desk;
 pub mod devices;
+mod figures;
 pub mod fleet;
 pub mod front;
 pub mod gang;

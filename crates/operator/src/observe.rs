@@ -15,11 +15,13 @@ use drumline_web::Keys;
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 use prometheus::{GaugeVec, IntGaugeVec, Registry};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::core::Stores;
 use crate::crd::status::JobStatus;
 use crate::devices::kind;
+use crate::figures::{self, Figures};
 use crate::fleet::{FleetRules, is_ready};
 use crate::gang::Member;
 use crate::lease::Leadership;
@@ -47,6 +49,7 @@ struct Gauges {
     longest: GaugeVec,
     restarts: IntGaugeVec,
     steps: IntGaugeVec,
+    of_ranks: figures::Gauges,
 }
 
 impl Gauges {
@@ -67,11 +70,21 @@ impl Gauges {
             longest: table::PENDING_LONGEST.gauge(registry)?,
             restarts: table::JOB_RESTARTS.int_gauge(registry)?,
             steps: table::JOB_STEP.int_gauge(registry)?,
+            of_ranks: figures::Gauges::new(registry)?,
         })
     }
 
     /// Fills all of them; what is not there any more has no series.
-    fn show(&self, stores: &Stores, rules: &FleetRules, leads: bool, now: Timestamp) {
+    fn show(
+        &self,
+        stores: &Stores,
+        rules: &FleetRules,
+        figures: &[Figures],
+        leads: bool,
+        now: Timestamp,
+    ) {
+        // Only who leads hears of ranks.
+        self.of_ranks.show(figures);
         self.leading.with_label_values::<&str>(&[]).set(i64::from(leads));
         for gauge in [
             &self.nodes,
@@ -177,6 +190,7 @@ pub(crate) async fn serve(
     observe: Observe,
     stores: Stores,
     rules: FleetRules,
+    figures: watch::Receiver<Vec<Figures>>,
     leadership: Leadership,
     has_listed: Arc<AtomicBool>,
     stop: CancellationToken,
@@ -187,7 +201,8 @@ pub(crate) async fn serve(
         Err(error) => return tracing::error!(%error, "a metric cannot be registered"),
     };
     let refresh: Refresh = Arc::new(move || {
-        gauges.show(&stores, &rules, leadership.holds(), crate::service::now());
+        let figures = figures.borrow().clone();
+        gauges.show(&stores, &rules, &figures, leadership.holds(), crate::service::now());
     });
     // A follower is ready too: it has seen everything and waits for the lease.
     let ready: IsReady = Arc::new(move || has_listed.load(Ordering::Acquire));

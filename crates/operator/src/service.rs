@@ -26,6 +26,7 @@ use tonic::Status;
 use crate::core::{Core, Stores};
 use crate::deploy::{RANKS_PORT, url};
 use crate::devices::GpuResource;
+use crate::figures::Figures;
 use crate::fleet::FleetRules;
 use crate::guard::{self, GuardError, GuardRules, InEffect};
 use crate::job::{resource, resource_named};
@@ -94,6 +95,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
     let secrets = Api::namespaced(client.clone(), &options.namespace);
     let keys = Arc::new(Keys::ensure(&secrets).await?);
     let (board, shown) = watch::channel(None);
+    let (figures, figures_shown) = watch::channel(Vec::new());
     let callers = Callers::new(client.clone());
     let (calls, called) = mpsc::channel(CALLS_MAX);
     let (admitted_in, admitted) = mpsc::channel(CALLS_MAX);
@@ -132,6 +134,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
             observe,
             stores.clone(),
             options.fleet.clone(),
+            figures_shown,
             leadership.clone(),
             has_listed.clone(),
             stop.clone(),
@@ -171,6 +174,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
         writer,
         keys,
         board,
+        figures,
         guard,
         admitted,
         has_listed,
@@ -188,6 +192,7 @@ struct Following {
     writer: Writer,
     keys: Arc<Keys>,
     board: watch::Sender<Board>,
+    figures: watch::Sender<Vec<Figures>>,
     guard: Option<InEffect>,
     admitted: mpsc::Receiver<Admitted>,
     /// Set once every watch has shown all there is.
@@ -218,6 +223,7 @@ impl Following {
             tokio::time::sleep(FOLLOW).await;
             self.lead(leadership, changed, stop).await;
             self.board.send_replace(None);
+            self.figures.send_replace(Vec::new());
             if stop.is_cancelled() {
                 return;
             }
@@ -230,7 +236,8 @@ impl Following {
         let writer = Writer { leadership: leadership.begin(), ..self.writer.clone() };
         let (stores, rules) = (self.stores.clone(), self.rules.clone());
         let (keys, board, guard) = (self.keys.clone(), self.board.clone(), self.guard.clone());
-        let mut core = Core::new(stores, rules, writer, keys, board, guard, sender, now());
+        let figures = self.figures.clone();
+        let mut core = Core::new(stores, rules, writer, keys, board, figures, guard, sender, now());
         let mut look = true;
         let mut look_at = Instant::now();
         // In a large cluster a look takes its time: no more than every other moment is spent on it.

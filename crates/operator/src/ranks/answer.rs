@@ -9,6 +9,7 @@ use kube::runtime::reflector::ObjectRef;
 use tonic::Status;
 
 use crate::core::Core;
+use crate::figures::Figures;
 use crate::gang::Member;
 use crate::job::Job;
 use crate::ranks::admit::Admitted;
@@ -54,8 +55,13 @@ impl Core {
         }
     }
 
-    /// Tells gateways where models are served.
-    pub(crate) fn publish(&self, jobs: &BTreeMap<String, Job>, now: Timestamp) {
+    /// Tells gateways where models are served, and readers of metrics how jobs do. Returns whether any
+    /// job's ranks tell figures.
+    pub(crate) fn publish(&self, jobs: &BTreeMap<String, Job>, now: Timestamp) -> bool {
+        let figures: Vec<Figures> =
+            jobs.values().filter_map(|job| Figures::of(job, &self.worlds, now.0)).collect();
+        let some = !figures.is_empty();
+        self.figures.send_replace(figures);
         let services: Vec<v1::ServiceView> = jobs
             .values()
             .filter_map(|job| {
@@ -70,5 +76,6 @@ impl Core {
             }
             is_new
         });
+        some
     }
 }

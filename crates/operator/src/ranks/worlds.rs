@@ -35,6 +35,10 @@ pub struct Told {
     pub step: u64,
     /// The loss of that step, as text with as many digits as people look at.
     pub loss: Option<String>,
+    /// What was told with that loss.
+    pub train: Option<v1::TrainReport>,
+    /// The last loss on the held-out split.
+    pub loss_validation: Option<f64>,
     /// When a step was last finished, in milliseconds since 1970; 0: none was seen yet.
     pub progressed_ms: u64,
     /// The step of the newest complete checkpoint.
@@ -164,6 +168,12 @@ impl Worlds {
             && train.loss != 0.0
         {
             told.loss = Some(format!("{:.4}", train.loss));
+            told.train = Some(*train);
+        }
+        if let Some(loss) = report.train.as_ref().and_then(|train| train.loss_validation)
+            && loss.is_finite()
+        {
+            told.loss_validation = Some(loss);
         }
         if let Some(checkpoint) = &report.checkpoint {
             told.checkpoint = told.checkpoint.max(Some(checkpoint.step));

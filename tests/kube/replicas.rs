@@ -52,6 +52,10 @@ async fn replicas_come_and_go_with_their_service() {
     // Once its name is free it is made.
     admin.jobs(S).delete("chat-2", &DeleteParams::default()).await.unwrap();
     admin.wait(S, "chat", "all there are", |s| s["replicas"] == 4).await;
+    let scale = admin.jobs(S).get_scale("chat").await.unwrap();
+    let status = scale.status.unwrap();
+    assert_eq!((scale.spec.unwrap().replicas, status.replicas), (Some(4), 4));
+    assert_eq!(status.selector.as_deref(), Some("drumline.dev/service=chat"));
     let replica = admin.jobs(S).get("chat-2").await.unwrap();
     assert_eq!(replica.data["spec"]["servedName"], "chat");
     assert_eq!(replica.data["spec"]["replicas"], 1);

@@ -89,8 +89,9 @@ fn asked(view: &mut v1::JobView, job: &Job, spec: &JobSpec) {
             view.service = Some(v1::ServiceView {
                 job: view.id.clone(),
                 served_name: service.served_name.clone(),
-                // The ranks' readiness probe is the model's: a pod is ready once it serves.
-                ready: view.phase == JobPhase::Running.as_str(),
+                // Of a service the operator tells how many replicas serve; of one replica that it runs.
+                ready: view.phase == JobPhase::Running.as_str()
+                    && (job.replica_of.is_some() || status.ready_replicas > 0),
                 max_context: service.max_context,
                 max_batch: service.max_batch,
                 max_queue: service.max_queue,

@@ -193,3 +193,43 @@ async fn a_queue_that_lent_its_devices_takes_them_back_and_tells_what_stands_in_
         queues.delete(name, &Default::default()).await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn spares_are_lent_and_taken_back_when_their_node_is_needed() {
+    let Some(cluster) = cluster() else { return };
+    let _turn = cluster.turn.lock().await;
+    let admin = Admin::start(cluster, "spares").await;
+    for node in ["a", "b"] {
+        admin.add_node(node, 2, "16").await;
+    }
+    let _kubelets = Kubelets::start(admin.client.clone());
+    let watcher = Watcher::start(&admin, 2);
+    let operator = Operator::start(cluster.config(OPERATOR).await, "spares");
+    let mut kept = gang(2, 0);
+    kept["resources"]["spares"] = json!(2);
+    admin.apply(C, "kept", kept).await.unwrap();
+    admin.wait(C, "kept", "running", |s| phase(s) == "running").await;
+    let node_of = async |job: &str, attempt: u32| {
+        let pod = admin.pods().get(&format!("{job}-c{attempt}-0")).await.unwrap();
+        pod.spec.unwrap().node_name.unwrap()
+    };
+    let home = node_of("kept", 1).await;
+
+    // Who can be ended at once may use the spares meanwhile; who cannot waits.
+    let mut stays = gang(1, 0);
+    stays["scheduling"] = json!({ "preemptible": false });
+    admin.apply(C, "stays", stays).await.unwrap();
+    let told = admin.wait(C, "stays", "waits", |s| s["reason"] == "WaitingForDevices").await;
+    assert_eq!(phase(&told), "pending");
+    admin.apply(C, "guest", gang(2, 0)).await.unwrap();
+    admin.wait(C, "guest", "running", |s| phase(s) == "running").await;
+    assert_ne!(node_of("guest", 1).await, home);
+
+    // The node of the gang dies: it goes on where its spares are, and the guest leaves for it.
+    admin.mark_node(&home, false).await;
+    admin.wait(C, "kept", "running again", |s| phase(s) == "running" && s["attempt"] == 2).await;
+    assert_ne!(node_of("kept", 2).await, home);
+    assert!(is_told(&admin, "guest", "Reclaimed").await);
+    watcher.end();
+    operator.stop().await;
+}

@@ -362,7 +362,6 @@ pub fn gang(spec: &JobSpec, cpu_device_milli: u64) -> Gang {
     let mut gang = spec.gang();
     gang.share_milli = WHOLE_DEVICE;
     gang.leader = None;
-    gang.spares = 0;
     if gang.device == DeviceKind::Cpu {
         gang.cpu_milli = gang.cpu_milli.max(cpu_device_milli);
     }

@@ -1,7 +1,7 @@
 //! What a gang may ask for beside ranks: models in an order, a leader, sizes; and what a place
 //! becomes: a plan, and what is held.
 
-use drumline_cluster::{Device, Node, Snapshot};
+use drumline_cluster::{Device, Health, Node, Snapshot};
 use drumline_mesh::Mesh;
 use drumline_placement::{Constraints, JobPlan, Placed, Scoring, Seed, place, try_place};
 use drumline_spec::{DeviceKind, Elastic, Gang, Parallelism, TopologyRule};
@@ -316,4 +316,50 @@ fn a_gang_that_is_kept_from_a_domain_by_its_rules_is_kept_from_it_under_every_sc
             assert!(placed.devices.iter().all(|d| ["c", "d"].contains(&d.node.as_str())));
         }
     }
+}
+
+#[test]
+fn no_more_copies_are_taken_than_are_allowed_now() {
+    let fleet = fleet([node("z1/r1/a", (8, "H100", 80), 0, 0)]);
+    let gang = Gang { elastic: Some(Elastic { least: 2, most: 8, step: 2 }), ..gpus(8) };
+    let split = Parallelism { data: 8, ..Parallelism::SINGLE };
+    for (most, expected) in [(Some(4), 4), (Some(5), 4), (Some(8), 8), (None, 8)] {
+        let constraints = Constraints { most, ..Constraints::default() };
+        let placed = place(&fleet, &gang, split, &constraints).unwrap();
+        assert_eq!(
+            (placed.devices.len(), placed.split.data),
+            (expected, expected as u32),
+            "{most:?}"
+        );
+    }
+    // The wanted size is one of them, though no step leads to it.
+    let odd = Gang { elastic: Some(Elastic { least: 2, most: 8, step: 4 }), ..gpus(6) };
+    let split = Parallelism { data: 6, ..Parallelism::SINGLE };
+    for (most, expected) in [(Some(5), 4), (Some(6), 6), (Some(7), 6), (Some(8), 8)] {
+        let constraints = Constraints { most, ..Constraints::default() };
+        let placed = place(&fleet, &odd, split, &constraints).unwrap();
+        assert_eq!(placed.devices.len(), expected, "{most:?}");
+    }
+}
+
+#[test]
+fn what_has_failed_since_counts_as_what_may_come_back() {
+    let mut four = node("z1/r1/a", (4, "H100", 80), 0, 0);
+    let mut fleet = fleet([four.clone()]);
+    for device in &mut four.devices[..2] {
+        device.health = Health::Failed("Xid 79".to_owned());
+    }
+    fleet.upsert_node(four);
+    let together = Gang { node_group: 3, ..gpus(3) };
+    assert_eq!(put(&fleet, &together), Err(Reason::NodesNotReady), "two are left on the node");
+}
+
+#[test]
+fn workers_that_would_just_fit_are_not_what_is_missing() {
+    let fleet = fleet([node("z1/r1/a", (4, "H100", 80), 0, 0)]);
+    let gang = Gang { leader: Some(DeviceKind::Cpu), ..gpus(5) };
+    let split = Parallelism { data: 5, ..Parallelism::SINGLE };
+    let misfit = place(&fleet, &gang, split, &Constraints::default()).unwrap_err();
+    assert!(misfit.leader && !misfit.short_of_cpu_or_memory, "{misfit:?}");
+    assert!(misfit.to_string().contains("none for the leader"), "{misfit}");
 }

@@ -84,3 +84,22 @@ pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::mix;
+
+    #[test]
+    fn it_is_splitmix64() {
+        // The first outputs of the reference implementation (Vigna 2015) from the state 0.
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+        for (state, output) in [
+            (0, 0xe220_a839_7b1d_cdaf),
+            (STEP, 0x6e78_9e6a_a1b9_65f4),
+            (STEP.wrapping_mul(2), 0x06c4_5d18_8009_454f),
+            (STEP.wrapping_mul(3), 0xf88b_b8a8_724c_81ec),
+        ] {
+            assert_eq!(mix(state), output, "{state:#x}");
+        }
+    }
+}

@@ -177,3 +177,131 @@ fn a_node_with_fewer_cores_left_has_the_lesser_product() {
     let placed = place(&all, &gang, Parallelism::SINGLE, &constraints).unwrap();
     assert_eq!(placed.devices[0].node.as_str(), "few");
 }
+
+/// What one job of a node takes: thousandths of a device, cores, and GiB.
+type Held = (u32, u64, u64);
+
+const CORES: u64 = 16;
+const GIB: u64 = 16;
+
+fn ask(share_milli: u32, cores: u64, gib: u64) -> Slice {
+    Slice { share_milli, cpu_milli: cores * 1000, memory: Bytes(gib << 30) }
+}
+
+/// As [`fleet`], with cores and memory.
+fn full_fleet(nodes: &[Vec<Held>]) -> Snapshot {
+    let mut fleet = Snapshot::new();
+    for (number, held) in nodes.iter().enumerate() {
+        let name = format!("n{number}");
+        let device = Device::new(DeviceKind::Gpu, "H100", Bytes(80 << 30));
+        let mut node = Node::new(name.parse().unwrap(), vec![device; 4]);
+        node.cpu_milli = CORES * 1000;
+        node.memory = Bytes(GIB << 30);
+        fleet.upsert_node(node);
+        for (index, &(share, cores, gib)) in (0u32..).zip(held) {
+            let devices = vec![DeviceId { node: name.parse().unwrap(), index }];
+            let (job, slice) = (format!("{name}-{index}").parse().unwrap(), ask(share, cores, gib));
+            fleet.hold(Commitment { job, attempt: Attempt(1), devices, slice }).unwrap();
+        }
+    }
+    fleet
+}
+
+/// What is left of a node: devices, cores, GiB.
+#[derive(Clone)]
+struct Rest(Vec<u32>, u64, u64);
+
+impl Rest {
+    fn of(held: &[Held]) -> Self {
+        let mut devices: Vec<u32> =
+            (0..4).map(|index| 1000 - held.get(index).map_or(0, |held| held.0)).collect();
+        devices.sort_unstable();
+        let cores: u64 = held.iter().map(|held| held.1).sum();
+        let gib: u64 = held.iter().map(|held| held.2).sum();
+        Self(devices, CORES - cores, GIB - gib)
+    }
+
+    fn fits(&self, (share, cores, gib): Held, ranks: u32) -> bool {
+        let many = u64::from(ranks);
+        ranks_on(&self.0, share) >= ranks && self.1 >= cores * many && self.2 >= gib * many
+    }
+
+    fn wasted(&self, ask: Held, ranks: u32) -> i64 {
+        let useful = self.fits(ask, ranks);
+        self.0.iter().filter(|&&left| !useful || left < ask.0).map(|&left| i64::from(left)).sum()
+    }
+
+    fn take(&mut self, ask: Held, ranks: u32) {
+        let mut left = ranks;
+        for device in &mut self.0 {
+            while left > 0 && *device >= ask.0 {
+                *device -= ask.0;
+                left -= 1;
+            }
+        }
+        self.1 -= ask.1 * u64::from(ranks);
+        self.2 -= ask.2 * u64::from(ranks);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        cases: 1000,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn cores_and_memory_count_in_every_rule(
+        nodes in prop::collection::vec(prop::collection::vec(
+            (prop::sample::select(vec![250u32, 400, 1000]), 0u64..4, 0u64..4), 0..5), 2..6),
+        ranks in 1u32..4,
+        wanted in (prop::sample::select(vec![300u32, 500, 1000]), 0u64..5, 0u64..5),
+        gradient in any::<bool>(),
+    ) {
+        let nodes: Vec<Vec<Held>> =
+            nodes.into_iter().map(|held| held[..held.len().min(4)].to_vec()).collect();
+        let all = full_fleet(&nodes);
+        let mut typical: Vec<(Held, u32)> = vec![(wanted, ranks)];
+        typical.extend(nodes.iter().flatten().map(|&held| (held, 1)));
+        let cost = |rest: &Rest| -> i64 {
+            if gradient {
+                let waste = |rest: &Rest| -> i64 {
+                    typical.iter().map(|&(ask, ranks)| rest.wasted(ask, ranks)).sum()
+                };
+                let before = waste(rest);
+                let mut after = rest.clone();
+                after.take(wanted, ranks);
+                waste(&after) - before
+            } else {
+                let part = |amount: u64, of: u64| amount as f64 / of as f64;
+                let ranks = u64::from(ranks);
+                let left: u64 = rest.0.iter().map(|&left| u64::from(left)).sum();
+                let devices = part(left, 4000) * part(u64::from(wanted.0) * ranks, 4000);
+                let cores = part(rest.1, CORES) * part(wanted.1 * ranks, CORES);
+                ((devices + cores) * 1e6) as i64
+            }
+        };
+        let rests: Vec<Rest> = nodes.iter().map(|held| Rest::of(held)).collect();
+        let fitting = rests.iter().filter(|rest| rest.fits(wanted, ranks));
+        let Some(least) = fitting.map(&cost).min() else { return Ok(()) };
+        let slice = ask(wanted.0, wanted.1, wanted.2);
+        let gang = Gang {
+            ranks,
+            node_group: ranks,
+            share_milli: slice.share_milli,
+            cpu_milli: slice.cpu_milli,
+            memory: slice.memory,
+            device: DeviceKind::Gpu,
+            ..Gang::default()
+        };
+        let scoring =
+            if gradient { Scoring::FragmentationGradient } else { Scoring::DotProduct };
+        let split = Parallelism { data: ranks, ..Parallelism::SINGLE };
+        let constraints = Constraints { scoring, ..Constraints::default() };
+        let placed = place(&all, &gang, split, &constraints).unwrap();
+        let taken: usize = placed.devices[0].node.as_str()[1..].parse().unwrap();
+        prop_assert!(rests[taken].fits(wanted, ranks));
+        prop_assert_eq!(cost(&rests[taken]), least, "n{} is taken", taken);
+    }
+}

@@ -363,3 +363,21 @@ fn workers_that_would_just_fit_are_not_what_is_missing() {
     assert!(misfit.leader && !misfit.short_of_cpu_or_memory, "{misfit:?}");
     assert!(misfit.to_string().contains("none for the leader"), "{misfit}");
 }
+
+#[test]
+fn a_wish_alone_is_granted_where_it_can_be() {
+    // The fewest nodes are 3 + 1; pairs on a node are 2 + 2.
+    let sizes = [("z1/r1/a", 3), ("z1/r1/b", 1), ("z1/r1/c", 2), ("z1/r1/d", 2)];
+    let fleet = fleet(sizes.map(|(path, gpus)| node(path, (gpus, "H100", 80), 0, 0)));
+    let pairs = |required| Gang {
+        topology: vec![TopologyRule { ranks: 2, level: "node".to_owned(), required }],
+        ..gpus(4)
+    };
+    let together = |gang: &Gang| {
+        let placed = put(&fleet, gang).unwrap();
+        placed.chunks(2).all(|pair| pair[0].split('/').next() == pair[1].split('/').next())
+    };
+    assert!(together(&pairs(true)));
+    assert!(together(&pairs(false)));
+    assert!(!together(&gpus(4)), "nobody asked for pairs");
+}

@@ -176,11 +176,23 @@ async fn ranks_claim_the_devices_of_their_plan_and_leave_no_claim_behind() {
         .await;
     publish(&admin, "b", 1, json!([gpu("gpu-0", None), gpu("gpu-1", None)])).await;
     let claims = take(&admin, "theirs", ("b", "gpu-1")).await;
+    // What an operator left that was killed: the pod was deleted, its claim was not.
+    let left = serde_json::from_value(json!({
+        "metadata": { "name": "gone-c1-0", "labels": { "drumline.dev/job-uid": "gone" },
+            "finalizers": ["resource.kubernetes.io/delete-protection"],
+            "ownerReferences": [{ "apiVersion": "v1", "kind": "Pod", "name": "gone-c1-0",
+                                  "uid": "gone" }] },
+        "spec": {},
+    }))
+    .unwrap();
+    claims.create(&PostParams::default(), &left).await.unwrap();
     let faults = witness(admin.client.clone());
     let _kubelets = Kubelets::start(admin.client.clone());
+    assert_eq!(claims.list(&ListParams::default()).await.unwrap().items.len(), 2);
     let mut options = options(cluster.config(OPERATOR).await, "claims");
     options.fleet.devices.drivers = vec![Driver::parse(DRIVER).unwrap()];
     let operator = Operator::run(options.clone());
+    until_left(&claims, 1).await;
 
     admin.apply(C, "demo", command(3, &[])).await.unwrap();
     admin.wait(C, "demo", "running", is_running).await;

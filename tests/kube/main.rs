@@ -5,6 +5,7 @@
 
 mod admission;
 mod chart;
+mod claims;
 mod cluster;
 mod containers;
 mod crds;

@@ -126,6 +126,8 @@ fn values_that_mean_nothing_are_refused() {
         ("operator.resources.limits.memory=lots", "memory"),
         ("gateway.httpRoute.enabled=true", "parentRefs"),
         ("fleet.topology={rack}", "topology"),
+        ("fleet.gpuResource={gpu}", "gpuResource"),
+        ("fleet.dra={nvidia.com/gpu}", "dra"),
     ] {
         let Some(rendered) = render(&["--set", value]) else { return };
         let error = rendered.expect_err(value);
@@ -146,6 +148,7 @@ fn every_option_renders_and_prometheus_takes_the_alerts() {
         "--set=networkPolicies.gatewayFrom[0].namespaceSelector.matchLabels.team=a",
         "--set=imagePullSecrets={pull},operator.affinity.nodeAffinity.x=y",
         "--set=agents.runtimeClassName=nvidia,agents.nodeSelector.gpu=yes",
+        "--set=fleet.gpuResource={nvidia.com/gpu,amd.com/gpu=MI300X:192Gi},fleet.dra={gpu.nvidia.com}",
     ];
     let Some(rendered) = render(&all) else { return };
     let rendered = rendered.unwrap();

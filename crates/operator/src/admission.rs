@@ -180,6 +180,8 @@ pub fn roles() -> Vec<Value> {
             json!([
                 { "apiGroups": [GROUP], "resources": ["queues"], "verbs": ["get", "list", "watch"] },
                 { "apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"] },
+                { "apiGroups": ["resource.k8s.io"], "resources": ["resourceslices"],
+                  "verbs": ["get", "list", "watch"] },
             ]),
         ),
     ]

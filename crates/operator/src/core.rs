@@ -13,6 +13,7 @@ use drumline_spec::{DeviceKind, Gang, GangSettings, JobKind, Parallelism};
 use drumline_types::{Attempt, Explanation, JobId, JobPhase, Reason, Timestamp};
 use k8s_openapi::api::core::v1::{Namespace, Node as KubeNode, Pod};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceSlice};
 use kube::api::DynamicObject;
 use kube::runtime::reflector::Store;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -21,6 +22,7 @@ use crate::ask::Ask;
 use crate::budgets::guarded;
 use crate::crd::status::JobStatus;
 use crate::desk::{Desk, Holding, Scene, Wanting, request};
+use crate::dra::is_claimable;
 use crate::figures::Figures;
 use crate::fleet::{Fleet, FleetRules, Held, is_ready};
 use crate::gang::{Member, UID};
@@ -68,6 +70,8 @@ pub(crate) struct Stores {
     pub(crate) nodes: Store<KubeNode>,
     pub(crate) pods: Store<Pod>,
     pub(crate) budgets: Store<PodDisruptionBudget>,
+    /// Slices and claims, where drivers' devices are given to gangs.
+    pub(crate) published: Option<(Store<ResourceSlice>, Store<ResourceClaim>)>,
     /// What pods ask of nodes, by the watches of both.
     pub(crate) ledger: Ledger,
 }
@@ -88,6 +92,8 @@ pub(crate) enum Done {
     TakenBack { uid: String, answer: Result<(), LaunchError> },
     /// How many pods of an attempt the API server has.
     Counted { uid: String, answer: Result<usize, LaunchError> },
+    /// A claim whose pod is gone was deleted, or not.
+    Swept { uid: String, answer: Result<bool, LaunchError> },
     /// A queue's status was written, or not.
     QueueTold { queue: String, answer: Result<(), LaunchError> },
 }
@@ -125,13 +131,17 @@ pub(crate) struct Core {
     pub(crate) busy: BTreeSet<String>,
     pub(crate) promised: BTreeMap<String, Promise>,
     /// Attempts that are asked to leave, until their status says so.
-    leaving: BTreeMap<String, (u32, Explanation)>,
+    pub(crate) leaving: BTreeMap<String, (u32, Explanation)>,
     /// Objects as we wrote them, until the watches show them.
     latest: BTreeMap<String, DynamicObject>,
     /// Jobs that rest after a call failed.
     pub(crate) resting: BTreeMap<String, Instant>,
     /// When the message of a job was last written for its own sake.
     told: BTreeMap<String, Instant>,
+    /// Whom tainted devices end, by node.
+    pub(crate) ended_by_taints: BTreeMap<String, Vec<(JobId, Attempt, String)>>,
+    /// Claims that are being deleted, by uid; with a moment, those that rest until then.
+    pub(crate) sweeping: BTreeMap<String, Option<Instant>>,
     tasks: Arc<Semaphore>,
     done: mpsc::UnboundedSender<Done>,
 }
@@ -175,6 +185,8 @@ impl Core {
             latest: BTreeMap::new(),
             resting: BTreeMap::new(),
             told: BTreeMap::new(),
+            ended_by_taints: BTreeMap::new(),
+            sweeping: BTreeMap::new(),
             tasks: Arc::new(Semaphore::new(TASKS_MAX)),
             done,
         }
@@ -189,6 +201,8 @@ impl Core {
         let (members, ready) = (std::mem::take(&mut self.members), std::mem::take(&mut self.ready));
         let is_lost = |name: &str| !ready.contains(name);
         self.settle_promises(&members, &mut wake);
+        self.sweep_claims(&mut wake);
+        self.heed_taints(&jobs);
         self.keep_replicas(&jobs, now, &mut wake);
         let mut wanting: Vec<&Job> = Vec::new();
         let mut between = BTreeSet::new();
@@ -266,6 +280,7 @@ impl Core {
             } else {
                 self.ready.remove(&now.name);
             }
+            self.see_taints(now);
             match self.fleet.update(&self.rules, now) {
                 Ok(node) => scene.nodes.push(node),
                 Err(gone) => scene.gone.push(gone),
@@ -498,6 +513,7 @@ impl Core {
         let spec = job.spec.as_ref().map_err(Clone::clone)?.at(plan.split);
         let extra = job.template.extra();
         let mut asks: BTreeMap<Option<String>, Arc<Ask>> = BTreeMap::new();
+        let mut books = self.stores.ledger.open();
         let mut seats = Vec::new();
         let mut places = Vec::new();
         for assignment in &plan.assignments {
@@ -511,20 +527,30 @@ impl Core {
             let resource = (device != DeviceKind::Cpu).then(|| resource.to_owned());
             let of_rank = || Arc::new(ask(&self.writer.rules, &spec, resource.as_deref(), &extra));
             let ask = asks.entry(resource.clone()).or_insert_with(of_rank).clone();
-            seats.push(Seat { rank, node: node.to_owned(), resource: resource.clone(), slot });
+            let claimed = resource.as_deref().filter(|resource| is_claimable(resource));
+            let class = match claimed {
+                Some(device) => match books.claims.class_of(device) {
+                    Some(class) => Some(class.to_owned()),
+                    None => return Err(format!("{device} is not published any more")),
+                },
+                None => None,
+            };
+            let (node, resource_too) = (node.to_owned(), resource.clone());
+            seats.push(Seat { rank, node: node.clone(), resource: resource_too, class, slot });
             let held = Held {
                 job: job.id.clone(),
                 attempt: plan.attempt,
                 rank,
                 device,
                 resource,
-                node: node.to_owned(),
+                node,
                 slot: Some(slot),
             };
             let pod = (job.namespace.clone(), job.pod(attempt, rank));
             places.push(Place { pod, held, ask });
         }
-        self.stores.ledger.open().promise(&job.uid, places, &extra, turn)?;
+        books.promise(&job.uid, places, &extra, turn)?;
+        drop(books);
         let message = format!("attempt {attempt} is being bound to {} devices", seats.len());
         let why = Explanation::new(Reason::StartingRanks, message);
         let mut status = told(job, JobPhase::Starting, &why, now.0);
@@ -627,6 +653,7 @@ impl Core {
             }
             Done::TakenBack { uid, answer } => self.was_taken_back(&uid, answer, now),
             Done::Counted { uid, answer } => self.was_counted(&uid, answer),
+            Done::Swept { uid, answer } => self.was_swept(uid, answer),
             Done::QueueTold { queue, answer } => self.queues.was_told(&queue, answer.is_ok()),
         }
     }

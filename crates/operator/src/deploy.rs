@@ -22,7 +22,7 @@ pub fn url(namespace: &str) -> String {
 
 /// Returns the cluster role: what the operator does, and nothing more.
 ///
-/// It reads nodes and pods of all namespaces, because it accounts for what others use. It asks whose
+/// It reads nodes, pods and claims of all namespaces, because it accounts for what others use. It asks whose
 /// tokens it is shown and what their owners may do. It writes no node, reads no secret but its own,
 /// and changes of its own resources' specs only queue and priority of a service's replicas.
 #[must_use]
@@ -47,6 +47,14 @@ pub fn cluster_role() -> Value {
             rule(GROUP, &["queues"], &["get", "list", "watch", "use"]),
             rule(GROUP, &["queues/status"], &["patch"]),
             rule("", &["nodes", "namespaces"], &["get", "list", "watch"]),
+            // Only where drivers' devices are given to gangs.
+            rule("resource.k8s.io", &["resourceslices"], &["get", "list", "watch"]),
+            rule(
+                "resource.k8s.io",
+                &["resourceclaims"],
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
+            rule("resource.k8s.io", &["resourceclaims/status"], &["patch"]),
             rule("policy", &["poddisruptionbudgets"], &["get", "list", "watch"]),
             // No objects: who may bind it makes pods of gangs, which others may not.
             rule(GROUP, &[admission::GANGS], &["bind"]),

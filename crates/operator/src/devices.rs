@@ -9,6 +9,7 @@ use drumline_spec::DeviceKind;
 use drumline_types::Bytes;
 use k8s_openapi::api::core::v1::Node as KubeNode;
 
+use crate::dra::{Driver, Published, is_claimable};
 use crate::quantity::milli;
 
 /// The resource of CPU devices.
@@ -106,13 +107,16 @@ impl GpuResource {
 pub struct DeviceRules {
     /// Those that are GPUs. Where one is of NVIDIA, MIG instances are found by themselves.
     pub gpus: Vec<GpuResource>,
+    /// Drivers whose published devices are GPUs too; empty: none.
+    pub drivers: Vec<Driver>,
     /// Processor time of one CPU device, in thousandths of a core.
     pub cpu_milli: u64,
 }
 
 impl Default for DeviceRules {
     fn default() -> Self {
-        Self { gpus: vec![GpuResource::named(NVIDIA_GPU)], cpu_milli: 1000 }
+        let gpus = vec![GpuResource::named(NVIDIA_GPU)];
+        Self { gpus, drivers: Vec::new(), cpu_milli: 1000 }
     }
 }
 
@@ -125,6 +129,8 @@ pub struct Offer {
     pub count: u64,
     /// What each of them is.
     pub sort: Sort,
+    /// Why none of them takes new work; `None`: they do.
+    pub problem: Option<String>,
 }
 
 /// What devices of one resource are.
@@ -146,6 +152,7 @@ impl DeviceRules {
             let last = name.rsplit_once('/').map_or("", |(_, last)| last);
             last == "gpu" || last.starts_with("gpu.") || GPUS.contains(name)
         });
+        let hold = hold.filter(|name| !is_claimable(name));
         let all: BTreeSet<&str> = named.chain(hold).chain([NVIDIA_GPU]).collect();
         Self { gpus: all.into_iter().map(GpuResource::named).collect(), ..Self::default() }
     }
@@ -167,9 +174,10 @@ impl DeviceRules {
         self.gpus.iter().any(|gpu| gpu.name.starts_with(NVIDIA))
     }
 
-    /// Returns the devices that a node offers, by resource; CPU devices last.
+    /// Returns the devices that a node offers and that drivers publish for it, by resource; CPU devices
+    /// last.
     #[must_use]
-    pub fn offers(&self, node: &KubeNode) -> Vec<Offer> {
+    pub fn offers(&self, node: &KubeNode, published: &[Published]) -> Vec<Offer> {
         let nothing = BTreeMap::new();
         let all = allocatable(node).unwrap_or(&nothing);
         let amount = |name: &str| all.get(name).and_then(|quantity| milli(&quantity.0));
@@ -180,12 +188,20 @@ impl DeviceRules {
                 resource: name.clone(),
                 count: amount(name).unwrap_or(0) / 1000,
                 sort: sort(node, name, told),
+                problem: None,
             });
         }
+        offers.extend(published.iter().map(|device| Offer {
+            resource: device.id.clone(),
+            count: 1,
+            sort: device.sort.clone(),
+            problem: device.taint.clone(),
+        }));
         offers.push(Offer {
             resource: CPU.to_owned(),
             count: amount(CPU).unwrap_or(0) / self.cpu_milli.max(1),
             sort: Sort { model: "cpu".to_owned(), memory: Bytes(0) },
+            problem: None,
         });
         offers
     }
@@ -256,7 +272,7 @@ mod tests {
 
     /// What a node offers, each as `COUNT RESOURCE MODEL MEMORY`.
     fn told(rules: &DeviceRules, node: &KubeNode) -> Vec<String> {
-        let offers = rules.offers(node);
+        let offers = rules.offers(node, &[]);
         let text = |one: &Offer| {
             let Sort { model, memory } = &one.sort;
             format!("{} {} {model} {}", one.count, one.resource, memory.0 >> 20)
@@ -299,7 +315,8 @@ mod tests {
     #[test]
     fn other_makers_devices_are_named_by_the_administrator_or_by_labels() {
         let gpus = ["amd.com/gpu", "example.org/npu=N1:16Gi"].map(str::to_owned);
-        let rules = DeviceRules { gpus: GpuResource::parse_all(&gpus).unwrap(), cpu_milli: 500 };
+        let gpus = GpuResource::parse_all(&gpus).unwrap();
+        let rules = DeviceRules { gpus, cpu_milli: 500, ..DeviceRules::default() };
         let node = node(
             json!({ "amd.com/gpu.product-name": "MI300X", "amd.com/gpu.vram": "192Gi" }),
             json!({ "cpu": "1", "amd.com/gpu": "8", "example.org/npu": "2",

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 
 use crate::ask::Ask;
 use crate::devices::{CPU, DeviceRules, Offer, Sort, kind};
+use crate::dra::Published;
 use crate::gang::Member;
 use crate::quantity::milli;
 
@@ -92,6 +93,8 @@ pub struct NodeNow {
     pub held: Vec<Held>,
     /// What all other pods ask of it.
     pub others: Ask,
+    /// What drivers publish for it.
+    pub published: Vec<Published>,
 }
 
 /// What the ranks of each gang hold of one node.
@@ -130,6 +133,8 @@ struct Known {
     count: u32,
     /// What they are, or were when the node last offered them.
     sort: Sort,
+    /// Why none of them takes new work.
+    problem: Option<String>,
     /// The index of each that there is or was.
     at: Vec<u32>,
 }
@@ -170,7 +175,7 @@ impl Fleet {
         let node = match &now.node {
             Some(node) => {
                 self.names.insert(alias.clone(), name.to_owned());
-                Ok(read(rules, &mut self.layout, node, alias, &ours, &now.others, &mut ranks))
+                Ok(read(rules, &mut self.layout, node, alias, &ours, now, &mut ranks))
             }
             None => {
                 let slots = Slots::of(&ours);
@@ -271,6 +276,7 @@ impl Layout {
             let known = of_node.reach(&offer.resource, count);
             known.count = count;
             known.sort = offer.sort.clone();
+            known.problem.clone_from(&offer.problem);
         }
         for (resource, end) in &held.ends {
             of_node.reach(resource, *end);
@@ -295,6 +301,7 @@ impl NodeLayout {
                 resource: resource.to_owned(),
                 count: 0,
                 sort: Sort { model: resource.to_owned(), memory: Bytes(0) },
+                problem: None,
                 at: Vec::new(),
             });
             self.resources.len() - 1
@@ -328,12 +335,15 @@ impl NodeLayout {
     fn devices(&self) -> Vec<Device> {
         let device = |(at, slot): &(usize, u32)| {
             let known = &self.resources[*at];
-            let is_there = *slot < known.count;
+            let health = match &known.problem {
+                _ if *slot >= known.count => {
+                    Health::Failed("the node does not offer it any more".to_owned())
+                }
+                Some(problem) => Health::Failed(problem.clone()),
+                None => Health::Healthy,
+            };
             Device {
-                health: match is_there {
-                    true => Health::Healthy,
-                    false => Health::Failed("the node does not offer it any more".to_owned()),
-                },
+                health,
                 ..Device::new(kind(&known.resource), known.sort.model.as_str(), known.sort.memory)
             }
         };
@@ -390,13 +400,14 @@ fn read(
     node: &KubeNode,
     alias: NodeName,
     ours: &[Ours],
-    taken: &Ask,
+    now: &NodeNow,
     ranks: &mut Ranks,
 ) -> Node {
+    let taken = &now.others;
     let labels = node.metadata.labels.clone().unwrap_or_default();
     let name = node.metadata.name.as_deref().unwrap_or_default();
     let slots = Slots::of(ours);
-    let layout = layout.see(name, &rules.devices.offers(node), &slots);
+    let layout = layout.see(name, &rules.devices.offers(node, &now.published), &slots);
     slots.give_out(&alias, layout, ranks);
     let mut used = BTreeMap::new();
     for known in &layout.resources {
@@ -535,7 +546,13 @@ mod tests {
             asks.add(&Ask::of(pod));
         }
         let held = held.iter().filter(|held| held.node == name).cloned().collect();
-        let now = NodeNow { name, node: Some(Arc::new(node.clone())), held, others: asks };
+        let now = NodeNow {
+            name,
+            node: Some(Arc::new(node.clone())),
+            held,
+            others: asks,
+            published: Vec::new(),
+        };
         fleet.update(&FleetRules::default(), &now).unwrap()
     }
 
@@ -604,6 +621,7 @@ mod tests {
             node: None,
             held: held[2..].to_vec(),
             others: Ask::default(),
+            published: Vec::new(),
         };
         assert!(fleet.update(&FleetRules::default(), &gone).is_err());
         assert_eq!(places(&fleet), ["a/0", "a/1", "b/0"]);

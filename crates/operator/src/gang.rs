@@ -6,6 +6,7 @@ use drumline_spec::DeviceKind;
 use drumline_types::{Explanation, JobId, Reason};
 use k8s_openapi::api::core::v1::Pod;
 
+use crate::dra::is_claimable;
 use crate::fleet::occupied;
 
 /// Label: the job's uid.
@@ -165,6 +166,10 @@ pub(crate) fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
 /// Whether a pod asks for a resource. Annotations may be changed by whoever may change pods; what it
 /// asks for may not.
 fn asks_for(pod: &Pod, resource: &str) -> bool {
+    if is_claimable(resource) {
+        let claims = pod.spec.as_ref().and_then(|spec| spec.resource_claims.as_ref());
+        return claims.is_some_and(|claims| !claims.is_empty());
+    }
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     let resources = containers.filter_map(|container| container.resources.as_ref());
     resources.filter_map(|all| all.limits.as_ref()).any(|limits| limits.contains_key(resource))

@@ -1,24 +1,27 @@
 //! Carries out what was decided for one gang: all its pods created, then all bound; or taken back
 //! whole.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use drumline_spec::JobSpec;
 use drumline_types::Explanation;
-use futures::{TryStreamExt, stream};
+use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Binding, Pod, Service};
+use k8s_openapi::api::resource::v1::ResourceClaim;
 use kube::api::{
     Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
 };
 use kube::core::{Request, Status};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Client, Resource};
-use serde::de::IgnoredAny;
+use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::Semaphore;
 
 use crate::crd::status::JobStatus;
+use crate::dra::{self, RankClaim};
 use crate::gang::{ATTEMPT, UID};
 use crate::job::{FINALIZER, Job, resource, resource_named};
 use crate::lease::{Leadership, NotLeading};
@@ -45,6 +48,14 @@ pub enum LaunchError {
     /// The parts do not make an object.
     #[error("not an object of the API: {0}")]
     Object(#[from] serde_json::Error),
+    /// A device that was to be a rank's has been given to somebody else in the same moment.
+    #[error("{device} is allocated to the claim {claim} too")]
+    Claimed {
+        /// The device.
+        device: String,
+        /// The other claim.
+        claim: String,
+    },
     /// Pods are still there.
     #[error("{0} pods are still there after {GONE_DEADLINE:?}")]
     StillThere(usize),
@@ -75,6 +86,19 @@ pub struct Writer {
     pub recorder: Recorder,
     /// Places for calls about pods.
     pub calls: Calls,
+    /// Whether ranks may have claims.
+    pub has_claims: bool,
+}
+
+/// What is read of a pod that was made.
+#[derive(Deserialize)]
+struct Made {
+    metadata: MadeMetadata,
+}
+
+#[derive(Deserialize)]
+struct MadeMetadata {
+    uid: String,
 }
 
 /// Places for calls to the API server that come in great numbers. Cloning shares them.
@@ -163,6 +187,18 @@ impl Writer {
             return Err(LaunchError::StillThere(left));
         }
         self.leadership.check()?;
+        if self.has_claims {
+            let params = ListParams::default().labels(&format!("{UID}={}", job.uid));
+            for claim in self.claims(&job.namespace).list_metadata(&params).await? {
+                let (name, uid) = (claim.metadata.name, claim.metadata.uid);
+                self.drop_claim(
+                    &job.namespace,
+                    &name.unwrap_or_default(),
+                    &uid.unwrap_or_default(),
+                )
+                .await?;
+            }
+        }
         let services: Api<Service> = Api::namespaced(self.client.clone(), &job.namespace);
         match services.delete(&job.service(), &DeleteParams::default()).await {
             Ok(_) => {}
@@ -227,16 +263,116 @@ impl Writer {
             .iter()
             .map(|seat| pods::pod(&self.rules, job, spec, attempt, seat))
             .collect::<Result<_, _>>()?;
-        stream::iter(made.iter().map(Ok::<_, LaunchError>))
-            .try_for_each_concurrent(CALLS_MAX, |pod| self.create(job, pod))
-            .await?;
+        let calls: Vec<_> = made.iter().map(|pod| self.create(job, pod)).collect();
+        let uids: Vec<String> = stream::iter(calls).buffered(CALLS_MAX).try_collect().await?;
+        self.allocate(job, attempt, seats, &uids).await?;
         // Every pod is there, so every quota and admission rule is passed: now they may run.
         stream::iter(seats.iter().map(Ok::<_, LaunchError>))
             .try_for_each_concurrent(CALLS_MAX, |seat| self.bind(job, attempt, seat))
             .await
     }
 
-    async fn create(&self, job: &Job, pod: &Pod) -> Result<(), LaunchError> {
+    /// Makes the claims of a gang's pods, gives each the device of its plan, and makes sure that nobody
+    /// else was given it in the same moment: claims are not written in one transaction.
+    async fn allocate(
+        &self,
+        job: &Job,
+        attempt: u32,
+        seats: &[Seat],
+        uids: &[String],
+    ) -> Result<(), LaunchError> {
+        let mut devices = BTreeMap::new();
+        for (seat, uid) in seats.iter().zip(uids) {
+            if let (Some(class), Some(device)) = (&seat.class, &seat.resource) {
+                let name = job.pod(attempt, seat.rank);
+                devices.insert(device.as_str(), (name, uid.as_str(), class.as_str(), seat));
+            }
+        }
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let claims = self.claims(&job.namespace);
+        stream::iter(devices.iter().map(Ok::<_, LaunchError>))
+            .try_for_each_concurrent(CALLS_MAX, |(device, (name, uid, class, seat))| {
+                let claims = &claims;
+                async move {
+                    let pod = (name.as_str(), *uid);
+                    let claim = dra::claim(pod, &job.namespace, &job.uid, class)?;
+                    let status = dra::allocation(pod, &seat.node, device);
+                    let _place = self.calls.0.acquire().await;
+                    self.leadership.check()?;
+                    claims.create(&PostParams::default(), &claim).await?;
+                    self.leadership.check()?;
+                    let params = PatchParams::default();
+                    claims.patch_status(name, &params, &Patch::Merge(&status)).await?;
+                    Ok(())
+                }
+            })
+            .await?;
+        let all: Api<ResourceClaim> = Api::all(self.client.clone());
+        for claim in all.list(&ListParams::default()).await? {
+            let of = |text: &Option<String>| text.clone().unwrap_or_default();
+            let (namespace, name) = (of(&claim.metadata.namespace), of(&claim.metadata.name));
+            for device in dra::allocated(&claim) {
+                let ours = devices.get(device.as_str());
+                if ours.is_some_and(|(ours, ..)| namespace != job.namespace || name != *ours) {
+                    return Err(LaunchError::Claimed {
+                        device,
+                        claim: format!("{namespace}/{name}"),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn claims(&self, namespace: &str) -> Api<ResourceClaim> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Deletes a claim whose pod is gone or has ended. Returns false when the pod is there after all.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub async fn sweep_claim(&self, claim: &RankClaim) -> Result<bool, LaunchError> {
+        let (namespace, name) = &claim.key;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let pod = pods.get_opt(name).await?;
+        let lives = pod.is_some_and(|pod| {
+            let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+            pod.metadata.uid.as_ref() == Some(&claim.pod)
+                && !matches!(phase, Some("Succeeded" | "Failed"))
+        });
+        if !lives {
+            self.drop_claim(namespace, name, &claim.uid).await?;
+        }
+        Ok(!lives)
+    }
+
+    /// Deletes a claim, and lets it go. One that is gone already is no error.
+    async fn drop_claim(&self, namespace: &str, name: &str, uid: &str) -> Result<(), LaunchError> {
+        self.leadership.check()?;
+        let claims = self.claims(namespace);
+        let is_gone = |error: &kube::Error| {
+            // Another claim of that name: ours is gone.
+            is_missing(error) || matches!(error, kube::Error::Api(status) if status.code == 409)
+        };
+        let preconditions = Preconditions { uid: Some(uid.to_owned()), ..Preconditions::default() };
+        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+        match claims.delete(name, &params).await {
+            Ok(_) => {}
+            Err(error) if is_gone(&error) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let free = json!({ "metadata": { "uid": uid, "finalizers": null } });
+        match claims.patch(name, &PatchParams::default(), &Patch::Merge(&free)).await {
+            Err(error) if !is_gone(&error) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the uid of the pod that was made.
+    async fn create(&self, job: &Job, pod: &Pod) -> Result<String, LaunchError> {
         let pods = Request::new(Pod::url_path(&(), Some(&job.namespace)));
         let body = serde_json::to_vec(pod)?;
         let request =
@@ -244,9 +380,9 @@ impl Writer {
         // The semaphore is never closed.
         let _place = self.calls.0.acquire().await;
         self.leadership.check()?;
-        // The answer is the whole pod again: it is left unread, since the watch brings it too.
-        let _: IgnoredAny = self.client.request(request).await?;
-        Ok(())
+        // The answer is the whole pod again: it is hardly read, since the watch brings it too.
+        let made: Made = self.client.request(request).await?;
+        Ok(made.metadata.uid)
     }
 
     async fn ensure_service(&self, job: &Job) -> Result<(), LaunchError> {

@@ -5,16 +5,22 @@
 //! is bound, under one lock, so of two that want the same room the second is refused. It is fed by
 //! the watches as they come, and tells the core only of what has changed.
 
+mod judge;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceSlice};
 use kube::runtime::watcher::Event;
 
 use crate::ask::Ask;
+use crate::dra::{Claims, RankClaim};
 use crate::fleet::{Held, NodeNow, held, occupied};
 use crate::gang::{Member, NODE, Standing, annotation};
+
+pub(crate) use judge::{Place, Verdict};
 
 /// A binding that was let through, or sent, and is not seen for so long was never stored: the API
 /// server ends every request before that.
@@ -74,24 +80,6 @@ impl Expected {
     }
 }
 
-/// One pod of a gang that is about to be made.
-pub(crate) struct Place {
-    pub(crate) pod: PodKey,
-    pub(crate) held: Held,
-    pub(crate) ask: Arc<Ask>,
-}
-
-/// What is said to a binding by another scheduler.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// It may be stored.
-    Allowed,
-    /// It may not, and why.
-    Refused(String),
-    /// The pod is not shown yet.
-    Unknown,
-}
-
 /// What has changed since the core last asked.
 #[derive(Default)]
 pub(crate) struct Changes {
@@ -121,6 +109,8 @@ pub(crate) struct Books {
     /// What the list that is coming in has shown so far.
     listing: Option<BTreeSet<PodKey>>,
     listing_nodes: Option<BTreeSet<String>>,
+    /// Devices that drivers publish, and the claims that have them.
+    pub(crate) claims: Claims,
 }
 
 impl Books {
@@ -171,6 +161,30 @@ impl Books {
                 }
             }
         }
+    }
+
+    /// Takes in what the watch of slices has brought.
+    pub(crate) fn slice_event(&mut self, event: &Event<ResourceSlice>) {
+        let changed = self.claims.slice_event(event);
+        self.changed_nodes.extend(changed);
+    }
+
+    /// Takes in what the watch of claims has brought.
+    pub(crate) fn claim_event(&mut self, event: &Event<ResourceClaim>) {
+        let changed = self.claims.claim_event(event);
+        self.changed_nodes.extend(changed);
+    }
+
+    /// Returns the claims that were made for ranks whose pods are not shown, or have ended.
+    pub(crate) fn dead_claims(&self) -> Vec<RankClaim> {
+        let is_over =
+            |member: &Member| matches!(member.standing, Standing::Succeeded | Standing::Failed);
+        let lives = |claim: &RankClaim| {
+            self.pods.get(&claim.key).is_some_and(|pod| {
+                pod.uid == claim.pod && !pod.member.as_ref().is_some_and(is_over)
+            })
+        };
+        self.claims.of_ranks().filter(|claim| !lives(claim)).collect()
     }
 
     fn forget_node(&mut self, name: Option<&str>) {
@@ -340,8 +354,13 @@ impl Books {
                 node: self.nodes.get(&name).cloned(),
                 held: Vec::new(),
                 others: Ask::default(),
+                published: self.claims.on(&name),
                 name,
             };
+            // A claim has its device whoever made it; that of a rank counts once, as the rank's.
+            for device in of_node.published.iter().filter(|device| device.is_claimed) {
+                of_node.others.put(&device.id, 1000);
+            }
             for taken in self.taken(&of_node.name) {
                 match taken.held {
                     Some(held) if taken.job.is_some_and(is_job) => of_node.held.push(held),
@@ -405,111 +424,6 @@ impl Books {
         let nodes: Vec<String> = nodes.chain(promised.map(|one| one.node.clone())).collect();
         self.changed_nodes.extend(nodes);
     }
-
-    /// Promises places to a gang: all of them, or none. `turn` is what its plan was made on; `extra` is
-    /// what each pod asks that the plan knows nothing of.
-    ///
-    /// # Errors
-    /// What leaves no room, in words.
-    pub(crate) fn promise(
-        &mut self,
-        job: &str,
-        places: Vec<Place>,
-        extra: &Ask,
-        turn: u64,
-    ) -> Result<(), String> {
-        let mut wanted: BTreeMap<&str, (Ask, Ask)> = BTreeMap::new();
-        for place in &places {
-            let (all, beside) = wanted.entry(&place.held.node).or_default();
-            all.add(&place.ask);
-            beside.add(extra);
-        }
-        for (node, (all, beside)) in wanted {
-            // What the plan knew of was judged by the core, and checked.
-            let is_new = self.taken(node).any(|taken| taken.turn > turn);
-            if let Some(short) = self.short(node, if is_new { &all } else { &beside }, None) {
-                return Err(short);
-            }
-            let offers = |name: &str| {
-                self.nodes.get(node).is_some_and(|node| Ask::offered(node).names(name))
-            };
-            if let Some((name, _)) = extra.iter().find(|(name, _)| !offers(name)) {
-                return Err(format!("{node} has no {name}"));
-            }
-        }
-        for Place { pod, held, ask } in places {
-            let node = held.node.clone();
-            self.expect(pod, node, ask, Whose::Gang(job.to_owned(), held));
-        }
-        Ok(())
-    }
-
-    /// Drops what is left of a gang's promise.
-    pub(crate) fn drop_promise(&mut self, job: &str) {
-        let left = self.expected.iter().filter(
-            |(_, expected)| matches!(&expected.whose, Whose::Gang(whose, _) if whose == job),
-        );
-        for key in left.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
-            self.unexpect(&key);
-        }
-    }
-
-    /// Judges a binding by another scheduler, and enters it when it may be stored.
-    ///
-    /// A node on which no gang is or is promised anything is none of our business.
-    pub(crate) fn review(
-        &mut self,
-        key: &PodKey,
-        uid: Option<&str>,
-        node: &str,
-        is_dry: bool,
-        now: Instant,
-    ) -> Verdict {
-        self.lapse(now);
-        let shown = self.pods.get(key).filter(|pod| uid.is_none_or(|uid| uid == pod.uid));
-        let Some(pod) = shown else { return Verdict::Unknown };
-        if pod.member.is_some() {
-            let why = format!("{} is a pod of a gang, which only the operator binds", key.1);
-            return Verdict::Refused(why);
-        }
-        if pod.node.is_some() {
-            // Bound already: the API server says so.
-            return Verdict::Allowed;
-        }
-        let (ask, uid) = (pod.ask.clone(), pod.uid.clone());
-        let has_gang = self.taken(node).any(|taken| taken.job.is_some());
-        if has_gang && let Some(short) = self.short(node, &ask, Some(key)) {
-            return Verdict::Refused(short);
-        }
-        if !is_dry {
-            self.expect(key.clone(), node.to_owned(), ask, Whose::Other(uid, now + LET_THROUGH));
-        }
-        Verdict::Allowed
-    }
-
-    /// Says of which resource a node has not enough left. What it does not offer at all is not judged
-    /// here, and neither is a node that is not shown.
-    fn short(&self, node: &str, ask: &Ask, except: Option<&PodKey>) -> Option<String> {
-        let offered = Ask::offered(self.nodes.get(node)?);
-        let mut taken = Ask::default();
-        for one in self.taken(node).filter(|taken| Some(taken.key) != except) {
-            taken.add(one.ask);
-        }
-        ask.iter().filter(|(name, amount)| *amount > 0 && offered.names(name)).find_map(
-            |(name, amount)| {
-                let left = offered.get(name).saturating_sub(taken.get(name));
-                (amount > left).then(|| {
-                    format!(
-                        "{} of {node} is promised: {} are left of {}, and {} are asked for",
-                        name,
-                        whole(left),
-                        whole(offered.get(name)),
-                        whole(amount)
-                    )
-                })
-            },
-        )
-    }
 }
 
 /// One pod on a node.
@@ -529,11 +443,6 @@ fn is_of(member: Option<&Member>, job: &str, attempt: u32) -> bool {
 
 fn key(pod: &Pod) -> Option<PodKey> {
     Some((pod.metadata.namespace.clone()?, pod.metadata.name.clone()?))
-}
-
-/// Writes an amount of thousandths as people count.
-fn whole(milli: u64) -> f64 {
-    milli as f64 / 1000.0
 }
 
 #[cfg(test)]
@@ -686,6 +595,47 @@ mod tests {
         let late = books.promise("other", vec![instance(2)], &Ask::default(), 0).unwrap_err();
         assert!(late.contains(MIG), "{late}");
         books.promise("other", vec![place(2), place(3)], &Ask::default(), 0).unwrap();
+    }
+
+    #[test]
+    fn a_device_that_a_claim_has_is_nobody_elses() {
+        const DEVICE: &str = "gpu.nvidia.com:a/gpu-0";
+        let mut books = books();
+        books.claims = Claims::new(vec![crate::dra::Driver::parse("gpu.nvidia.com").unwrap()]);
+        let slice = json!({ "metadata": { "name": "s" }, "spec": {
+            "driver": "gpu.nvidia.com", "nodeName": "a",
+            "pool": { "name": "a", "generation": 1, "resourceSliceCount": 1 },
+            "devices": [{ "name": "gpu-0" }],
+        }});
+        books.slice_event(&Event::Apply(serde_json::from_value(slice).unwrap()));
+        let claim: ResourceClaim = serde_json::from_value(json!({
+            "metadata": { "namespace": "n", "name": "c", "uid": "u" },
+            "spec": {},
+            "status": {
+                "allocation": { "devices": { "results": [{ "request": "r", "pool": "a",
+                    "driver": "gpu.nvidia.com", "device": "gpu-0" }] } },
+                "reservedFor": [{ "resource": "pods", "name": "p0", "uid": "uid-p0" }],
+            },
+        }))
+        .unwrap();
+        let of_device = |rank| {
+            let mut place = place(rank);
+            place.held.resource = Some(DEVICE.to_owned());
+            place.ask = Arc::new(Ask::place());
+            place
+        };
+        // It was given to another's pod after the plan was made.
+        books.claim_event(&Event::Apply(claim.clone()));
+        assert_eq!(books.changes(&|_| true, Instant::now()).nodes[0].others.get(DEVICE), 1000);
+        let why = books.promise("job", vec![of_device(0)], &Ask::default(), 0).unwrap_err();
+        assert_eq!(why, format!("{DEVICE} is allocated to the claim n/c"));
+        // It is given to another's pod after it was promised: that pod is not bound.
+        books.claim_event(&Event::Delete(claim.clone()));
+        books.promise("job", vec![of_device(0)], &Ask::default(), 0).unwrap();
+        books.claim_event(&Event::Apply(claim));
+        let Verdict::Refused(why) = review(&mut books, "p0") else { panic!("let through") };
+        assert_eq!(why, format!("{DEVICE} of a is a gang's"));
+        assert_eq!(review(&mut books, "p1"), Verdict::Allowed);
     }
 
     #[test]

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::core::Stores;
 use crate::crd::status::JobStatus;
 use crate::devices::kind;
+use crate::dra::Published;
 use crate::figures::{self, Figures};
 use crate::fleet::{FleetRules, is_ready};
 use crate::gang::Member;
@@ -104,7 +105,9 @@ impl Gauges {
         if leads {
             let nodes = stores.nodes.state();
             let pods = stores.pods.state();
-            self.show_fleet(nodes.iter().map(AsRef::as_ref), pods.iter().map(AsRef::as_ref), rules);
+            let pods = pods.iter().map(AsRef::as_ref);
+            let published = |node: &str| stores.ledger.open().claims.on(node);
+            self.show_fleet(nodes.iter().map(AsRef::as_ref), pods, rules, &published);
             self.show_jobs(stores, now);
         }
     }
@@ -114,13 +117,14 @@ impl Gauges {
         nodes: impl Iterator<Item = &'a KubeNode>,
         pods: impl Iterator<Item = &'a Pod>,
         rules: &FleetRules,
+        published: &dyn Fn(&str) -> Vec<Published>,
     ) {
         let mut known = BTreeMap::new();
         for node in nodes {
             let Some(name) = node.metadata.name.as_deref() else { continue };
             let phase = if is_ready(node) { "ready" } else { "silent" };
             self.nodes.with_label_values(&[phase]).inc();
-            for (kind, count) in offered(node, rules) {
+            for (kind, count) in offered(node, rules, &published(name)) {
                 known.insert((name, kind), ());
                 self.devices.with_label_values(&[kind]).add(count);
                 self.node_devices.with_label_values(&[name, kind]).set(count);
@@ -176,8 +180,12 @@ impl Gauges {
 }
 
 /// Returns the devices that a node offers, by kind.
-fn offered(node: &KubeNode, rules: &FleetRules) -> [(&'static str, i64); 2] {
-    let offers = rules.devices.offers(node);
+fn offered(
+    node: &KubeNode,
+    rules: &FleetRules,
+    published: &[Published],
+) -> [(&'static str, i64); 2] {
+    let offers = rules.devices.offers(node, published);
     [DeviceKind::Gpu, DeviceKind::Cpu].map(|of| {
         let of_kind = offers.iter().filter(|offer| kind(&offer.resource) == of);
         let count = of_kind.fold(0, |count: u64, offer| count.saturating_add(offer.count));

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::ask::Ask;
 use crate::crd::{GROUP, VERSION};
 use crate::desk::gang;
+use crate::dra;
 use crate::gang::{
     ATTEMPT, DEVICE, JOB, JOB_ID, NODE, RANK, RANKS, RESOURCE, SCHEDULER, SERVICE, SLOT, UID,
 };
@@ -75,8 +76,11 @@ pub struct Seat {
     pub rank: u32,
     /// Kubernetes' name of the node that the checked plan gives it.
     pub node: String,
-    /// The extended resource that is its device; `None`: it is a CPU device.
+    /// The extended resource that is its device, or the device that it claims; `None`: it is a CPU
+    /// device.
     pub resource: Option<String>,
+    /// The device class that its claim names; `None`: it claims none.
+    pub class: Option<String>,
     /// Which of the node's devices of that resource.
     pub slot: u32,
 }
@@ -162,6 +166,9 @@ pub fn pod(
             "volumes": volumes,
         },
     });
+    if seat.class.is_some() {
+        dra::name_claim(&mut pod);
+    }
     job.template.lay_over(&mut pod);
     serde_json::from_value(pod)
 }
@@ -245,7 +252,7 @@ fn resources(gang: &Gang, seat: &Seat) -> Value {
         requests["memory"] = json!(gang.memory.0.to_string());
     }
     let mut limits = json!({});
-    if let Some(resource) = &seat.resource {
+    if let Some(resource) = seat.resource.as_ref().filter(|_| seat.class.is_none()) {
         limits[resource] = json!("1");
     }
     json!({ "requests": requests, "limits": limits })

@@ -26,6 +26,7 @@ use tonic::Status;
 use crate::core::{Core, Stores};
 use crate::deploy::{RANKS_PORT, url};
 use crate::devices::GpuResource;
+use crate::dra::Claims;
 use crate::figures::Figures;
 use crate::fleet::FleetRules;
 use crate::guard::{self, GuardError, GuardRules, InEffect};
@@ -45,6 +46,8 @@ use crate::waits::{RETRY_MAX, RETRY_MIN, Waits};
 
 /// Changes that come together are looked at together.
 const SETTLE: Duration = Duration::from_millis(10);
+/// Where devices that drivers publish, and claims of them, are found.
+const CLAIMS_VERSION: &str = "resource.k8s.io/v1";
 /// How long a follower waits before it looks again whether it leads.
 const FOLLOW: Duration = Duration::from_millis(200);
 
@@ -113,6 +116,24 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
     }
     let ledger = Ledger::default();
     let (of_nodes, of_pods) = (ledger.clone(), ledger.clone());
+    let mut published = None;
+    if !options.fleet.devices.drivers.is_empty() {
+        if has_claims(&client).await? {
+            let (of_slices, of_claims) = (ledger.clone(), ledger.clone());
+            ledger.open().claims = Claims::new(options.fleet.devices.drivers.clone());
+            let slices = watch(Api::all(client.clone()), (), &changed, &stop, move |event| {
+                of_slices.open().slice_event(event);
+            });
+            let claims = watch(Api::all(client.clone()), (), &changed, &stop, move |event| {
+                of_claims.open().claim_event(event);
+            });
+            published = Some((slices, claims));
+        } else {
+            tracing::warn!(
+                "the API server has no {CLAIMS_VERSION}: no devices of drivers are given to gangs"
+            );
+        }
+    }
     let queue = resource_named("Queue");
     let stores = Stores {
         jobs,
@@ -125,6 +146,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
         pods: watch(Api::all(client.clone()), (), &changed, &stop, move |event| {
             of_pods.open().pod_event(event);
         }),
+        published,
         ledger,
     };
     let leadership = Leadership::default();
@@ -152,6 +174,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Servic
         },
         recorder: Recorder::new(client.clone(), reporter),
         calls: Calls::default(),
+        has_claims: stores.published.is_some(),
     };
     let mut guard = None;
     if let Some(rules) = options.guard {
@@ -283,6 +306,19 @@ async fn all_listed(stores: Stores) {
     let _ = stores.budgets.wait_until_ready().await;
     let _ = stores.nodes.wait_until_ready().await;
     let _ = stores.pods.wait_until_ready().await;
+    if let Some((slices, claims)) = &stores.published {
+        let _ = slices.wait_until_ready().await;
+        let _ = claims.wait_until_ready().await;
+    }
+}
+
+/// Asks whether the API server has claims and slices of the version that is known here.
+async fn has_claims(client: &Client) -> Result<bool, kube::Error> {
+    match client.list_api_group_resources(CLAIMS_VERSION).await {
+        Ok(all) => Ok(all.resources.iter().any(|resource| resource.name == "resourceslices")),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn watch<K>(

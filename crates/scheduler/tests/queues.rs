@@ -117,6 +117,31 @@ fn quota_of_a_model_is_apart_from_that_of_the_kind() {
 }
 
 #[test]
+fn instances_are_given_and_charged_by_their_own_name() {
+    let mut world = World::new().nodes("a", 2);
+    world.node("c", 3, "NVIDIA A100-SXM4-80GB MIG 1g.10gb");
+    let queue = Queue::named("team").quota("1g.10gb", 2).quota("a100", 0).quota("gpu", 2);
+    world.queue(queue.borrows("1g.10gb", 0).borrows("a100", 0).borrows("gpu", 0));
+    for name in ["x1", "x2"] {
+        world.submit(Job::named(name, 1).queue("team"));
+    }
+    for name in ["y1", "y2"] {
+        world.submit(Job::named(name, 1).queue("team").model("1g.10gb"));
+    }
+    let decided = world.cycle();
+    let on = |node: &str| -> Vec<&str> {
+        let mark = format!("on {node} x1");
+        let there = decided.iter().filter(|line| line.contains(&mark));
+        there.filter_map(|line| line.split(' ').next()).collect()
+    };
+    assert_eq!((on("a"), on("c")), (vec!["x1", "x2"], vec!["y1", "y2"]), "{decided:?}");
+    // An instance is free, but it is no whole device, and no A100.
+    world.submit(Job::named("x3", 1).queue("team"));
+    world.submit(Job::named("z", 1).queue("team").model("a100"));
+    assert_eq!(world.cycle(), [""; 0]);
+}
+
+#[test]
 fn spare_devices_are_divided_by_weight() {
     let mut world = World::new().nodes("a b c", 8);
     world.queue(Queue::named("one").weight(1));

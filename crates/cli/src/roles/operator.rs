@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use drumline_operator::{GpuResource, GuardRules, LevelRule, Observe, Options, WhenAway};
+use drumline_operator::{Driver, GpuResource, GuardRules, LevelRule, Observe, Options, WhenAway};
 use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +31,12 @@ pub struct OperatorArgs {
         default_value = "nvidia.com/gpu"
     )]
     pub gpu_resource: Vec<String>,
+    /// A driver of dynamic resource allocation whose published devices (ResourceSlices) are GPUs too,
+    /// such as gpu.nvidia.com; may be given more than once, or several separated by commas. Ranks claim
+    /// them by the device class of the driver's name (MIG instances by mig.nvidia.com), or by the one
+    /// that follows. Without it, or where the API server has no resource.k8s.io/v1, there are none.
+    #[arg(long, value_name = "DRIVER[=CLASS]", value_delimiter = ',')]
+    pub dra: Vec<String>,
     /// Processor time of one CPU device, in thousandths of a core.
     #[arg(long, default_value_t = 1000)]
     pub cpu_device_milli: u64,
@@ -99,6 +105,10 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
     let topology = args.topology.iter().map(level).collect::<Result<Vec<_>, _>>()?;
     let gpus = GpuResource::parse_all(&args.gpu_resource)
         .map_err(|why| Failure::user(format!("--gpu-resource {why}")))?;
+    let driver = |text: &String| {
+        Driver::parse(text).map_err(|why| Failure::user(format!("--dra {text}: {why}")))
+    };
+    let drivers = args.dra.iter().map(driver).collect::<Result<Vec<_>, _>>()?;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let identity = format!("{host}-{}", std::process::id());
     let mut options = Options::here(args.namespace, identity)
@@ -106,6 +116,7 @@ pub(super) async fn run(args: OperatorArgs, stop: CancellationToken) -> Result<(
         .map_err(|error| Failure::failed(error.to_string()))?
         .gpu_resources(gpus)
         .cpu_device_milli(args.cpu_device_milli);
+    options.fleet.devices.drivers = drivers;
     options.fleet.topology = topology;
     options.fleet.tolerated.clone_from(&args.tolerate);
     options.pods.tolerated = args.tolerate;

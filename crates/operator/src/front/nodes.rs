@@ -1,16 +1,21 @@
 //! Nodes and queues, read from the API server: what the operator reads too, by the same code.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use drumline_cluster::Health;
 use drumline_types::DeviceId;
 use drumline_wire::v1;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceSlice};
 use kube::api::{Api, DynamicObject, ListParams};
+use kube::core::ObjectList;
+use kube::runtime::watcher::Event;
 use tonic::Status;
 
 use crate::ask::Ask;
 use crate::devices::DeviceRules;
+use crate::dra::{Claims, Driver};
 use crate::fleet::{Fleet, FleetRules, Held, NodeNow, held, is_ready, occupied};
 use crate::front::{Front, refused};
 use crate::gang::{JOB, Member};
@@ -45,17 +50,24 @@ impl Front {
                 None => others.add(&Ask::of(pod)),
             }
         }
+        let holders = by_node.values().flat_map(|(held, _)| held);
+        let claims = self.published(holders.filter_map(|held| held.resource.as_deref())).await?;
         let mut fleet = Fleet::default();
         let mut views = Vec::new();
         for node in nodes {
             let name = node.metadata.name.clone().unwrap_or_default();
-            let (held, others) = by_node.remove(&name).unwrap_or_default();
+            let (held, mut others) = by_node.remove(&name).unwrap_or_default();
+            let published = claims.on(&name);
+            for device in published.iter().filter(|device| device.is_claimed) {
+                others.put(&device.id, 1000);
+            }
             // The operator's own rules are not to be read here.
             let hold = held.iter().filter_map(|held| held.resource.as_deref());
             let devices = DeviceRules::seen(&node, hold);
             let rules = FleetRules { devices, ..FleetRules::default() };
             let node = Arc::new(node);
-            let now = NodeNow { name: name.clone(), node: Some(node.clone()), held, others };
+            let now =
+                NodeNow { name: name.clone(), node: Some(node.clone()), held, others, published };
             let Ok(read) = fleet.update(&rules, &now) else { continue };
             let mut view = base(&node);
             for (index, device) in read.devices.iter().enumerate() {
@@ -68,7 +80,7 @@ impl Front {
                     kind: device.kind.as_str().to_owned(),
                     model: device.model.clone(),
                     memory_bytes: device.memory.0,
-                    healthy: true,
+                    healthy: device.health == Health::Healthy,
                     job: match holder {
                         Some((job, _)) => {
                             names.get(job).cloned().unwrap_or_else(|| job.to_string())
@@ -83,6 +95,30 @@ impl Front {
             views.push(view);
         }
         Ok(views)
+    }
+
+    /// Returns what drivers publish that are of GPUs by their names, or whose devices ranks `hold`; nothing
+    /// where the user may not see it, and nobody's claims where they may not see those.
+    async fn published(&self, hold: impl Iterator<Item = &str>) -> Result<Claims, Status> {
+        let held: BTreeSet<&str> = hold.filter_map(|name| Some(name.split_once(':')?.0)).collect();
+        let slices: Api<ResourceSlice> = Api::all(self.client.clone());
+        let slices = seen(slices.list(&ListParams::default()).await)?;
+        let names: BTreeSet<&str> = slices.iter().map(|slice| slice.spec.driver.as_str()).collect();
+        let gpus = names.iter().filter(|name| name.starts_with("gpu.") || held.contains(*name));
+        let drivers: Vec<Driver> = gpus.filter_map(|name| Driver::parse(name).ok()).collect();
+        let is_none = drivers.is_empty();
+        let mut published = Claims::new(drivers);
+        if is_none {
+            return Ok(published);
+        }
+        for slice in slices {
+            published.slice_event(&Event::Apply(slice));
+        }
+        let claims: Api<ResourceClaim> = Api::all(self.client.clone());
+        for claim in seen(claims.list(&ListParams::default()).await)? {
+            published.claim_event(&Event::Apply(claim));
+        }
+        Ok(published)
     }
 
     /// Returns every queue, with what the operator has written of it.
@@ -112,6 +148,15 @@ impl Front {
             }
         }
         Ok(parents_first(views))
+    }
+}
+
+/// Returns a list, which is empty where there is no such resource or the user may not see it.
+fn seen<K: Clone>(listed: kube::Result<ObjectList<K>>) -> Result<Vec<K>, Status> {
+    match listed {
+        Ok(all) => Ok(all.items),
+        Err(kube::Error::Api(answer)) if matches!(answer.code, 403 | 404) => Ok(Vec::new()),
+        Err(error) => Err(refused(&error)),
     }
 }
 

@@ -195,3 +195,50 @@ impl Survey<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bins(rooms: &[(u64, u64)]) -> Vec<Bin> {
+        let bin = |(key, &(full, tail)): (u64, &(u64, u64))| Bin {
+            room: Room { full, tail },
+            devices: full * 2 + tail,
+            key,
+            got: Room::default(),
+        };
+        (0..).zip(rooms).map(bin).collect()
+    }
+
+    fn got(bins: &[Bin]) -> Vec<(u64, u64)> {
+        bins.iter().map(|bin| (bin.got.full, bin.got.tail)).collect()
+    }
+
+    #[test]
+    fn only_a_smaller_run_comes_last() {
+        // Each goes where it fits best; the roomiest is filled only by what fits nowhere.
+        for (need, given, last) in [
+            ((2, 0), [(0, 0), (2, 0), (0, 0)], None),
+            ((2, 1), [(0, 0), (2, 1), (0, 0)], Some(1)),
+            ((3, 0), [(3, 0), (0, 0), (0, 0)], None),
+            ((5, 0), [(3, 0), (2, 0), (0, 0)], None),
+            ((5, 1), [(3, 0), (2, 1), (0, 0)], Some(1)),
+            ((0, 1), [(0, 0), (0, 0), (0, 1)], Some(2)),
+        ] {
+            let mut bins = bins(&[(3, 0), (2, 1), (0, 1)]);
+            let found = divide(&mut bins, Room { full: need.0, tail: need.1 });
+            assert_eq!((got(&bins), found), (given.to_vec(), last), "{need:?}");
+        }
+    }
+
+    #[test]
+    fn a_smaller_run_goes_beside_whole_ones_before_it_opens_another_place() {
+        let mut bins = bins(&[(0, 1), (1, 1), (1, 0)]);
+        let found = divide_in(&[0, 1, 2], &mut bins, Room { full: 2, tail: 1 });
+        assert_eq!((got(&bins), found), (vec![(0, 0), (1, 1), (1, 0)], Some(1)));
+        // Where nothing is beside them it opens one.
+        let mut bins = super::tests::bins(&[(0, 1), (1, 0), (1, 0)]);
+        let found = divide_in(&[0, 1, 2], &mut bins, Room { full: 2, tail: 1 });
+        assert_eq!((got(&bins), found), (vec![(0, 1), (1, 0), (1, 0)], Some(0)));
+    }
+}

@@ -52,6 +52,15 @@ fn packing_takes_devices_in_use_then_nodes_in_use_then_idle_ones() {
 }
 
 #[test]
+fn packing_takes_a_node_in_use_before_a_smaller_idle_one() {
+    let mut all = fleet(&[("large", &[1000])]);
+    let device = Device::new(DeviceKind::Gpu, "H100", Bytes(80 << 30));
+    all.upsert_node(Node::new("small".parse().unwrap(), vec![device; 2]));
+    assert_eq!(chosen(&all, Scoring::GpuPacking, 1, 1000), "large");
+    assert_eq!(chosen(&all, Scoring::GpuPacking, 2, 1000), "large");
+}
+
+#[test]
 fn fragmentation_grows_least_where_the_typical_gang_could_not_run_anyway() {
     // Gangs of four are typical: two free devices are of no use to them, four are.
     let mut all = fleet(&[("idle", &[]), ("half", &[1000, 1000]), ("full", &[])]);

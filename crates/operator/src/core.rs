@@ -94,6 +94,8 @@ pub(crate) enum Done {
     Counted { uid: String, answer: Result<usize, LaunchError> },
     /// A claim whose pod is gone was deleted, or not.
     Swept { uid: String, answer: Result<bool, LaunchError> },
+    /// Replicas of a service were made, changed or deleted, or not all of them.
+    Replicas { key: String, answer: Result<(), LaunchError> },
     /// A queue's status was written, or not.
     QueueTold { queue: String, answer: Result<(), LaunchError> },
 }
@@ -654,6 +656,7 @@ impl Core {
             Done::TakenBack { uid, answer } => self.was_taken_back(&uid, answer, now),
             Done::Counted { uid, answer } => self.was_counted(&uid, answer),
             Done::Swept { uid, answer } => self.was_swept(uid, answer),
+            Done::Replicas { key, answer } => self.was_kept(key, answer),
             Done::QueueTold { queue, answer } => self.queues.was_told(&queue, answer.is_ok()),
         }
     }

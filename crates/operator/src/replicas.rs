@@ -6,7 +6,7 @@
 //! there should be, the objects say how many there are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use drumline_lifecycle::replicas::{Autoscaler, Draining, Load, Standing};
 use drumline_spec::table::JOB_NAME_MAX;
@@ -137,6 +137,10 @@ fn followed(service: &Job, replica: &Job) -> Option<Value> {
         .then(|| json!({ "spec": { "queue": of.queue.to_string(), "priority": of.priority } }))
 }
 
+/// After a call about replicas failed, they rest for so long: a name that somebody else has does not
+/// become free in a moment.
+const REST: Duration = Duration::from_secs(5);
+
 /// What is done to one replica's object.
 enum Step {
     Create(Value),
@@ -172,7 +176,7 @@ impl Core {
         for (uid, replicas) in of {
             let Some(replica) = replicas.values().next() else { continue };
             let (namespace, key) = (replica.namespace.clone(), format!("{uid}/replicas"));
-            self.carry_out(key, namespace, deletions(&replicas));
+            self.carry_out(key, namespace, deletions(&replicas), wake);
         }
     }
 
@@ -185,7 +189,7 @@ impl Core {
     ) {
         let key = format!("{}/replicas", job.uid);
         if job.is_deleting {
-            return self.carry_out(key, job.namespace.clone(), deletions(replicas));
+            return self.carry_out(key, job.namespace.clone(), deletions(replicas), wake);
         }
         let Some(spec) = service(job) else { return };
         let members = || std::iter::once(&job).chain(replicas.values());
@@ -227,7 +231,7 @@ impl Core {
                 steps.start.iter().map(|number| Step::Create(object(job, &applied, *number))),
             );
         }
-        self.carry_out(key, job.namespace.clone(), todo);
+        self.carry_out(key, job.namespace.clone(), todo, wake);
     }
 
     fn standing(&mut self, job: &Job, now: Timestamp) -> Standing {
@@ -248,25 +252,40 @@ impl Core {
         }
     }
 
+    pub(crate) fn was_kept(&mut self, key: String, answer: Result<(), LaunchError>) {
+        self.busy.remove(&key);
+        if let Err(error) = answer {
+            tracing::warn!(service = %key, %error, "replicas could not be made or deleted");
+            self.resting.insert(key, Instant::now() + REST);
+        }
+    }
+
     fn applied(&self, job: &Job) -> Option<DynamicObject> {
         let (_, store) = self.stores.jobs.iter().find(|(kind, _)| *kind == job.kind)?;
         let is_it = |object: &DynamicObject| object.metadata.uid.as_ref() == Some(&job.uid);
         store.find(is_it).map(|object| (*object).clone())
     }
 
-    fn carry_out(&mut self, key: String, namespace: String, todo: Vec<Step>) {
-        let rests = self.resting.get(&key).is_some_and(|until| *until > Instant::now());
-        if todo.is_empty() || rests || !self.busy.insert(key.clone()) {
+    fn carry_out(&mut self, key: String, namespace: String, todo: Vec<Step>, wake: &mut Wake) {
+        if todo.is_empty() {
+            self.resting.remove(&key);
+            return;
+        }
+        if let Some(until) = self.resting.get(&key).filter(|until| **until > Instant::now()) {
+            wake.at(*until);
+            return;
+        }
+        if !self.busy.insert(key.clone()) {
             return;
         }
         self.spawn((), move |writer, ()| async move {
-            let mut answer = Ok(None);
+            let mut answer = Ok(());
             for step in todo {
                 if let Err(error) = one(&writer, &namespace, step).await {
                     answer = Err(error);
                 }
             }
-            Done::Written { uid: key, answer }
+            Done::Replicas { key, answer }
         });
     }
 }

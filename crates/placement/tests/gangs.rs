@@ -381,3 +381,24 @@ fn a_wish_alone_is_granted_where_it_can_be() {
     assert!(together(&pairs(false)));
     assert!(!together(&gpus(4)), "nobody asked for pairs");
 }
+
+#[test]
+fn nodes_that_name_no_rack_are_filled_beside_racks() {
+    let bare = |name: &str| {
+        let device = Device::new(DeviceKind::Gpu, "H100", Bytes(80 << 30));
+        Node::new(name.parse().unwrap(), vec![device; 2]).within("zone", "z1")
+    };
+    let fleet = fleet([node("z1/r1/a", (2, "H100", 80), 0, 0), bare("x"), bare("y"), bare("z")]);
+    for ranks in [2u32, 3, 4, 6, 8] {
+        for rules in [&[][..], &["zone"]] {
+            let rules = rules.iter().map(|level| whole(level)).collect();
+            let gang = Gang { node_group: 2, topology: rules, ..gpus(ranks) };
+            let mut placed = put(&fleet, &gang).unwrap();
+            placed.sort();
+            placed.dedup();
+            assert_eq!(placed.len(), ranks as usize, "{placed:?}");
+        }
+    }
+    let nine = Gang { node_group: 2, ..gpus(9) };
+    assert_eq!(put(&fleet, &nine), Err(Reason::ExceedsCluster));
+}

@@ -1,10 +1,10 @@
 //! What a gang may ask for beside ranks: models in an order, a leader, sizes; and what a place
 //! becomes: a plan, and what is held.
 
-use drumline_cluster::{Device, Health, Node, Snapshot};
+use drumline_cluster::{Device, Health, Node, Snapshot, Taint};
 use drumline_mesh::Mesh;
 use drumline_placement::{Constraints, JobPlan, Placed, Scoring, Seed, place, try_place};
-use drumline_spec::{DeviceKind, Elastic, Gang, Parallelism, TopologyRule};
+use drumline_spec::{DeviceKind, Elastic, Gang, Parallelism, Toleration, TopologyRule};
 use drumline_types::{Attempt, Bytes, Reason};
 
 /// A node: its name, zone and rack, GPUs of a model with so much memory, CPU devices, and cores.
@@ -401,4 +401,43 @@ fn nodes_that_name_no_rack_are_filled_beside_racks() {
     }
     let nine = Gang { node_group: 2, ..gpus(9) };
     assert_eq!(put(&fleet, &nine), Err(Reason::ExceedsCluster));
+}
+
+#[test]
+fn groups_stay_on_their_nodes_and_the_smaller_one_comes_last() {
+    let sized = |sizes: &[(&str, usize)]| {
+        let one = |&(name, gpus): &(&str, usize)| {
+            node(&format!("z1/r1/{name}"), (gpus, "H100", 80), 0, 0)
+        };
+        fleet(sizes.iter().map(one))
+    };
+    let pairs = |ranks| Gang { node_group: 2, ..gpus(ranks) };
+    let nodes = |fleet: &Snapshot, ranks| -> Vec<String> {
+        let placed = put(fleet, &pairs(ranks)).unwrap();
+        placed.iter().map(|device| device.split_once('/').unwrap().0.to_owned()).collect()
+    };
+    // By name, but for the one with the smaller group.
+    assert_eq!(nodes(&sized(&[("a", 2), ("b", 2), ("c", 2)]), 6), ["a", "a", "b", "b", "c", "c"]);
+    assert_eq!(nodes(&sized(&[("c", 2), ("b", 2), ("a", 2)]), 6), ["a", "a", "b", "b", "c", "c"]);
+    assert_eq!(nodes(&sized(&[("a", 1), ("b", 2)]), 3), ["b", "b", "a"]);
+    assert_eq!(nodes(&sized(&[("a", 1), ("b", 2), ("c", 2)]), 5), ["b", "b", "c", "c", "a"]);
+    // No node is left for it: it goes beside a whole one, and that one comes last.
+    assert_eq!(nodes(&sized(&[("a", 3), ("b", 2)]), 5), ["b", "b", "a", "a", "a"]);
+    assert_eq!(nodes(&sized(&[("a", 2), ("b", 5)]), 7), ["a", "a", "b", "b", "b", "b", "b"]);
+}
+
+#[test]
+fn a_leader_gets_a_device_of_its_kind_that_takes_its_work() {
+    let led = Gang { leader: Some(DeviceKind::Cpu), ..gpus(3) };
+    let roomy = node("z1/r1/a", (4, "H100", 80), 1, 0);
+    assert_eq!(put(&fleet([roomy.clone()]), &led).unwrap(), ["a/4", "a/0", "a/1"]);
+    // Not a GPU that is left over, and not a CPU device on a node that refuses the gang.
+    let alone = node("z1/r1/a", (4, "H100", 80), 0, 0);
+    let mut closed = node("z1/r1/b", (0, "", 0), 4, 0);
+    closed.taints.push(Taint { key: "reserved".to_owned(), value: "x".to_owned() });
+    let both = fleet([alone, closed]);
+    assert_eq!(put(&both, &led), Err(Reason::WaitingForDevices));
+    let tolerations = vec![Toleration { key: "reserved".to_owned(), value: None }];
+    let tolerant = Gang { tolerations, ..led };
+    assert_eq!(put(&both, &tolerant).unwrap(), ["b/0", "a/0", "a/1"]);
 }

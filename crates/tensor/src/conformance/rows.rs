@@ -271,7 +271,9 @@ pub fn adamw_steps<B: Backend>(b: &B, r: &mut Random, what: &str) {
         let [p, g, m, v] = [p[i], g[i], m[i], v[i]].map(f64::from);
         let (p, m, v) = plain::adamw(STEP, p, g, m, v);
         for (got, want) in [(p2[i], p), (m2[i], m), (v2[i], v)] {
-            assert!((f64::from(got) - want).abs() < 1e-5, "{what}, {i}: {got} {want}");
+            // Where the second moment is next to nothing the step is long: f32 has 24 bits of it.
+            let most = 1e-5_f64.max(want.abs() * 1e-6);
+            assert!((f64::from(got) - want).abs() < most, "{what}, {i}: {got} {want}");
         }
     }
 }

@@ -431,6 +431,11 @@ fn a_leader_gets_a_device_of_its_kind_that_takes_its_work() {
     let led = Gang { leader: Some(DeviceKind::Cpu), ..gpus(3) };
     let roomy = node("z1/r1/a", (4, "H100", 80), 1, 0);
     assert_eq!(put(&fleet([roomy.clone()]), &led).unwrap(), ["a/4", "a/0", "a/1"]);
+    // A rule for runs of ranks does not bind the leader, who is in none.
+    let pairs = TopologyRule { ranks: 2, level: "node".to_owned(), required: true };
+    let apart = fleet([node("z1/r1/a", (2, "H100", 80), 0, 0), node("z1/r1/b", (0, "", 0), 1, 0)]);
+    let paired = Gang { topology: vec![pairs], ..led.clone() };
+    assert_eq!(put(&apart, &paired).unwrap(), ["b/0", "a/0", "a/1"]);
     // Not a GPU that is left over, and not a CPU device on a node that refuses the gang.
     let alone = node("z1/r1/a", (4, "H100", 80), 0, 0);
     let mut closed = node("z1/r1/b", (0, "", 0), 4, 0);

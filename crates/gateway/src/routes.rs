@@ -66,10 +66,10 @@ impl Routes {
         self.table.read().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
-    /// Returns the replicas of every model. None has no replica.
+    /// Returns every model with its replicas. None has no replica.
     #[must_use]
-    pub fn all(&self) -> Vec<Vec<Route>> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    pub fn all(&self) -> BTreeMap<String, Vec<Route>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the replicas of a model; none for one that is not served.

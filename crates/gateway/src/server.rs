@@ -272,14 +272,9 @@ fn model_json(name: &str, replicas: &[Route]) -> Value {
     })
 }
 
-fn name_of(replicas: &[Route]) -> &str {
-    replicas.first().map_or("", |route| &route.view.served_name)
-}
-
 async fn models(State(gateway): State<Gateway>) -> Json<Value> {
     let all = gateway.routes.all();
-    let data: Vec<Value> =
-        all.iter().map(|replicas| model_json(name_of(replicas), replicas)).collect();
+    let data: Vec<Value> = all.iter().map(|(name, replicas)| model_json(name, replicas)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -299,7 +294,7 @@ async fn readyz(State(gateway): State<Gateway>) -> Response {
     let all = gateway.routes.all();
     let mut ready = !all.is_empty();
     let mut list = Vec::new();
-    for replicas in &all {
+    for (name, replicas) in &all {
         let answers = futures::future::join_all(replicas.iter().map(route_health)).await;
         let well = |answer: &Result<v1::HealthResponse, ApiError>| {
             answer.as_ref().is_ok_and(|health| health.ready)
@@ -312,7 +307,7 @@ async fn readyz(State(gateway): State<Gateway>) -> Response {
         };
         ready &= count > 0;
         list.push(json!({
-            "model": name_of(replicas), "ready": count > 0, "reason": why,
+            "model": name, "ready": count > 0, "reason": why,
             "replicas": replicas.len(), "replicas_ready": count,
         }));
     }

@@ -16,24 +16,12 @@ use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 use crate::cluster::{ADMIN, Admin, OPERATOR, Setup, own, skipped};
+use crate::devices::{command, is_running};
 use crate::kubelet::{Kubelets, finish};
 use crate::operator::{Operator, options};
 
 const C: JobKind = JobKind::CommandJob;
 const DRIVER: &str = "gpu.nvidia.com";
-
-fn command(ranks: u32, models: &[&str]) -> Value {
-    let mut spec = json!({ "argv": ["sleep", "1000"], "ranks": ranks,
-        "resources": { "device": "gpu" }, "restarts": { "limit": 3, "backoff": "100ms" } });
-    if !models.is_empty() {
-        spec["resources"]["models"] = json!(models);
-    }
-    spec
-}
-
-fn is_running(status: &Value) -> bool {
-    status["phase"] == "running"
-}
 
 fn gpu(name: &str, taint: Option<&str>) -> Value {
     let mut device = json!({

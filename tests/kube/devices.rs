@@ -23,7 +23,7 @@ const GPU: &str = "nvidia.com/gpu";
 const MIG: &str = "nvidia.com/mig-1g.10gb";
 const AMD: &str = "amd.com/gpu";
 
-fn command(ranks: u32, models: &[&str]) -> Value {
+pub(crate) fn command(ranks: u32, models: &[&str]) -> Value {
     let mut spec = json!({ "argv": ["sleep", "1000"], "ranks": ranks,
         "resources": { "device": "gpu" }, "restarts": { "limit": 3, "backoff": "100ms" } });
     if !models.is_empty() {
@@ -32,7 +32,7 @@ fn command(ranks: u32, models: &[&str]) -> Value {
     spec
 }
 
-fn is_running(status: &Value) -> bool {
+pub(crate) fn is_running(status: &Value) -> bool {
     status["phase"] == "running"
 }
 

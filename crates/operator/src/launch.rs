@@ -73,6 +73,11 @@ pub(crate) fn is_missing(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
+/// Returns whether an object has this owner.
+pub(crate) fn is_owned_by(object: &impl kube::ResourceExt, uid: &str) -> bool {
+    object.owner_references().iter().any(|owner| owner.uid == uid)
+}
+
 /// Writes to the API server, as long as this process leads.
 #[derive(Clone)]
 pub struct Writer {
@@ -392,8 +397,7 @@ impl Writer {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 let there = services.get(&job.service()).await?;
-                let owners = there.metadata.owner_references.iter().flatten();
-                if owners.into_iter().any(|owner| owner.uid == job.uid) {
+                if is_owned_by(&there, &job.uid) {
                     Ok(())
                 } else {
                     Err(kube::Error::Api(status).into())

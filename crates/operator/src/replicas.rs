@@ -21,7 +21,7 @@ use crate::crd::status::JobStatus;
 use crate::crd::{GROUP, VERSION};
 use crate::gang::SERVICE;
 use crate::job::{Job, REPLICA, REPLICA_OF, resource};
-use crate::launch::{LaunchError, Writer, is_missing};
+use crate::launch::{LaunchError, Writer, is_missing, is_owned_by};
 use crate::pods::owner;
 use crate::ranks::worlds::Worlds;
 use crate::step::phase;
@@ -306,15 +306,10 @@ async fn one(writer: &Writer, namespace: &str, step: Step) -> Result<(), LaunchE
                 Ok(_) => Ok(()),
                 Err(kube::Error::Api(status)) if status.code == 409 => {
                     // Ours, and not shown yet; or somebody else's of that name.
-                    let name = object.metadata.name.unwrap_or_default();
-                    let there = api.get(&name).await?;
-                    let is_owner = |job: &DynamicObject| {
-                        let owners = job.metadata.owner_references.iter().flatten();
-                        owners.map(|owner| owner.uid.clone()).collect::<Vec<_>>()
-                    };
-                    let ours = object.metadata.owner_references.iter().flatten();
-                    let ours: Vec<_> = ours.map(|owner| owner.uid.clone()).collect();
-                    if is_owner(&there).iter().any(|uid| ours.contains(uid)) {
+                    let name = object.metadata.name.as_deref().unwrap_or_default();
+                    let there = api.get(name).await?;
+                    let owner = object.metadata.owner_references.iter().flatten().next();
+                    if owner.is_some_and(|owner| is_owned_by(&there, &owner.uid)) {
                         Ok(())
                     } else {
                         Err(kube::Error::Api(status).into())

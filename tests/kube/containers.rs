@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +33,7 @@ fn a_rank() {
 pub(crate) struct Containers {
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
+    is_slow: Arc<AtomicBool>,
 }
 
 impl Drop for Containers {
@@ -43,17 +47,25 @@ impl Containers {
     /// Runs what is bound in `namespace`; `folder` stands for the volume that all ranks share.
     pub(crate) fn start(client: Client, namespace: &str, folder: &Path) -> Self {
         let stop = CancellationToken::new();
+        let is_slow = Arc::new(AtomicBool::new(false));
         let node = Node {
             pods: Api::namespaced(client.clone(), namespace),
             accounts: Api::namespaced(client, namespace),
             folder: folder.to_owned(),
             running: BTreeMap::new(),
+            is_slow: Arc::clone(&is_slow),
         };
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
             stopped.run_until_cancelled_owned(node.run()).await;
         });
-        Self { stop, task }
+        Self { stop, task, is_slow }
+    }
+
+    /// Lets the ranks run a small part of the time, so that a run is not over before a test
+    /// has done to it what it is about; or lets them run freely again.
+    pub(crate) fn slow(&self, is_slow: bool) {
+        self.is_slow.store(is_slow, Ordering::Relaxed);
     }
 }
 
@@ -63,6 +75,7 @@ struct Node {
     folder: PathBuf,
     /// By the pod's uid.
     running: BTreeMap<String, (String, Child)>,
+    is_slow: Arc<AtomicBool>,
 }
 
 impl Drop for Node {
@@ -78,7 +91,22 @@ impl Node {
     async fn run(mut self) {
         loop {
             self.look().await;
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            let is_slow = self.is_slow.load(Ordering::Relaxed);
+            if is_slow {
+                self.signal(Signal::STOP);
+            }
+            tokio::time::sleep(Duration::from_millis(if is_slow { 150 } else { 50 })).await;
+            if is_slow {
+                self.signal(Signal::CONT);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    /// Sends a signal to every rank; one that has just ended is none the wiser.
+    fn signal(&self, signal: Signal) {
+        for (_, child) in self.running.values() {
+            let _ = kill_process(Pid::from_child(child), signal);
         }
     }
 

@@ -43,14 +43,14 @@ pub(crate) fn dataset(folder: &Path) {
 }
 
 /// Returns a small run of two ranks.
-pub(crate) fn training() -> Value {
+pub(crate) fn training(steps: u64) -> Value {
     json!({
         "model": { "family": "llama", "layers": 2, "hidden": 64, "ffn": 128, "heads": 4,
                    "vocab": 300, "context": 64 },
         "data": { "path": "data" },
         "parallelism": { "tensor": 2 },
         "batch": { "global": 8, "micro": 4 },
-        "steps": STEPS, "seed": 1,
+        "steps": steps, "seed": 1,
         "learningRate": { "peak": 0.001 },
         "checkpoint": { "intervalSteps": 10, "keep": 2, "path": "run" },
         "restarts": { "limit": 3, "backoff": "100ms" },
@@ -117,12 +117,13 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
     admin.add_node("a", 0, "2").await;
     let folder = tempfile::tempdir().unwrap();
     dataset(folder.path());
-    let _containers = Containers::start(admin.client.clone(), "native", folder.path());
+    let containers = Containers::start(admin.client.clone(), "native", folder.path());
     let (port, metrics) = (free_port(), free_port());
     let first = operator(cluster, port, metrics, "first").await;
-    admin.apply(T, "demo", training()).await.unwrap();
+    admin.apply(T, "demo", training(STEPS)).await.unwrap();
     admin.wait(T, "demo", "running", |s| phase(s) == "running").await;
     until_checkpoint(&folder.path().join("run")).await;
+    containers.slow(true);
     until_metric(metrics, "drumline_job_loss{job=\"native/demo\"}", |loss| loss < 6.0).await;
     until_metric(metrics, "drumline_job_tokens_per_second{job=\"native/demo\"}", |rate| rate > 0.0)
         .await;
@@ -138,6 +139,7 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
     // The operator is replaced in the middle of the run: the gang does not notice.
     first.stop().await;
     let second = operator(cluster, port, metrics, "second").await;
+    containers.slow(false);
     let done = admin.wait(T, "demo", "done", |s| phase(s) == "succeeded").await;
     assert_eq!((&done["attempt"], &done["reason"]), (&json!(2), &json!("Completed")), "{done}");
     assert_eq!(done["step"], STEPS, "{done}");

@@ -17,6 +17,8 @@ use crate::real::{SPACE, Stage};
 
 const T: JobKind = JobKind::TrainingJob;
 const S: JobKind = JobKind::ModelService;
+/// Enough that the run is not over before its pod is deleted.
+const STEPS: u64 = 1200;
 
 /// Makes the folder that all ranks share, which any user may write: ranks are not root.
 pub(crate) fn shared_folder(folder: &Path) {
@@ -39,7 +41,7 @@ impl Stage {
 
 /// Trains, loses a pod, resumes, serves.
 pub(crate) async fn a_run_is_trained_and_served(stage: &Stage, folder: &Path) {
-    stage.apply_in(T, "demo", folder, training()).await;
+    stage.apply_in(T, "demo", folder, training(STEPS)).await;
     stage.phase(T, "demo", "running").await;
     until_checkpoint(&folder.join("run")).await;
     stage.pods().delete("demo-t1-1", &DeleteParams::default()).await.unwrap();

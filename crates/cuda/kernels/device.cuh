@@ -20,6 +20,11 @@ __device__ inline float from_f16(u16 h) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
 }
+__device__ inline u16 to_f16(float x) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
 // Packs two numbers as bf16, the first in the lower half.
 __device__ inline u32 pack_bf16(float low, float high) {
     u32 d;
@@ -58,6 +63,7 @@ __device__ inline float from_bf16(u16 h) { return __uint_as_float((u32)h << 16);
 __device__ inline float round_bf16(float x) { return from_bf16((u16)(pack_bf16(x, 0.0f) & 0xffff)); }
 
 #define FULL 0xffffffffu
+#define F16_MAX 65504.0f
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 
 __device__ inline float warp_sum(float x) {

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use drumline_tensor::{Attention, CachedAttention, CachedSegment, KV_BLOCK};
+use drumline_tensor::{Attention, CachedAttention, CachedSegment, DType, KV_BLOCK};
 
 use crate::backend::{Cuda, aligned, grid};
 use crate::device::Shape;
@@ -200,8 +200,13 @@ impl Cuda {
         assert!(keys.elements == values.elements, "cache write");
         assert!(slots.iter().all(|slot| (*slot as usize) < blocks * KV_BLOCK), "cache write");
         let sent = self.send(slots)?;
+        let kernel = match s.stored {
+            DType::Bf16 => c"cache_write_bf16",
+            DType::F16 => c"cache_write_f16",
+            DType::F32 | DType::I8 => c"cache_write_f32",
+        };
         self.device
-            .launch("cached.cu", c"cache_write")
+            .launch("cached.cu", kernel)
             .pointer(qkv.wide("what the cache takes"))
             .pointer(sent)
             .pointer(keys.wide("the cache"))
@@ -249,8 +254,13 @@ impl Cuda {
                 self.temporary([rows * s.heads * each])?[0]
             }
         };
+        let kernel = match s.stored {
+            DType::Bf16 => c"cached_attention_bf16",
+            DType::F16 => c"cached_attention_f16",
+            DType::F32 | DType::I8 => c"cached_attention_f32",
+        };
         self.device
-            .launch("cached.cu", c"cached_attention")
+            .launch("cached.cu", kernel)
             .pointer(qkv.wide("queries of the cache"))
             .pointer(keys.wide("the cache"))
             .pointer(values.wide("the cache"))

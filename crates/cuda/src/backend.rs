@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use drumline_tensor::{
-    AdamW, Attention, Backend, CachedAttention, CachedSegment, DType, Linear, Loss,
+    AdamW, Attention, Backend, CachedAttention, CachedSegment, DType, Draw, Linear, Loss,
     MatmulPrecision, Normalise, Rotary, TensorError,
 };
 
@@ -381,6 +381,10 @@ impl Backend for Cuda {
             .perform("attention_grad", &s, || self.attend_back(s, qkv, out, lse, dout, &dqkv));
     }
 
+    fn cache_formats(&self) -> &'static [DType] {
+        &[DType::F32, DType::Bf16, DType::F16]
+    }
+
     fn cache_write(
         &self,
         s: CachedAttention,
@@ -501,6 +505,19 @@ impl Backend for Cuda {
         self.device.perform("partial_cross_entropy_grad", &s, || {
             self.classify_slice_back(s, targets, scale, max, sums, &logits)
         });
+    }
+
+    fn sample(
+        &self,
+        columns: usize,
+        used: usize,
+        logits: View<'_>,
+        draws: &[Draw],
+        tokens: &mut [u32],
+    ) -> bool {
+        let what = [draws.len(), columns, used];
+        self.device.perform("sample", &what, || self.choose(columns, used, logits, draws, tokens));
+        true
     }
 
     fn sum_squares(&self, values: View<'_>) -> f64 {

@@ -43,6 +43,7 @@ sources!(
     "loss.cu",
     "norm.cu",
     "optimizer.cu",
+    "sampling.cu",
     "stored.cu",
 );
 

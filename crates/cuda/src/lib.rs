@@ -23,6 +23,7 @@ mod matrix;
 mod memory;
 pub mod nccl;
 mod rows;
+mod sampling;
 
 pub use backend::{Cuda, CudaOptions};
 pub use device::{Device, DeviceOptions, Properties};

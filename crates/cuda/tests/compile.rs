@@ -79,7 +79,8 @@ fn kernels(text: &str) -> Vec<String> {
         .skip(1)
         .filter_map(|rest| {
             let rest = rest.trim_start();
-            let rest = rest.strip_prefix("__launch_bounds__(128)").unwrap_or(rest).trim_start();
+            let bounds = rest.strip_prefix("__launch_bounds__(").and_then(|r| r.split_once(')'));
+            let rest = bounds.map_or(rest, |(_, rest)| rest).trim_start();
             let rest = rest.trim_start_matches(['\\', '\n', ' ']);
             let name: String =
                 rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();

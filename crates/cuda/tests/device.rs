@@ -40,6 +40,7 @@ suite! {
     rotary_positions_turn_and_turn_back: 8,
     stored_matrices_multiply_as_what_they_were_rounded_to: 8,
     sums_of_columns_and_of_squares_and_additions: 8,
+    tokens_are_drawn_from_logits: 24,
 }
 
 macro_rules! bf16_suite {

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use drumline_cuda::{Cuda, CudaOptions, nccl};
 use drumline_engine::bench::{batches, in_process, job, local_groups, presets};
-use drumline_engine::infer::{Model, ModelOptions, Segment};
+use drumline_engine::infer::{Model, ModelOptions, Sampled, Segment};
 use drumline_engine::{DeviceGroups, Groups, Memory, Snapshot, StepReport, Trainer};
 use drumline_mesh::Mesh;
 use drumline_spec::{Family, MemoryOptions, ModelConfig, Parallelism, Recompute, TrainingJob};
-use drumline_tensor::{Backend, Cpu, DType, MatmulPrecision};
+use drumline_tensor::sampling::choose;
+use drumline_tensor::{Backend, Cpu, DType, Draw, MatmulPrecision};
 
 /// f32 on both: only the order of additions differs. Norm of the difference over
 /// the norm.
@@ -304,7 +305,19 @@ fn logits<B: Backend>(family: Family, backend: B, weights: DType, chunk: usize) 
             tokens: tokens[done..end].to_vec(),
             sample: true,
         };
-        all.extend_from_slice(model.run(&[segment]).expect("a step"));
+        let logits = model.run(std::slice::from_ref(&segment)).expect("a step").to_vec();
+        // Once more, and the device chooses: what the host would have chosen.
+        let point = (done as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        for draw in [
+            Draw::GREEDY,
+            Draw { temperature: 2.0, point, ..Draw::GREEDY },
+            Draw { temperature: 2.0, top_k: 20, top_p: 0.8, point },
+        ] {
+            let want = [choose(&draw, &logits)];
+            let got = model.run_drawn(std::slice::from_ref(&segment), &[draw]).expect("a step");
+            assert_eq!(got, Sampled::Tokens(&want), "{draw:?}");
+        }
+        all.extend_from_slice(&logits);
         done = end;
     }
     all

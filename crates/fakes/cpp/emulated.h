@@ -191,6 +191,7 @@ static inline void __syncthreads() {
 static inline void __syncwarp() { emulated::warp_barrier(); }
 static inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)((unsigned __int128)a * b >> 64); }
 static inline float __shfl_xor_sync(unsigned, float x, int mask) {
     uint32_t word = __float_as_uint(x);
     return __uint_as_float(emulated::exchange(&word, 1)[emulated::current->lane ^ mask][0]);
@@ -202,6 +203,14 @@ static inline float from_f16(uint16_t h) {
                   : exponent == 31 ? (mantissa ? NAN : INFINITY)
                                    : ldexpf((float)(mantissa | 1024), (int)exponent - 25);
     return __uint_as_float(__float_as_uint(value) | sign);
+}
+// To nearest, ties to even: below 2^-14 in units of 2^-24, above by the bits that f16 has no room for.
+static inline uint16_t to_f16(float x) {
+    uint32_t u = __float_as_uint(x), sign = u >> 16 & 0x8000u, rest = u & 0x7fffffffu;
+    if (x != x) return 0x7fff;
+    if (fabsf(x) >= 65520.0f) return (uint16_t)(sign | 0x7c00u);
+    if (fabsf(x) < ldexpf(1.0f, -14)) return (uint16_t)(sign | (uint32_t)nearbyintf(ldexpf(fabsf(x), 24)));
+    return (uint16_t)(sign | (((rest + 0xfffu + (rest >> 13 & 1)) >> 13) - (112u << 10)));
 }
 static inline uint32_t to_bf16_bits(float x) {
     uint32_t u = __float_as_uint(x);

@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use crate::dtype::DType;
+use crate::sampling::Draw;
 use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
 
 /// Why a device could not do as asked.
@@ -440,6 +441,20 @@ pub trait Backend: Send + Sync + 'static {
         sums: Self::View<'_>,
         logits: Self::ViewMut<'_>,
     );
+
+    /// Chooses a token for each row of `[rows, columns]` logits, as [`crate::sampling::choose`] does, among
+    /// the first `used` columns; returns whether it did. What does not choose on the device leaves it to
+    /// who reads the logits.
+    fn sample(
+        &self,
+        _columns: usize,
+        _used: usize,
+        _logits: Self::View<'_>,
+        _draws: &[Draw],
+        _tokens: &mut [u32],
+    ) -> bool {
+        false
+    }
 
     /// Returns the sum of squares. The order of additions depends on the length alone.
     fn sum_squares(&self, values: Self::View<'_>) -> f64;

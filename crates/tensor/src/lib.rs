@@ -13,11 +13,13 @@ pub mod cpu;
 pub mod dtype;
 pub mod peak;
 pub mod reference;
+pub mod sampling;
 pub mod shape;
 
 pub use backend::{AdamW, Backend, TensorError};
 pub use cpu::{Cpu, CpuMatrix, CpuOptions};
 pub use dtype::{DType, MatmulPrecision};
+pub use sampling::Draw;
 pub use shape::{
     Attention, CachedAttention, CachedSegment, KV_BLOCK, Linear, Loss, NormKind, Normalise, Rotary,
     WeightLayout,

@@ -41,6 +41,7 @@ suite!(
     rotary_positions_turn_and_turn_back,
     stored_matrices_multiply_as_what_they_were_rounded_to,
     sums_of_columns_and_of_squares_and_additions,
+    tokens_are_drawn_from_logits,
 );
 
 suite!(

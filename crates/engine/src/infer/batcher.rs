@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use drumline_tensor::KV_BLOCK;
+use drumline_tensor::{Draw, KV_BLOCK, sampling};
 
 use super::blocks::Blocks;
 use super::plan::{Segment, StepPlan};
@@ -317,12 +317,30 @@ impl Batcher {
         if segments.is_empty() { StepPlan::Idle } else { StepPlan::Run(segments) }
     }
 
-    /// Takes the logits of the last plan, `[samples, V]`, and moves every sequence on.
-    pub fn commit(&mut self, logits: &[f32]) -> StepOutput {
+    /// Returns how the token after each sampled segment of the last plan is drawn; none where a request
+    /// wants scores, for which all logits are needed.
+    #[must_use]
+    pub fn draws(&self) -> Option<Vec<Draw>> {
+        let sampled = self.planned.iter().filter(|(_, _, sampled)| *sampled);
+        let of = |id: &RequestId| self.running.iter().find(|s| s.id == *id);
+        sampled
+            .map(|(id, ..)| match of(id) {
+                Some(s) if s.request.sampling.logprobs.is_some() => None,
+                // Who was cancelled since takes what comes.
+                Some(s) => Some(s.request.sampling.draw(s.made() as u64)),
+                None => Some(Draw::GREEDY),
+            })
+            .collect()
+    }
+
+    /// Takes what the last plan gave, one row or token for each sampled segment, and moves every
+    /// sequence on.
+    pub fn commit(&mut self, sampled: Sampled<'_>) -> StepOutput {
         let mut output = StepOutput::default();
-        let mut rows = logits.chunks_exact(self.limits.vocab.max(1));
-        for (id, count, sampled) in std::mem::take(&mut self.planned) {
-            let row = if sampled { rows.next() } else { None };
+        let vocab = self.limits.vocab.max(1);
+        let mut samples = 0..sampled.len(vocab);
+        for (id, count, is_sampled) in std::mem::take(&mut self.planned) {
+            let sample = if is_sampled { samples.next() } else { None };
             let Some(at) = self.running.iter().position(|s| s.id == id) else { continue };
             let s = &mut self.running[at];
             if s.cached < s.request.prompt.len() {
@@ -334,8 +352,11 @@ impl Batcher {
                 self.blocks.publish(&s.blocks, index, &s.tokens);
             }
             s.cached += count;
-            let Some(row) = row else { continue };
-            let event = s.choose(row);
+            let Some(sample) = sample else { continue };
+            let event = match sampled {
+                Sampled::Logits(all) => s.choose(&all[sample * vocab..(sample + 1) * vocab]),
+                Sampled::Tokens(tokens) => s.append(tokens[sample]),
+            };
             let finished = event.finish.is_some();
             output.events.push(event);
             if finished {
@@ -347,17 +368,51 @@ impl Batcher {
     }
 }
 
+/// What a step gives for each of its sampled segments.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sampled<'a> {
+    /// `[samples, V]`: the batcher chooses.
+    Logits(&'a [f32]),
+    /// The tokens, chosen as [`Batcher::draws`] says.
+    Tokens(&'a [u32]),
+}
+
+impl Sampled<'_> {
+    fn len(self, vocab: usize) -> usize {
+        match self {
+            Self::Logits(all) => all.len() / vocab,
+            Self::Tokens(tokens) => tokens.len(),
+        }
+    }
+}
+
 impl Sequence {
     /// Returns whether its prompt is done.
     fn decodes(&self) -> bool {
-        self.tokens.len() > self.request.prompt.len()
+        self.made() > 0
     }
 
-    /// Samples the next token and appends it.
+    /// Returns how many tokens of the completion are there.
+    fn made(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Samples the next token, scores it where that is asked for, and appends it.
     fn choose(&mut self, logits: &[f32]) -> Event {
-        let made = self.tokens.len() - self.request.prompt.len();
         let sampling = self.request.sampling;
-        let token = sampler::sample(sampling, made as u64, logits);
+        let token = sampling::choose(&sampling.draw(self.made() as u64), logits);
+        let mut event = self.append(token);
+        if let (Some(count), Some(token)) = (sampling.logprobs, event.token) {
+            let (own, top) = sampler::scores(logits, token, count as usize);
+            event.logprob = Some(own);
+            event.top = top;
+        }
+        event
+    }
+
+    /// Appends the next token, unless it ends the completion.
+    fn append(&mut self, token: u32) -> Event {
+        let made = self.made();
         let mut event = Event {
             request: self.id,
             token: None,
@@ -369,11 +424,6 @@ impl Sequence {
         if self.request.stop_tokens.contains(&token) {
             event.finish = Some(FinishReason::Stop);
             return event;
-        }
-        if let Some(count) = sampling.logprobs {
-            let (own, top) = sampler::scores(logits, token, count as usize);
-            event.logprob = Some(own);
-            event.top = top;
         }
         self.tokens.push(token);
         event.token = Some(token);
@@ -435,7 +485,7 @@ mod tests {
 
     fn step(b: &mut Batcher, token: usize) -> StepOutput {
         let plan = b.plan();
-        b.commit(&always(token, samples(&plan)))
+        b.commit(Sampled::Logits(&always(token, samples(&plan))))
     }
 
     #[test]
@@ -445,7 +495,7 @@ mod tests {
         assert_eq!(bound, 10, "four sequences and six tokens of prompts, or ten of these");
         let old = [b.submit(request(3, 40)).unwrap(), b.submit(request(4, 40)).unwrap()];
         let plan = b.plan();
-        b.commit(&always(2, samples(&plan)));
+        b.commit(Sampled::Logits(&always(2, samples(&plan))));
         // From now on long prompts keep coming, more than there are places.
         let long: Vec<RequestId> = (0..10).map(|_| b.submit(request(50, 2)).unwrap()).collect();
         let mut ended = Vec::new();
@@ -455,7 +505,7 @@ mod tests {
             let rows: usize = segments.iter().map(|s| s.tokens.len()).sum();
             let decoding = segments.iter().filter(|s| s.position >= 50).count() + old.len();
             assert!(rows <= bound && rows - decoding <= 6, "step {step}: {rows} rows");
-            let output = b.commit(&always(2, samples(&plan)));
+            let output = b.commit(Sampled::Logits(&always(2, samples(&plan))));
             for id in old {
                 let own = output.events.iter().filter(|e| e.request == id && e.token.is_some());
                 assert_eq!(own.count(), 1, "step {step}: every running sequence gets its token");

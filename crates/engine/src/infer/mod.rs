@@ -13,7 +13,7 @@ pub mod sampler;
 mod weights;
 
 pub use batcher::{
-    Admission, Batcher, Event, FinishReason, Limits, Load, Request, RequestId, StepOutput,
+    Admission, Batcher, Event, FinishReason, Limits, Load, Request, RequestId, Sampled, StepOutput,
 };
 pub use model::{Follower, Leader, MemoryUse, Model, ModelOptions};
 pub use plan::{Segment, StepPlan};

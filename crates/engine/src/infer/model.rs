@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use drumline_mesh::{Coords, ShardSpec};
 use drumline_spec::{Family, ModelConfig, Parallelism, Recompute};
-use drumline_tensor::{Backend, CachedAttention, CachedSegment, DType, KV_BLOCK};
+use drumline_tensor::{Backend, CachedAttention, CachedSegment, DType, Draw, KV_BLOCK};
 
 use super::batcher::{
-    Admission, Batcher, Limits, Load, Request, RequestId, StepOutput, blocks_for,
+    Admission, Batcher, Limits, Load, Request, RequestId, Sampled, StepOutput, blocks_for,
 };
 use super::plan::{Segment, StepPlan};
 use super::weights::Weights;
@@ -98,6 +98,7 @@ pub struct Model<B: Backend, P: Probe = NoProbe> {
     rows_max: usize,
     gathered: Vec<f32>,
     logits: Vec<f32>,
+    tokens: Vec<u32>,
 }
 
 impl<B: Backend> Model<B> {
@@ -191,6 +192,7 @@ impl<B: Backend, P: Probe> Model<B, P> {
             rows_max,
             gathered: Vec::with_capacity(parts),
             logits: Vec::with_capacity(whole),
+            tokens: Vec::new(),
         })
     }
 
@@ -252,11 +254,34 @@ impl<B: Backend, P: Probe> Model<B, P> {
     /// # Errors
     /// [`EngineError`] when the plan does not fit this model or a peer is lost.
     pub fn run(&mut self, segments: &[Segment]) -> Result<&[f32], EngineError> {
+        self.step(segments, None)?;
+        Ok(&self.logits)
+    }
+
+    /// As [`Model::run`], and lets the device choose the token after each sampled segment where it can
+    /// and holds all logits, so that they do not travel. `draws` has one for each.
+    ///
+    /// # Errors
+    /// As [`Model::run`].
+    pub fn run_drawn(
+        &mut self,
+        segments: &[Segment],
+        draws: &[Draw],
+    ) -> Result<Sampled<'_>, EngineError> {
+        if draws.len() != segments.iter().filter(|s| s.sample).count() {
+            return Err(EngineError::Plan("it has not one draw for each sampled segment"));
+        }
+        let is_chosen = self.step(segments, Some(draws))?;
+        Ok(if is_chosen { Sampled::Tokens(&self.tokens) } else { Sampled::Logits(&self.logits) })
+    }
+
+    /// Runs one step; returns whether tokens were chosen.
+    fn step(&mut self, segments: &[Segment], draws: Option<&[Draw]>) -> Result<bool, EngineError> {
         self.check(segments)?;
         let backend = Arc::clone(&self.backend);
-        backend.scope(|| self.forward(segments))?;
+        let is_chosen = backend.scope(|| self.forward(segments, draws))?;
         backend.status()?;
-        Ok(&self.logits)
+        Ok(is_chosen)
     }
 
     /// Checks that a plan stays inside this model's buffers, cache and vocabulary: it may come
@@ -284,7 +309,11 @@ impl<B: Backend, P: Probe> Model<B, P> {
         Ok(())
     }
 
-    fn forward(&mut self, segments: &[Segment]) -> Result<(), EngineError> {
+    fn forward(
+        &mut self,
+        segments: &[Segment],
+        draws: Option<&[Draw]>,
+    ) -> Result<bool, EngineError> {
         let rows = StepRows::of(segments);
         let n = rows.tokens.len();
         let b = &*self.backend;
@@ -318,15 +347,32 @@ impl<B: Backend, P: Probe> Model<B, P> {
             stage.serve_layer(index, &self.weights, &rows, m, cache)?;
         }
         self.logits.clear();
+        let vocab = self.config.vocab as usize;
         if split.is_last() {
-            stage.project(
-                &self.weights,
-                &rows,
-                m,
-                self.config.vocab as usize,
-                &mut self.gathered,
-                &mut self.logits,
-            )?;
+            let is_there = stage.project(&self.weights, &rows, m);
+            if is_there && self.groups.world.size() == 1 {
+                if let (Some(draws), Some(out)) = (draws, &m.logits) {
+                    let columns = self.weights.layout.vocab_rows;
+                    let out = b.view(out, 0..draws.len() * columns);
+                    self.tokens.resize(draws.len(), 0);
+                    let tokens = &mut self.tokens[..];
+                    let is_chosen = timed(&self.probe, Span::Other, || {
+                        b.sample(columns, vocab, out, draws, tokens)
+                    });
+                    if is_chosen {
+                        return Ok(true);
+                    }
+                }
+            }
+            if is_there {
+                stage.collect(
+                    rows.samples.len(),
+                    m,
+                    vocab,
+                    &mut self.gathered,
+                    &mut self.logits,
+                )?;
+            }
             if split.stages > 1 && split.tensor_rank == 0 {
                 timed(&self.probe, Span::PipelineSend, || pipeline.host().send(&self.logits, 0))?;
             }
@@ -335,14 +381,14 @@ impl<B: Backend, P: Probe> Model<B, P> {
                 pipeline.send(b.view_mut(&mut m.x, 0..width), split.stage + 1)
             })?;
             if split.is_first() && split.tensor_rank == 0 {
-                self.logits.resize(rows.samples.len() * self.config.vocab as usize, 0.0);
+                self.logits.resize(rows.samples.len() * vocab, 0.0);
                 let logits = &mut self.logits;
                 timed(&self.probe, Span::PipelineWait, || {
                     pipeline.host().recv(logits, split.stages - 1)
                 })?;
             }
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -542,25 +588,17 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
         std::mem::swap(&mut m.x, &mut m.normal);
     }
 
-    /// Normalises the sampled rows and projects them; the whole vocabulary's logits end in
-    /// `logits`.
-    fn project(
-        &self,
-        w: &Weights<B>,
-        rows: &StepRows<'_>,
-        m: &mut Memory<B>,
-        vocab: usize,
-        gathered: &mut Vec<f32>,
-        logits: &mut Vec<f32>,
-    ) -> Result<(), EngineError> {
+    /// Normalises the sampled rows and projects them to this rank's part of their logits. Returns whether
+    /// there are any.
+    fn project(&self, w: &Weights<B>, rows: &StepRows<'_>, m: &mut Memory<B>) -> bool {
         let (b, d, count) = (self.backend, self.dims, rows.samples.len());
         let (Some(norm), Some(head), Some(out)) =
             (&self.layout.final_norm, &self.layout.head, &mut m.logits)
         else {
-            return Ok(());
+            return false;
         };
         if count == 0 {
-            return Ok(());
+            return false;
         }
         let range = 0..count * d.hidden;
         let picked = b.view_mut(&mut m.branch, range.clone());
@@ -574,6 +612,21 @@ impl<B: Backend, P: Probe> Stage<'_, B, P> {
             let x = b.view(&m.normal, range);
             b.linear_stored(count, x, w.matrix(head), None, b.view_mut(out, 0..size));
         });
+        true
+    }
+
+    /// Brings the whole vocabulary's logits of `count` rows to the host.
+    fn collect(
+        &self,
+        count: usize,
+        m: &mut Memory<B>,
+        vocab: usize,
+        gathered: &mut Vec<f32>,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        let Some(out) = &mut m.logits else { return Ok(()) };
+        let (b, columns) = (self.backend, self.layout.vocab_rows);
+        let size = count * columns;
         let ranks = self.tensor.size();
         if ranks == 1 {
             logits.resize(size, 0.0);
@@ -657,8 +710,11 @@ impl<B: Backend, P: Probe> Leader<B, P> {
         self.model.announce(&plan)?;
         match &plan {
             StepPlan::Run(segments) => {
-                let logits = self.model.run(segments)?;
-                Ok(self.batcher.commit(logits))
+                let sampled = match self.batcher.draws() {
+                    Some(draws) => self.model.run_drawn(segments, &draws)?,
+                    None => Sampled::Logits(self.model.run(segments)?),
+                };
+                Ok(self.batcher.commit(sampled))
             }
             StepPlan::Idle | StepPlan::Stop => {
                 self.model.groups.world.barrier()?;

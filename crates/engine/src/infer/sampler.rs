@@ -1,4 +1,7 @@
-//! From logits to a token.
+//! How tokens are chosen, and their scores.
+
+use drumline_tensor::Draw;
+use drumline_tensor::sampling::argmax;
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,50 +34,13 @@ pub struct TokenScore {
     pub logprob: f32,
 }
 
-/// Chooses the `index`-th token of a completion.
-#[must_use]
-pub fn sample(s: Sampling, index: u64, logits: &[f32]) -> u32 {
-    if s.temperature <= 0.0 || s.top_k == 1 {
-        return argmax(logits);
+impl Sampling {
+    /// Returns how the `index`-th token of a completion is drawn.
+    #[must_use]
+    pub fn draw(&self, index: u64) -> Draw {
+        let Self { temperature, top_k, top_p, seed, .. } = *self;
+        Draw { temperature, top_k, top_p, point: point(seed, index) }
     }
-    let mut candidates: Vec<u32> = (0..logits.len() as u32).collect();
-    // Descending by logit; equal logits by token, so that the order is total.
-    let order =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let k = s.top_k as usize;
-    if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k - 1, order);
-        candidates.truncate(k);
-    }
-    let cut = s.top_p < 1.0;
-    if cut || k > 0 {
-        candidates.sort_unstable_by(order);
-    }
-    let max = logits[argmax(logits) as usize];
-    let inverse = 1.0 / f64::from(s.temperature);
-    let weight = |t: &u32| (f64::from(logits[*t as usize] - max) * inverse).exp();
-    let mut total: f64 = candidates.iter().map(weight).sum();
-    if cut {
-        let (mut kept, mut sum) = (0, 0.0);
-        for token in &candidates {
-            kept += 1;
-            sum += weight(token);
-            if sum >= f64::from(s.top_p) * total {
-                break;
-            }
-        }
-        candidates.truncate(kept.max(1));
-        total = candidates.iter().map(weight).sum();
-    }
-    let mut left = uniform(s.seed, index) * total;
-    for token in &candidates {
-        left -= weight(token);
-        if left < 0.0 {
-            return *token;
-        }
-    }
-    // Rounding can leave a crumb at the end.
-    candidates.last().copied().unwrap_or(0)
 }
 
 /// Returns the score of `token` and of the `count` likeliest tokens, best first.
@@ -96,30 +62,21 @@ pub fn scores(logits: &[f32], token: u32, count: usize) -> (f32, Vec<TokenScore>
     (logprob(token), best)
 }
 
-/// The greatest logit's token; the lowest of equals; NaN never wins against a number.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, x) in logits.iter().enumerate() {
-        if *x > logits[best] || logits[best].is_nan() && !x.is_nan() {
-            best = i;
-        }
-    }
-    best as u32
-}
-
-/// A uniform value in [0, 1) from seed and counter (splitmix64's finaliser, twice).
-fn uniform(seed: u64, index: u64) -> f64 {
+/// A uniform number over 2^64 from seed and counter (splitmix64's finaliser, twice).
+fn point(seed: u64, index: u64) -> u64 {
     let mix = |z: u64| {
         let z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     };
-    (mix(mix(seed) ^ index.wrapping_mul(0xD134_2543_DE82_EF95)) >> 11) as f64 / (1u64 << 53) as f64
+    mix(mix(seed) ^ index.wrapping_mul(0xD134_2543_DE82_EF95))
 }
 
 #[cfg(test)]
 mod tests {
+    use drumline_tensor::sampling::choose;
+
     use super::*;
 
     const LOGITS: [f32; 5] = [0.0, 2.0, 1.0, 2.0, -1.0];
@@ -127,14 +84,14 @@ mod tests {
     fn counts(s: Sampling, draws: u64) -> [u64; 5] {
         let mut counts = [0; 5];
         for i in 0..draws {
-            counts[sample(s, i, &LOGITS) as usize] += 1;
+            counts[choose(&s.draw(i), &LOGITS) as usize] += 1;
         }
         counts
     }
 
     #[test]
     fn zero_temperature_takes_the_first_of_the_likeliest() {
-        assert_eq!(sample(Sampling::GREEDY, 9, &LOGITS), 1);
+        assert_eq!(choose(&Sampling::GREEDY.draw(9), &LOGITS), 1);
     }
 
     #[test]
@@ -162,7 +119,7 @@ mod tests {
     #[test]
     fn seeds_and_counters_give_different_draws_and_the_same_again() {
         let s = |seed| Sampling { temperature: 1.0, seed, ..Sampling::GREEDY };
-        let draw = |seed| (0..40).map(|i| sample(s(seed), i, &LOGITS)).collect::<Vec<_>>();
+        let draw = |seed| (0..40).map(|i| choose(&s(seed).draw(i), &LOGITS)).collect::<Vec<_>>();
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));
     }

@@ -26,7 +26,7 @@ pub use rows::{
     activations_and_their_gradients, adamw_steps, cross_entropy_whole_and_in_slices,
     embeddings_look_up_and_add_up, moves_between_host_and_device,
     norms_with_residual_and_their_gradients, rotary_positions_turn_and_turn_back,
-    sums_of_columns_and_of_squares_and_additions,
+    sums_of_columns_and_of_squares_and_additions, tokens_are_drawn_from_logits,
 };
 pub use slices::Slices;
 

@@ -2,7 +2,8 @@
 
 use super::{POISON, Slices, assert_close};
 use crate::reference::{self as plain, Random};
-use crate::{AdamW, Backend, Loss, NormKind, Normalise, Rotary};
+use crate::sampling::choose;
+use crate::{AdamW, Backend, Draw, Loss, NormKind, Normalise, Rotary};
 
 /// Checks LayerNorm and RMSNorm, with the residual and backward.
 ///
@@ -310,5 +311,49 @@ pub fn moves_between_host_and_device<B: Backend>(b: &B, r: &mut Random, what: &s
     Slices::new(b, r).gather_rows(width, &indices, &table, &mut out);
     for (row, index) in out.chunks_exact(width).zip(&indices) {
         assert_eq!(row, &table[*index as usize * width..][..width], "{what}");
+    }
+}
+
+/// Checks that a backend that chooses tokens chooses as the rule says: greedily, hot and cold, with cuts by
+/// rank and by share, among equal logits and beside columns that stand for no token.
+///
+/// # Panics
+/// When a token is not the rule's, even with the draw or the share moved by a rounding of an exponential.
+pub fn tokens_are_drawn_from_logits<B: Backend>(b: &B, r: &mut Random, what: &str) {
+    let used = [1 + r.below(8), 1 + r.below(300), 1 + r.below(5000)][r.below(3)];
+    let columns = used + [0, r.below(20)][r.below(2)];
+    let rows = 1 + r.below(6);
+    // Few values, so that many are equal; or all kinds.
+    let step = [0.5, 0.0][r.below(2)];
+    let mut logits: Vec<f32> = r.values(rows * columns).iter().map(|x| x * 9.0).collect();
+    if step > 0.0 {
+        logits.iter_mut().for_each(|x| *x = (*x / step).round() * step);
+    }
+    for row in logits.chunks_exact_mut(columns) {
+        row[used..].fill(POISON);
+        if r.below(4) == 0 {
+            row[r.below(used)] = [f32::NEG_INFINITY, f32::NAN][r.below(2)];
+        }
+    }
+    let draws: Vec<Draw> = (0..rows)
+        .map(|_| Draw {
+            temperature: [0.0, 0.2, 1.0, 3.0][r.below(4)],
+            top_k: [0, 0, 1, 40, 5000][r.below(5)],
+            top_p: [1.0, 0.95, 0.5, 1e-6][r.below(4)],
+            point: r.bits(),
+        })
+        .collect();
+    let Some(tokens) = Slices::new(b, r).sample(columns, used, &logits, &draws) else { return };
+    for (row, (draw, token)) in draws.iter().zip(tokens).enumerate() {
+        let own = &logits[row * columns..][..used];
+        let is_right = [0.0, 1e-5, -1e-5].iter().any(|by: &f64| {
+            let moved = (*by * u64::MAX as f64) as i64;
+            [0.0, 1e-5, -1e-5].iter().any(|share| {
+                let top_p = if draw.top_p < 1.0 { draw.top_p + share } else { draw.top_p };
+                let point = draw.point.saturating_add_signed(moved);
+                token == choose(&Draw { top_p, point, ..*draw }, own)
+            })
+        });
+        assert!(is_right, "{what}, row {row} of {rows} x {used}: {token} for {draw:?}");
     }
 }

@@ -5,8 +5,8 @@ use std::cell::RefCell;
 
 use crate::reference::Random;
 use crate::{
-    AdamW, Attention, Backend, CachedAttention, CachedSegment, DType, Linear, Loss, Normalise,
-    Rotary,
+    AdamW, Attention, Backend, CachedAttention, CachedSegment, DType, Draw, Linear, Loss,
+    Normalise, Rotary,
 };
 
 /// Elements around an operand, at most, on each side.
@@ -393,6 +393,20 @@ impl<'b, B: Backend> Slices<'b, B> {
             own_out.view_mut(self.backend),
         );
         own_out.take(self.backend, out);
+    }
+
+    /// [`Backend::sample`] on host values; none where the backend leaves it to others.
+    pub fn sample(
+        &self,
+        columns: usize,
+        used: usize,
+        logits: &[f32],
+        draws: &[Draw],
+    ) -> Option<Vec<u32>> {
+        let logits = self.put(logits);
+        let mut tokens = vec![u32::MAX; draws.len()];
+        let view = logits.view(self.backend);
+        self.backend.sample(columns, used, view, draws, &mut tokens).then_some(tokens)
     }
 
     /// [`Backend::gelu`] on host values.

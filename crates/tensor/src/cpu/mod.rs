@@ -24,6 +24,7 @@ use std::ops::Range;
 
 use crate::backend::{AdamW, Backend, TensorError};
 use crate::dtype::{DType, MatmulPrecision};
+use crate::sampling::{Draw, choose};
 use crate::shape::{Attention, CachedAttention, CachedSegment, Linear, Loss, Normalise, Rotary};
 pub use matrix::CpuMatrix;
 use pool::Pool;
@@ -420,6 +421,22 @@ impl Backend for Cpu {
         logits: &mut [f32],
     ) {
         loss::partial_grad(&self.pool, s, targets, scale, max, sums, logits);
+    }
+
+    fn sample(
+        &self,
+        columns: usize,
+        used: usize,
+        logits: &[f32],
+        draws: &[Draw],
+        tokens: &mut [u32],
+    ) -> bool {
+        assert!(used <= columns && logits.len() == draws.len() * columns, "sample");
+        assert_eq!(tokens.len(), draws.len(), "sample");
+        self.pool.each(tokens, |row, token| {
+            *token = choose(&draws[row], &logits[row * columns..][..used]);
+        });
+        true
     }
 
     fn sum_squares(&self, values: &[f32]) -> f64 {

@@ -5,7 +5,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+use rayon::iter::{
+    IndexedParallelIterator, IntoParallelIterator, IntoParallelRefMutIterator, ParallelIterator,
+};
 
 use crate::backend::TensorError;
 
@@ -56,6 +58,16 @@ impl Pool {
                 pool.install(all);
             }
             _ => (0..parts).for_each(|p| f(range(p))),
+        }
+    }
+
+    /// Calls `f` with each item and its index.
+    pub(crate) fn each<T: Send>(&self, items: &mut [T], f: impl Fn(usize, &mut T) + Sync + Send) {
+        match &self.pool {
+            Some(pool) if items.len() > 1 => pool.install(|| {
+                items.par_iter_mut().with_max_len(1).enumerate().for_each(|(i, item)| f(i, item));
+            }),
+            _ => items.iter_mut().enumerate().for_each(|(i, item)| f(i, item)),
         }
     }
 

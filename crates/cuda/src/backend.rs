@@ -1,5 +1,6 @@
 //! [`Cuda`]: a GPU as the engine's device.
 
+use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,6 +11,7 @@ use drumline_tensor::{
 
 use crate::device::{Device, DeviceOptions, Shape};
 use crate::error::CudaError;
+use crate::graph::Graphs;
 use crate::matmul::{Factors, Matmul};
 use crate::matrix::Matrix;
 use crate::memory::{
@@ -39,6 +41,7 @@ pub struct Cuda {
     pub(crate) products: Mutex<Matmul>,
     pub(crate) scratch: Mutex<Scratch>,
     indices: Mutex<Indices>,
+    pub(crate) graphs: Mutex<Graphs>,
     host: Mutex<Staging>,
 }
 
@@ -71,6 +74,7 @@ impl Cuda {
             products,
             scratch: Mutex::default(),
             indices: Mutex::default(),
+            graphs: Mutex::default(),
             host: Mutex::default(),
         })
     }
@@ -98,6 +102,9 @@ impl Cuda {
 
     /// Sends indices, or finds them where they were sent before.
     pub(crate) fn send(&self, values: &[u32]) -> Result<u64, CudaError> {
+        if self.device.is_collecting() {
+            return self.place(values);
+        }
         locked(&self.indices).send(&self.device, values)
     }
 
@@ -106,7 +113,25 @@ impl Cuda {
         &self,
         sizes: [usize; N],
     ) -> Result<[u64; N], CudaError> {
-        locked(&self.scratch).parts(&self.device, sizes)
+        let mut scratch = locked(&self.scratch);
+        if !scratch.holds(&sizes) {
+            // Calls that are kept have addresses of what will be freed.
+            self.settle()?;
+        }
+        scratch.parts(&self.device, sizes)
+    }
+
+    /// Does the work of an operation that is more than calls of the stream.
+    fn perform_alone<T: Default>(
+        &self,
+        operation: &'static str,
+        shape: &dyn Debug,
+        work: impl FnOnce() -> Result<T, CudaError>,
+    ) -> T {
+        self.device.perform(operation, shape, || {
+            self.settle()?;
+            work()
+        })
     }
 }
 
@@ -175,6 +200,10 @@ impl Backend for Cuda {
         view.as_view()
     }
 
+    fn together<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.keep_together(f)
+    }
+
     fn status(&self) -> Result<(), TensorError> {
         self.device.failure().map_or(Ok(()), Err)
     }
@@ -182,7 +211,7 @@ impl Backend for Cuda {
     fn read(&self, from: View<'_>, to: &mut [f32]) {
         assert_eq!(from.elements, to.len(), "read");
         let shape = [to.len()];
-        self.device.perform("read", &shape, || match from.kind {
+        self.perform_alone("read", &shape, || match from.kind {
             Kind::Wide => copy_out(&self.device, from.address, to),
             Kind::Narrow => {
                 let [wide] = self.temporary([size_of_val(to)])?;
@@ -195,7 +224,7 @@ impl Backend for Cuda {
     fn write(&self, from: &[f32], to: ViewMut<'_>) {
         assert_eq!(from.len(), to.elements, "write");
         let shape = [from.len()];
-        self.device.perform("write", &shape, || match to.kind {
+        self.perform_alone("write", &shape, || match to.kind {
             Kind::Wide => copy_in(&self.device, to.address, from),
             Kind::Narrow => {
                 let [wide] = self.temporary([size_of_val(from)])?;
@@ -280,7 +309,7 @@ impl Backend for Cuda {
 
     fn write_matrix(&self, from: &[f32], to: &mut Matrix) {
         let what = (to.dtype, [to.output, to.input]);
-        self.device.perform("write_matrix", &what, || to.write(from));
+        self.perform_alone("write_matrix", &what, || to.write(from));
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {
@@ -516,12 +545,12 @@ impl Backend for Cuda {
         tokens: &mut [u32],
     ) -> bool {
         let what = [draws.len(), columns, used];
-        self.device.perform("sample", &what, || self.choose(columns, used, logits, draws, tokens));
+        self.perform_alone("sample", &what, || self.choose(columns, used, logits, draws, tokens));
         true
     }
 
     fn sum_squares(&self, values: View<'_>) -> f64 {
-        self.device.perform("sum_squares", &[values.elements], || self.square(values))
+        self.perform_alone("sum_squares", &[values.elements], || self.square(values))
     }
 
     fn adamw(

@@ -17,6 +17,7 @@ use drumline_tensor::TensorError;
 
 use crate::compile::{Compiler, SOURCES, Source};
 use crate::error::{CudaError, driver};
+use crate::graph::Call;
 use crate::library::{self, Library};
 
 /// The oldest driver that runs code of CUDA 13.0.
@@ -86,6 +87,8 @@ pub struct Device {
     modules: Mutex<BTreeMap<&'static str, Module>>,
     functions: Mutex<BTreeMap<&'static CStr, Function>>,
     failure: Mutex<Option<TensorError>>,
+    /// Calls that wait to be made as one; none: each is made at once.
+    collected: Mutex<Option<Vec<Call>>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -158,6 +161,7 @@ impl Device {
             modules: Mutex::default(),
             functions: Mutex::default(),
             failure: Mutex::default(),
+            collected: Mutex::default(),
         }))
     }
 
@@ -230,6 +234,60 @@ impl Device {
                 T::default()
             }
         }
+    }
+
+    /// Returns whether it waits after every operation.
+    pub(crate) fn checks_each(&self) -> bool {
+        self.check_each
+    }
+
+    /// Keeps calls from now on, until they are taken.
+    pub(crate) fn collect(&self) {
+        *locked(&self.collected) = Some(Vec::new());
+    }
+
+    /// Returns the calls that were kept, if calls are kept, and ends that.
+    pub(crate) fn take_collected(&self) -> Option<Vec<Call>> {
+        locked(&self.collected).take()
+    }
+
+    /// Returns whether calls are kept.
+    pub(crate) fn is_collecting(&self) -> bool {
+        locked(&self.collected).is_some()
+    }
+
+    /// Keeps a call if calls are kept; returns whether it did.
+    pub(crate) fn keeps(&self, call: impl FnOnce() -> Call) -> bool {
+        match &mut *locked(&self.collected) {
+            Some(calls) => {
+                calls.push(call());
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Launches a kernel.
+    pub(crate) fn issue(&self, kernel: &Kernel) -> Result<(), CudaError> {
+        let Kernel { function, shape, mut slots, count } = *kernel;
+        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS_MAX];
+        for (pointer, slot) in pointers.iter_mut().zip(&mut slots) {
+            *pointer = std::ptr::from_mut(slot).cast();
+        }
+        // SAFETY: the arguments are as the kernel's source declares them, addresses are those of
+        // live buffers of the extents that the caller has checked, and the driver copies the
+        // arguments before it returns.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.0,
+                shape.grid,
+                (shape.threads, 1, 1),
+                shape.shared,
+                self.stream.0,
+                &mut pointers[..count],
+            )
+        };
+        driver("cuLaunchKernel", launched)
     }
 
     fn module(&self, source: Source) -> Result<sys::CUmodule, CudaError> {
@@ -311,7 +369,7 @@ impl Drop for Device {
 }
 
 /// The blocks and threads of a launch, and the shared memory of a block in bytes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Shape {
     pub(crate) grid: (u32, u32, u32),
     pub(crate) threads: u32,
@@ -357,30 +415,33 @@ impl Launch<'_> {
         self.put(u64::from(value.to_bits()))
     }
 
-    /// Launches, unless there are no blocks.
-    pub(crate) fn go(mut self, shape: Shape) -> Result<(), CudaError> {
+    /// Launches, or keeps the launch with others, unless there are no blocks.
+    pub(crate) fn go(self, shape: Shape) -> Result<(), CudaError> {
         let (x, y, z) = shape.grid;
         if x == 0 || y == 0 || z == 0 {
             return Ok(());
         }
         let function = self.device.function(self.source, self.name, shape.shared)?;
-        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS_MAX];
-        for (pointer, slot) in pointers.iter_mut().zip(&mut self.slots) {
-            *pointer = std::ptr::from_mut(slot).cast();
+        let Self { device, slots, count, .. } = self;
+        let kernel = Kernel { function: Entry(function), shape, slots, count };
+        if device.keeps(|| Call::Kernel(kernel)) {
+            return Ok(());
         }
-        // SAFETY: the arguments are as the kernel's source declares them, addresses are those of
-        // live buffers of the extents that the caller has checked, and the driver copies the
-        // arguments before it returns.
-        let launched = unsafe {
-            result::launch_kernel(
-                function,
-                shape.grid,
-                (shape.threads, 1, 1),
-                shape.shared,
-                self.device.stream.0,
-                &mut pointers[..self.count],
-            )
-        };
-        driver("cuLaunchKernel", launched)
+        device.issue(&kernel)
     }
+}
+
+/// A kernel on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Entry(sys::CUfunction);
+// SAFETY: as for streams.
+unsafe impl Send for Entry {}
+
+/// A launch, ready to be made: two that are equal do the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Kernel {
+    function: Entry,
+    shape: Shape,
+    slots: [u64; ARGUMENTS_MAX],
+    count: usize,
 }

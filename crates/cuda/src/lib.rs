@@ -16,6 +16,7 @@ pub mod compile;
 pub mod device;
 pub mod error;
 pub mod found;
+mod graph;
 pub mod library;
 mod linear;
 mod matmul;

@@ -13,6 +13,7 @@ use cudarc::cublaslt::{result, sys};
 
 use crate::device::Device;
 use crate::error::CudaError;
+use crate::graph::Call;
 use crate::library::{self, Library};
 use crate::memory::{Bytes, Kind};
 
@@ -36,7 +37,7 @@ pub(crate) enum Factors {
 }
 
 /// A factor: its address, whether cuBLASLt is to transpose it, and the distance of its columns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Factor {
     pub(crate) address: u64,
     pub(crate) transposed: bool,
@@ -45,7 +46,7 @@ pub(crate) struct Factor {
 
 /// What is done to a product before it is stored, beside a bias: with values `[m, n]` that lie as the
 /// product does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Activation {
     /// The product goes there, and its GELU to `out`.
     Gelu(u64),
@@ -62,7 +63,7 @@ impl Activation {
 }
 
 /// `out (m x n, columns m apart) = a (m x k) . b (k x n) (+ out) (+ bias along m)`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
     pub(crate) m: usize,
     pub(crate) n: usize,
@@ -89,6 +90,24 @@ struct Key {
     bias: bool,
     activation: Option<Behind>,
     alignments: [u32; 3],
+}
+
+impl Key {
+    fn of(p: &Product) -> Self {
+        Self {
+            sizes: [p.m, p.n, p.k, p.a.stride, p.b.stride],
+            factors: p.factors,
+            kind: p.kind,
+            transposed: [p.a.transposed, p.b.transposed],
+            accumulate: p.accumulate,
+            bias: p.bias.is_some(),
+            activation: p.activation.map(|activation| match activation {
+                Activation::Gelu(_) => Behind::Gelu,
+                Activation::Slope(_) => Behind::Slope,
+            }),
+            alignments: [p.a.address, p.b.address, p.out].map(alignment),
+        }
+    }
 }
 
 /// Which [`Activation`].
@@ -138,22 +157,10 @@ impl Matmul {
         Ok(Self { device: Arc::clone(device), handle, workspace, plans, refused })
     }
 
-    /// Queues a product. Returns false, and does nothing, where the library has none with the
-    /// activation that is asked for.
+    /// Queues a product, or keeps it with other calls. Returns false, and does nothing, where the
+    /// library has none with the activation that is asked for.
     pub(crate) fn multiply(&mut self, p: &Product) -> Result<bool, CudaError> {
-        let key = Key {
-            sizes: [p.m, p.n, p.k, p.a.stride, p.b.stride],
-            factors: p.factors,
-            kind: p.kind,
-            transposed: [p.a.transposed, p.b.transposed],
-            accumulate: p.accumulate,
-            bias: p.bias.is_some(),
-            activation: p.activation.map(|activation| match activation {
-                Activation::Gelu(_) => Behind::Gelu,
-                Activation::Slope(_) => Behind::Slope,
-            }),
-            alignments: [p.a.address, p.b.address, p.out].map(alignment),
-        };
+        let key = Key::of(p);
         if self.refused.contains(&key) {
             return Ok(false);
         }
@@ -169,6 +176,21 @@ impl Matmul {
                 }
                 Err(error) => return Err(error),
             };
+        }
+        if self.device.keeps(|| Call::Product(*p)) {
+            return Ok(true);
+        }
+        self.issue(p)?;
+        Ok(true)
+    }
+
+    /// Queues a product whose plan is made, or makes it.
+    pub(crate) fn issue(&mut self, p: &Product) -> Result<(), CudaError> {
+        let key = Key::of(p);
+        if !self.plans.contains_key(&key) {
+            // Many others came since it was planned.
+            let plan = self.plan(&key)?;
+            self.plans.insert(key, plan);
         }
         let plan = &self.plans[&key];
         if let Some(bias) = p.bias {
@@ -206,8 +228,7 @@ impl Matmul {
             )
             .result()
         };
-        checked("cublasLtMatmul", status)?;
-        Ok(true)
+        checked("cublasLtMatmul", status).map(drop)
     }
 
     fn plan(&self, key: &Key) -> Result<Plan, CudaError> {

@@ -82,6 +82,7 @@ pub(crate) fn copy_in<T: Copy>(device: &Device, to: u64, from: &[T]) -> Result<(
 
 /// Copies from the device to the host, and waits.
 pub(crate) fn copy_out<T: Copy>(device: &Device, from: u64, to: &mut [T]) -> Result<(), CudaError> {
+    debug_assert!(!device.is_collecting(), "what is read may not have been made");
     if to.is_empty() {
         return Ok(());
     }
@@ -329,6 +330,11 @@ impl Scratch {
         self.bytes.as_ref().map_or(0, Bytes::len)
     }
 
+    /// Returns whether it is large enough for parts of these sizes.
+    pub(crate) fn holds<const N: usize>(&self, sizes: &[usize; N]) -> bool {
+        self.bytes() >= sizes.iter().map(|size| size.next_multiple_of(256)).sum()
+    }
+
     /// Returns the addresses of parts of these sizes, each aligned to 256 bytes.
     pub(crate) fn parts<const N: usize>(
         &mut self,
@@ -353,6 +359,7 @@ impl Scratch {
 
 /// Copies on the device, between views of one kind.
 pub(crate) fn copy_on(device: &Device, from: View<'_>, to: &ViewMut<'_>) -> Result<(), CudaError> {
+    debug_assert!(!device.is_collecting(), "what is copied may not have been made");
     let bytes = from.elements.min(to.elements) * from.kind.bytes();
     if bytes == 0 {
         return Ok(());

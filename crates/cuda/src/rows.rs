@@ -44,6 +44,7 @@ impl Cuda {
         assert_eq!(from.elements, to.elements, "copy");
         self.device.perform("copy", &[from.elements], || {
             if from.kind == to.kind {
+                self.settle()?;
                 return crate::memory::copy_on(&self.device, from, to);
             }
             self.convert(from.address, to.address, to.elements, narrow([from.kind, to.kind]))

@@ -275,13 +275,11 @@ fn the_same_run_gives_the_same_bits() {
     });
 }
 
-/// Logits after a prompt in chunks of `chunk` tokens, then after decoding a few more.
-fn logits<B: Backend>(family: Family, backend: B, weights: DType, chunk: usize) -> Vec<f32> {
+/// A tiny model for serving, with weights of its own.
+fn served<B: Backend>(family: Family, backend: B, options: ModelOptions) -> Model<B> {
     let mesh = Mesh::new(Parallelism::SINGLE);
     let groups = local_groups(mesh).remove(0);
-    let options = ModelOptions { weights, ..ModelOptions::default() };
-    let config = tiny(family);
-    let shape = Parallelism::SINGLE;
+    let (config, shape) = (tiny(family), Parallelism::SINGLE);
     let mut model = Model::new(&config, shape, mesh.coords(0), groups, backend, options)
         .expect("a tiny model fits");
     let mut seed = 1u64;
@@ -294,6 +292,13 @@ fn logits<B: Backend>(family: Family, backend: B, weights: DType, chunk: usize) 
             Ok::<_, String>(())
         })
         .expect("the source has everything");
+    model
+}
+
+/// Logits after a prompt in chunks of `chunk` tokens, then after decoding a few more.
+fn logits<B: Backend>(family: Family, backend: B, weights: DType, chunk: usize) -> Vec<f32> {
+    let options = ModelOptions { weights, ..ModelOptions::default() };
+    let mut model = served(family, backend, options);
     let tokens: Vec<u32> = (0..36).map(|i| i * 7 % 61).collect();
     let (mut all, mut done) = (Vec::new(), 0);
     while done < tokens.len() {
@@ -346,6 +351,60 @@ fn serving_gives_the_logits_of_the_cpu() {
                 }
             }
         }
+    });
+}
+
+/// Logits of every step in which `sequences` prompts of three tokens are prefilled and then decoded side
+/// by side, and how many steps were launched as one.
+fn decoded(family: Family, sequences: u32, check_each: bool) -> (Vec<f32>, u64) {
+    let mut device = support::device_options();
+    device.check_each = check_each;
+    let cuda = Cuda::new(&CudaOptions { device, ..CudaOptions::default() }).expect("a device");
+    let options = ModelOptions { weights: DType::Bf16, max_batch: 24, ..ModelOptions::default() };
+    let mut model = served(family, cuda, options);
+    let mut all = Vec::new();
+    let step = |position: u32, count: u32| -> Vec<Segment> {
+        let segment = |s: u32| Segment {
+            // Two blocks of 16 tokens each, far from each other.
+            blocks: vec![s, 24 + s],
+            position,
+            tokens: (0..count).map(|i| ((position + i) * 7 + s % 3) % 61).collect(),
+            sample: true,
+        };
+        (0..sequences).map(segment).collect()
+    };
+    all.extend_from_slice(model.run(&step(0, 3)).expect("a step"));
+    for position in 3..20 {
+        all.extend_from_slice(model.run(&step(position, 1)).expect("a step"));
+    }
+    (all, model.backend().graphs_launched())
+}
+
+#[test]
+fn steps_that_come_again_are_launched_as_one_and_give_the_same_bits() {
+    let test = "steps_that_come_again_are_launched_as_one_and_give_the_same_bits";
+    support::on_device(test, |_| {
+        for family in [Family::Gpt2, Family::Llama] {
+            // Few rows take our own kernels, more take cuBLASLt.
+            for sequences in [1, 3, 20] {
+                let (want, none) = decoded(family, sequences, true);
+                let (got, launched) = decoded(family, sequences, false);
+                assert_eq!((none, got == want), (0, true), "{family:?}, {sequences}");
+                // 17 steps, of which the first is new; the table of blocks grows once.
+                assert!((12..=16).contains(&launched), "{family:?}, {sequences}: {launched}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_driver_without_graphs_is_served_call_by_call() {
+    let test = "a_driver_without_graphs_is_served_call_by_call";
+    let refuses = [("DRUMLINE_FAKE_CUDA", "no-graphs")];
+    support::on_device_with_environment(test, &refuses, |_| {
+        let (want, _) = decoded(Family::Llama, 3, true);
+        let (got, launched) = decoded(Family::Llama, 3, false);
+        assert_eq!((launched, got == want), (0, true));
     });
 }
 

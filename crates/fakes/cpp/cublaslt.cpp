@@ -1,11 +1,13 @@
 // A fake cuBLASLt for the emulated device: plain products in f32 of f32 or bf16 factors, to either, with the
 // attributes that crate `cuda` sets, checked as strictly as the documentation states them. Test
 // equipment. DRUMLINE_FAKE_CUDA=no-epilogues: it knows no activation behind a product.
+#include <dlfcn.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <functional>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -174,20 +176,12 @@ static std::vector<float> widened(const void* from, const Layout* l, bool transp
         }
     return to;
 }
-EXPORT int cublasLtMatmul(void*, Description* d, const float* alpha, const void* a, Layout* la, const void* b,
-                          Layout* lb, const float* beta, const void* c, Layout* lc, void* out, Layout* lo,
-                          const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void*) {
-    if (!fits(d, la, lb, lc, lo) || !algorithm || algorithm->data[0] != MARK) return INVALID_VALUE;
-    const void* pointers[4] = {a, b, c, out};
-    for (int i = 0; i < 4; i++)
-        if ((uintptr_t)pointers[i] % algorithm->data[1 + i]) return INVALID_VALUE;
-    bool keeps = writes_aux(d->epilogue);
-    if ((keeps || d->epilogue == EPILOGUE_DGELU) && (!d->aux || (uintptr_t)d->aux % 16)) return INVALID_VALUE;
-    if (uses_bias(d->epilogue) && !d->bias) return INVALID_VALUE;
-    if (workspace_bytes > 0 && (!workspace || (uintptr_t)workspace % 256)) return INVALID_VALUE;
-    uint64_t m = lo->rows, n = lo->columns, k = d->transposed_a ? la->rows : la->columns;
+static void multiply(const Description& d, float alpha, const void* a, const Layout& la, const void* b,
+                     const Layout& lb, float beta, const void* c, const Layout& lc, void* out, const Layout& lo) {
+    uint64_t m = lo.rows, n = lo.columns, k = d.transposed_a ? la.rows : la.columns;
+    bool keeps = writes_aux(d.epilogue);
     // A as [k, m] by columns of m: neighbouring outputs are neighbours.
-    std::vector<float> wa = widened(a, la, d->transposed_a), wb = widened(b, lb, d->transposed_b);
+    std::vector<float> wa = widened(a, &la, d.transposed_a), wb = widened(b, &lb, d.transposed_b);
     std::vector<float> sums(m);
     for (uint64_t j = 0; j < n; j++) {
         for (auto& s : sums) s = 0;
@@ -197,16 +191,44 @@ EXPORT int cublasLtMatmul(void*, Description* d, const float* alpha, const void*
             for (uint64_t i = 0; i < m; i++) sums[i] += factor * column[i];
         }
         for (uint64_t i = 0; i < m; i++) {
-            float y = *alpha * sums[i];
-            if (*beta != 0) y += *beta * load(c, j * lc->ld + i, lc->type);
-            if (uses_bias(d->epilogue)) y += load(d->bias, i, lo->type);
+            float y = alpha * sums[i];
+            if (beta != 0) y += beta * load(c, j * lc.ld + i, lc.type);
+            if (uses_bias(d.epilogue)) y += load(d.bias, i, lo.type);
             if (keeps) {
-                store(d->aux, j * d->aux_ld + i, lo->type, y);
+                store(d.aux, j * d.aux_ld + i, lo.type, y);
                 y = gelu(y);
             }
-            if (d->epilogue == EPILOGUE_DGELU) y *= gelu_slope(load(d->aux, j * d->aux_ld + i, lo->type));
-            store(out, j * lo->ld + i, lo->type, y);
+            if (d.epilogue == EPILOGUE_DGELU) y *= gelu_slope(load(d.aux, j * d.aux_ld + i, lo.type));
+            store(out, j * lo.ld + i, lo.type, y);
         }
     }
+}
+
+// Whether the fake libcuda keeps `work` for a graph that the stream is captured for.
+static bool captured(void* stream, const std::function<void()>& work) {
+    static int (*keeps)(void*, const std::function<void()>*);
+    if (!keeps) {
+        void* cuda = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
+        if (cuda) keeps = (int (*)(void*, const std::function<void()>*))dlsym(cuda, "fake_cuda_captures");
+    }
+    return keeps && keeps(stream, &work);
+}
+
+EXPORT int cublasLtMatmul(void*, Description* d, const float* alpha, const void* a, Layout* la, const void* b,
+                          Layout* lb, const float* beta, const void* c, Layout* lc, void* out, Layout* lo,
+                          const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
+    if (!fits(d, la, lb, lc, lo) || !algorithm || algorithm->data[0] != MARK) return INVALID_VALUE;
+    const void* pointers[4] = {a, b, c, out};
+    for (int i = 0; i < 4; i++)
+        if ((uintptr_t)pointers[i] % algorithm->data[1 + i]) return INVALID_VALUE;
+    bool keeps = writes_aux(d->epilogue);
+    if ((keeps || d->epilogue == EPILOGUE_DGELU) && (!d->aux || (uintptr_t)d->aux % 16)) return INVALID_VALUE;
+    if (uses_bias(d->epilogue) && !d->bias) return INVALID_VALUE;
+    if (workspace_bytes > 0 && (!workspace || (uintptr_t)workspace % 256)) return INVALID_VALUE;
+    // Descriptions and layouts are read now, factors when it is their turn.
+    auto work = [=, d = *d, la = *la, lb = *lb, lc = *lc, lo = *lo, alpha = *alpha, beta = *beta]() {
+        multiply(d, alpha, a, la, b, lb, beta, c, lc, out, lo);
+    };
+    if (!captured(stream, work)) work();
     return SUCCESS;
 }

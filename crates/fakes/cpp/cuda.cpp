@@ -4,14 +4,14 @@
 //
 // The devices are those that CUDA_VISIBLE_DEVICES names, else as many as DRUMLINE_FAKE_CUDA_DEVICES
 // says, else two, as NVML's stand-in has. Their memory is the process's own. Kernels and copies are done when their call
-// returns; a collective of the fake NCCL is done later, so whoever waits for its stream, or copies on
+// returns, or with the graph that captured them; a collective of the fake NCCL is done later, so whoever waits for its stream, or copies on
 // it, is held up here.
 //
 // Stricter than a driver: memory ends at a page that may not be touched, is full of NaN when it is
 // allocated, and copies must lie inside one allocation; launches are held to a GPU's limits.
 //
 // DRUMLINE_FAKE_CUDA asks for a fault: no-device, old-driver, memory=BYTES, launch-fails=N (the Nth
-// launch), each named where it is used.
+// launch), no-graphs, each named where it is used.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,6 +21,7 @@
 #include <unistd.h>
 #include <elf.h>
 
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -40,6 +41,8 @@ enum {
     NOT_FOUND = 500,
     NOT_READY = 600,
     LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
 };
 typedef uint64_t DevicePointer;
 
@@ -54,6 +57,7 @@ struct Allocation {
 };
 struct Function {
     int (*run)(const unsigned*, const unsigned*, unsigned, void**);
+    int arguments;
     std::string name;
     size_t shared_max = SHARED_DEFAULT;
 };
@@ -61,9 +65,20 @@ struct Module {
     void* handle;
     std::map<std::string, Function*> functions;
 };
+// What a captured stream would have done, to be done by each launch of the graph.
+typedef std::vector<std::function<void()>> Graph;
 struct Stream {
     int device;
+    Graph* captured = nullptr;
+    bool is_invalid = false;
 };
+// Whether a stream is captured: then what is not queued on it is refused, and ends the capture, as where the
+// capture's mode looks at the whole thread.
+thread_local Stream* capturing;
+bool refuses() {
+    if (capturing) capturing->is_invalid = true;
+    return capturing != nullptr;
+}
 struct Event {
     Stream* recorded = nullptr;
 };
@@ -211,6 +226,7 @@ EXPORT int cuStreamDestroy_v2(Stream* stream) {
     return SUCCESS;
 }
 EXPORT int cuStreamSynchronize(void* stream) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     wait_for(stream);
     return sticky;
 }
@@ -260,6 +276,7 @@ EXPORT int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return SUCCESS;
 }
 EXPORT int cuMemAlloc_v2(DevicePointer* p, size_t bytes) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     std::lock_guard<std::mutex> guard(lock);
     if (!current_context) return INVALID_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
@@ -276,6 +293,7 @@ EXPORT int cuMemAlloc_v2(DevicePointer* p, size_t bytes) {
     return SUCCESS;
 }
 EXPORT int cuMemFree_v2(DevicePointer p) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     std::lock_guard<std::mutex> guard(lock);
     auto found = allocations.find(p);
     if (found == allocations.end()) return INVALID_VALUE;
@@ -293,6 +311,7 @@ EXPORT int cuMemFree_v2(DevicePointer p) {
     return SUCCESS;
 }
 EXPORT int cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes, void* stream) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
@@ -301,6 +320,7 @@ EXPORT int cuMemcpyHtoDAsync_v2(DevicePointer to, const void* from, size_t bytes
     return SUCCESS;
 }
 EXPORT int cuMemcpyDtoHAsync_v2(void* to, DevicePointer from, size_t bytes, void* stream) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
@@ -309,6 +329,7 @@ EXPORT int cuMemcpyDtoHAsync_v2(void* to, DevicePointer from, size_t bytes, void
     return SUCCESS;
 }
 EXPORT int cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t bytes, void* stream) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
@@ -317,6 +338,7 @@ EXPORT int cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t byt
     return SUCCESS;
 }
 EXPORT int cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, void* stream) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     wait_for(stream);
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
@@ -326,6 +348,7 @@ EXPORT int cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, 
 }
 
 EXPORT int cuModuleLoadData(void** module, const void* image) {
+    if (refuses()) return CAPTURE_UNSUPPORTED;
     std::lock_guard<std::mutex> guard(lock);
     const Elf64_Ehdr* elf = (const Elf64_Ehdr*)image;
     if (memcmp(elf->e_ident, ELFMAG, SELFMAG) != 0 || elf->e_shoff == 0) return INVALID_IMAGE;
@@ -363,7 +386,8 @@ EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) 
     if (!f) {
         void* entry = dlsym(m->handle, (std::string("emulated_") + name).c_str());
         if (!entry) return NOT_FOUND;
-        f = new Function{(decltype(Function::run))entry, name};
+        auto arguments = (int (*)())dlsym(m->handle, (std::string("emulated_arguments_") + name).c_str());
+        f = new Function{(decltype(Function::run))entry, arguments(), name};
     }
     *function = f;
     return SUCCESS;
@@ -373,8 +397,23 @@ EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
     ((Function*)function)->shared_max = value;
     return SUCCESS;
 }
+namespace {
+
+void run(Function* f, const unsigned* grid, const unsigned* block, unsigned shared, void** parameters) {
+    launches++;
+    std::string fails = fault("launch-fails");
+    if (!fails.empty() && launches == atol(fails.c_str())) {
+        sticky = LAUNCH_FAILED;
+    } else if (!f->run(grid, block, shared, parameters)) {
+        fprintf(stderr, "emulated device: threads of %s wait for each other for ever\n", f->name.c_str());
+        sticky = LAUNCH_FAILED;
+    }
+}
+
+}  // namespace
+
 EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                          unsigned shared, void*, void** parameters, void** extra) {
+                          unsigned shared, void* stream, void** parameters, void** extra) {
     std::lock_guard<std::mutex> guard(lock);
     if (sticky) return sticky;
     Function* f = (Function*)function;
@@ -382,24 +421,79 @@ EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz,
     if (!current_context || extra || gx == 0 || gy == 0 || gz == 0 || gx > 0x7fffffff || gy > 65535 || gz > 65535 ||
         threads == 0 || threads > 1024 || shared > f->shared_max)
         return INVALID_VALUE;
-    launches++;
-    std::string fails = fault("launch-fails");
     unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    if (!fails.empty() && launches == atol(fails.c_str())) {
-        sticky = LAUNCH_FAILED;
-    } else if (!f->run(grid, block, shared, parameters)) {
-        fprintf(stderr, "emulated device: threads of %s wait for each other for ever\n", f->name.c_str());
-        sticky = LAUNCH_FAILED;
+    Stream* s = (Stream*)stream;
+    if (s && s->captured) {
+        // The arguments are copied now; crate `cuda` gives each eight bytes.
+        std::vector<uint64_t> values(f->arguments);
+        for (int i = 0; i < f->arguments; i++) memcpy(&values[i], parameters[i], 8);
+        s->captured->push_back([=]() mutable {
+            std::vector<void*> pointers;
+            for (auto& value : values) pointers.push_back(&value);
+            run(f, grid, block, shared, pointers.data());
+        });
+        return SUCCESS;
     }
+    run(f, grid, block, shared, parameters);
     // As on a GPU, the failure is told by a later call.
     return SUCCESS;
 }
+
+// Graphs: what is queued on a stream between two calls is kept, and done when the graph is launched.
+EXPORT int cuStreamBeginCapture_v2(Stream* stream, unsigned) {
+    if (!stream || stream->captured || capturing) return INVALID_VALUE;
+    if (fault("no-graphs") == "yes") return CAPTURE_UNSUPPORTED;
+    stream->captured = new Graph;
+    stream->is_invalid = false;
+    capturing = stream;
+    return SUCCESS;
+}
+EXPORT int cuStreamEndCapture(Stream* stream, Graph** graph) {
+    if (!stream || !stream->captured) return INVALID_VALUE;
+    *graph = stream->captured;
+    stream->captured = nullptr;
+    capturing = nullptr;
+    if (!stream->is_invalid) return SUCCESS;
+    delete *graph;
+    *graph = nullptr;
+    return CAPTURE_INVALIDATED;
+}
+EXPORT int cuGraphInstantiateWithFlags(Graph** exec, Graph* graph, unsigned long long) {
+    *exec = new Graph(*graph);
+    return SUCCESS;
+}
+EXPORT int cuGraphDestroy(Graph* graph) {
+    delete graph;
+    return SUCCESS;
+}
+EXPORT int cuGraphExecDestroy(Graph* exec) {
+    delete exec;
+    return SUCCESS;
+}
+EXPORT int cuGraphLaunch(Graph* exec, void* stream) {
+    wait_for(stream);
+    std::lock_guard<std::mutex> guard(lock);
+    for (auto& work : *exec) {
+        if (sticky) return sticky;
+        work();
+    }
+    return SUCCESS;
+}
+// For the fake cuBLASLt: keeps `work` if the stream is captured; returns whether it did.
+EXPORT int fake_cuda_captures(Stream* stream, const std::function<void()>* work) {
+    if (!stream || !stream->captured) return 0;
+    stream->captured->push_back(*work);
+    return 1;
+}
+
 EXPORT int cuGetErrorName(int error, const char** name) {
     switch (error) {
         case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
         case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
         case NOT_READY: *name = "CUDA_ERROR_NOT_READY"; break;
         case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
+        case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+        case CAPTURE_INVALIDATED: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
         default: *name = "CUDA_ERROR_INVALID_VALUE";
     }

@@ -269,6 +269,12 @@ void call(void (*f)(A...), void** p) {
     call(f, p, std::index_sequence_for<A...>{});
 }
 
+template <class... A>
+int count(void (*)(A...)) {
+    static_assert(((sizeof(std::decay_t<A>) <= 8) && ...), "an argument fits its slot");
+    return sizeof...(A);
+}
+
 // Runs every block of a launch. Returns false when a block's threads wait for each other for ever.
 static bool launch(void (*entry)(void**), const unsigned* grid, const unsigned* block, unsigned shared, void** p) {
     if (!stacks) {
@@ -298,4 +304,7 @@ static bool launch(void (*entry)(void**), const unsigned* grid, const unsigned* 
     extern "C" __attribute__((visibility("default"))) int emulated_##name(                            \
         const unsigned* grid, const unsigned* block, unsigned shared, void** p) {                     \
         return emulated::launch([](void** p) { emulated::call(name, p); }, grid, block, shared, p); \
+    }                                                                                                 \
+    extern "C" __attribute__((visibility("default"))) int emulated_arguments_##name() {              \
+        return emulated::count(name);                                                                 \
     }

@@ -129,6 +129,12 @@ pub trait Backend: Send + Sync + 'static {
         f()
     }
 
+    /// Runs `f`, whose operations are one step that comes again and again: a device may start them all at
+    /// once. What `f` reads back or writes from the host is as it would be without.
+    fn together<R>(&self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
     /// Tells the first failure since the backend was made. Operations return nothing: after a
     /// failure they do nothing, and what was read since is worthless, so whoever has read asks.
     ///

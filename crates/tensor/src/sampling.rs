@@ -159,7 +159,7 @@ mod tests {
         }
         order.sort_unstable();
         let total: u64 = order.iter().map(|t| weights[*t]).sum();
-        let point = (u128::from(total) * u128::from(draw.point) >> 64) as u64;
+        let point = ((u128::from(total) * u128::from(draw.point)) >> 64) as u64;
         let mut sum = 0;
         let at = order.iter().position(|t| {
             sum += weights[*t];

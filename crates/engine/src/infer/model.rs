@@ -202,6 +202,12 @@ impl<B: Backend, P: Probe> Model<B, P> {
         self.device = device;
     }
 
+    /// Returns the device.
+    #[must_use]
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Returns how keys and values are stored.
     #[must_use]
     pub fn cache_format(&self) -> DType {
@@ -335,33 +341,37 @@ impl<B: Backend, P: Probe> Model<B, P> {
         let pipeline = Route::new(b, &*self.groups.pipeline, self.device.pipeline.as_ref());
         let (split, m) = (self.split, &mut self.memory);
         let width = n * dims.hidden;
-        if split.is_first() {
-            stage.embed_stored(&self.weights, &rows.tokens, &mut m.x)?;
-        } else {
+        if !split.is_first() {
             timed(&self.probe, Span::PipelineWait, || {
                 pipeline.recv(b.view_mut(&mut m.x, 0..width), split.stage - 1)
             })?;
         }
-        for index in 0..self.weights.layout.layers.len() {
-            let cache = (cached, &mut self.keys[index], &mut self.values[index]);
-            stage.serve_layer(index, &self.weights, &rows, m, cache)?;
-        }
+        let (weights, keys, values) = (&self.weights, &mut self.keys, &mut self.values);
+        let pass = |m: &mut Memory<B>| {
+            if split.is_first() {
+                stage.embed_stored(weights, &rows.tokens, &mut m.x)?;
+            }
+            for (index, (keys, values)) in keys.iter_mut().zip(values).enumerate() {
+                stage.serve_layer(index, weights, &rows, m, (cached, keys, values))?;
+            }
+            Ok::<_, EngineError>(split.is_last() && stage.project(weights, &rows, m))
+        };
+        // With peers there are exchanges in between.
+        let is_alone = self.groups.world.size() == 1;
+        let is_there = if is_alone { b.together(|| pass(m)) } else { pass(m) }?;
         self.logits.clear();
         let vocab = self.config.vocab as usize;
         if split.is_last() {
-            let is_there = stage.project(&self.weights, &rows, m);
-            if is_there && self.groups.world.size() == 1 {
-                if let (Some(draws), Some(out)) = (draws, &m.logits) {
-                    let columns = self.weights.layout.vocab_rows;
-                    let out = b.view(out, 0..draws.len() * columns);
-                    self.tokens.resize(draws.len(), 0);
-                    let tokens = &mut self.tokens[..];
-                    let is_chosen = timed(&self.probe, Span::Other, || {
-                        b.sample(columns, vocab, out, draws, tokens)
-                    });
-                    if is_chosen {
-                        return Ok(true);
-                    }
+            if let (true, Some(draws), Some(out)) = (is_there && is_alone, draws, &m.logits) {
+                let columns = self.weights.layout.vocab_rows;
+                let out = b.view(out, 0..draws.len() * columns);
+                self.tokens.resize(draws.len(), 0);
+                let tokens = &mut self.tokens[..];
+                let is_chosen = timed(&self.probe, Span::Other, || {
+                    b.sample(columns, vocab, out, draws, tokens)
+                });
+                if is_chosen {
+                    return Ok(true);
                 }
             }
             if is_there {

@@ -174,6 +174,12 @@ fn wrong() -> Vec<Wrong> {
         ),
         (
             T,
+            training(add("", "optimizer", json!({ "rounding": "stochastic" }))),
+            "spec.optimizer.rounding",
+            "needs precision bf16",
+        ),
+        (
+            T,
             training(add("", "checkpoint", json!({ "keep": 0 }))),
             "spec.checkpoint.keep",
             "greater than or equal to 1",

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use drumline_tensor::{
     AdamW, Attention, Backend, CachedAttention, CachedSegment, DType, Draw, Linear, Loss,
-    MatmulPrecision, Normalise, Rotary, TensorError,
+    MatmulPrecision, Normalise, Rotary, Rounding, TensorError,
 };
 
 use crate::device::{Device, DeviceOptions, Shape};
@@ -236,6 +236,10 @@ impl Backend for Cuda {
 
     fn copy(&self, from: View<'_>, to: ViewMut<'_>) {
         self.copy_view(from, &to);
+    }
+
+    fn copy_rounded(&self, from: View<'_>, to: ViewMut<'_>, rounding: Rounding) {
+        self.copy_by(from, &to, rounding);
     }
 
     fn on_host<R>(&self, values: ViewMut<'_>, f: impl FnOnce(&mut [f32]) -> R) -> R {

@@ -1,6 +1,6 @@
 //! Everything that is bound by memory: flat ranges, normalisations, tables, the loss, the optimizer.
 
-use drumline_tensor::{AdamW, Loss, NormKind, Normalise, Rotary};
+use drumline_tensor::{AdamW, Loss, NormKind, Normalise, Rotary, Rounding};
 
 use crate::backend::{Cuda, THREADS, aligned, grid};
 use crate::device::Shape;
@@ -542,6 +542,7 @@ impl Cuda {
         let copied = copy.map_or(0, |c| c.address);
         let [p, m, v] = [p, m, v].map(|view| view.wide("what AdamW keeps"));
         let g = g.wide("a gradient");
+        let (seed, first) = chances(a.rounding);
         self.device
             .launch("optimizer.cu", c"adamw")
             .pointer(p)
@@ -557,8 +558,38 @@ impl Cuda {
             .f32(a.learning_rate / a.correction1)
             .f32(1.0 / a.correction2.sqrt())
             .f32(a.gradient_scale)
+            .u64(seed)
+            .u64(first)
+            .flag(a.rounding != Rounding::Nearest)
             .flag(aligned([p, copied, g, m, v]))
             .go(self.flat(n, 4))
+    }
+
+    /// Copies f32 to bf16.
+    pub(crate) fn copy_by(&self, from: View<'_>, to: &ViewMut<'_>, rounding: Rounding) {
+        let Rounding::Stochastic { .. } = rounding else { return self.copy_view(from, to) };
+        let n = from.elements;
+        assert!(to.elements == n && to.kind == Kind::Narrow, "copy by chance");
+        let (seed, first) = chances(rounding);
+        self.device.perform("copy_rounded", &[n], || {
+            self.device
+                .launch("optimizer.cu", c"copy_by_chance")
+                .pointer(from.wide("what is rounded"))
+                .pointer(to.address)
+                .u64(n)
+                .u64(seed)
+                .u64(first)
+                .flag(aligned([from.address, to.address]))
+                .go(self.flat(n, 4))
+        });
+    }
+}
+
+/// The seed and the first place of a rounding, as arguments of a kernel.
+fn chances(rounding: Rounding) -> (usize, usize) {
+    match rounding {
+        Rounding::Nearest => (0, 0),
+        Rounding::Stochastic { seed, first } => (seed as usize, first as usize),
     }
 }
 

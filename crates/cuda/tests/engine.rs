@@ -10,7 +10,9 @@ use drumline_engine::bench::{batches, in_process, job, local_groups, presets};
 use drumline_engine::infer::{Model, ModelOptions, Sampled, Segment};
 use drumline_engine::{DeviceGroups, Groups, Memory, Snapshot, StepReport, Trainer};
 use drumline_mesh::Mesh;
-use drumline_spec::{Family, MemoryOptions, ModelConfig, Parallelism, Recompute, TrainingJob};
+use drumline_spec::{
+    Family, MemoryOptions, ModelConfig, Parallelism, Recompute, TrainingJob, WeightRounding,
+};
 use drumline_tensor::sampling::choose;
 use drumline_tensor::{Backend, Cpu, DType, Draw, MatmulPrecision};
 
@@ -72,6 +74,38 @@ fn train_linked<B: Backend>(
             .map(|step| trainer.step(step, &micros(job, coords.data, step)).expect("a step"))
             .collect();
         (reports, trainer.gradients(), trainer.snapshot(None))
+    })
+}
+
+/// As [`train`], by trainers that are made anew after `before` steps; returns the reports from there on.
+fn resumed<B: Backend>(
+    job: &TrainingJob,
+    before: u64,
+    backend: impl Fn() -> B + Sync,
+) -> Vec<Vec<StepReport>> {
+    let mesh = Mesh::new(job.parallelism);
+    let first = TrainingJob { steps: before, ..job.clone() };
+    let kept: Vec<Snapshot> = in_process(mesh, |rank, groups| {
+        let coords = mesh.coords(rank);
+        let mut trainer = Trainer::new(job, coords, groups, backend()).expect("it fits");
+        for step in 0..first.steps {
+            trainer.step(step, &micros(job, coords.data, step)).expect("a step");
+        }
+        trainer.snapshot(None)
+    });
+    in_process(mesh, |rank, groups| {
+        let coords = mesh.coords(rank);
+        let mut trainer = Trainer::new(job, coords, groups, backend()).expect("it fits");
+        let loaded = trainer.load(|shard, to| {
+            let mut all = kept.iter().flat_map(Snapshot::shards);
+            let (_, from) = all.find(|(s, _)| *s == shard).ok_or_else(|| format!("{shard:?}"))?;
+            to.copy_from_slice(from);
+            Ok::<_, String>(())
+        });
+        loaded.expect("every shard was kept");
+        (before..job.steps)
+            .map(|step| trainer.step(step, &micros(job, coords.data, step)).expect("a step"))
+            .collect()
     })
 }
 
@@ -194,6 +228,34 @@ fn training_in_bf16_stays_near_f32() {
         for family in [Family::Gpt2, Family::Llama] {
             compare(family, Parallelism::SINGLE, MatmulPrecision::Bf16, 1e-2);
         }
+    });
+}
+
+#[test]
+fn weights_rounded_by_chance_train_as_well_and_the_same_after_a_restart() {
+    let test = "weights_rounded_by_chance_train_as_well_and_the_same_after_a_restart";
+    support::on_device(test, |_| {
+        let mut job = tiny_job(Family::Llama, Parallelism { data: 2, ..Parallelism::SINGLE }, 6);
+        job.memory.shard_optimizer = true;
+        let run = |job: &TrainingJob| train(job, || cuda(MatmulPrecision::Bf16));
+        let nearest = run(&job);
+        job.optimizer.rounding = WeightRounding::Stochastic;
+        let drawn = run(&job);
+        let mut plain = job.clone();
+        plain.optimizer.rounding = WeightRounding::Nearest;
+        compare_with_cpu(&plain, &drawn, test, 2e-2);
+        assert!(distance(&drawn[0].1, &nearest[0].1) > 0.0, "something was rounded otherwise");
+        assert_eq!(run(&job)[0].0, drawn[0].0, "the same run draws the same");
+        assert_eq!(
+            resumed(&job, 3, || cuda(MatmulPrecision::Bf16))[0],
+            drawn[0].0[3..],
+            "and so it does from its middle"
+        );
+        // What rounds no copy says so.
+        let (mesh, cpu) = (Mesh::new(job.parallelism), Cpu::new(1).expect("one thread"));
+        let refused = Trainer::new(&job, mesh.coords(0), local_groups(mesh).remove(0), cpu);
+        let message = refused.err().expect("the CPU keeps no copy").to_string();
+        assert!(message.starts_with("spec.optimizer.rounding: stochastic"), "{message}");
     });
 }
 

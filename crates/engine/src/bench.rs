@@ -7,7 +7,7 @@ use drumline_collective::local;
 use drumline_mesh::Mesh;
 use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, MemoryOptions, ModelConfig, Optimizer,
-    Parallelism, Precision, TrainingJob,
+    Parallelism, Precision, TrainingJob, WeightRounding,
 };
 use drumline_tensor::Backend;
 use drumline_tensor::reference::Random;
@@ -126,6 +126,7 @@ pub fn job(preset: &Preset, parallelism: Parallelism, micro_batch: u32, steps: u
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_norm: 1.0,
+            rounding: WeightRounding::Nearest,
         },
         learning_rate: LearningRate { peak: 3e-4, floor: 3e-5, warmup_steps: 2 },
         checkpoint: Checkpointing {

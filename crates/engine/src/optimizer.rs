@@ -1,7 +1,7 @@
 //! The learning rate's course, and the constants of one AdamW step.
 
 use drumline_spec::{LearningRate, TrainingJob};
-use drumline_tensor::AdamW;
+use drumline_tensor::{AdamW, Rounding};
 
 /// Returns the learning rate of step `step`, counted from 0: a linear warm-up that ends at the
 /// peak, then a half cosine that reaches the floor at the last step.
@@ -43,6 +43,8 @@ pub fn adamw(job: &TrainingJob, step: u64, gradient_scale: f32) -> AdamW {
         correction1: (1.0 - f64::from(o.beta1).powi(power)) as f32,
         correction2: (1.0 - f64::from(o.beta2).powi(power)) as f32,
         gradient_scale,
+        // The state knows which of its elements are meant.
+        rounding: Rounding::Nearest,
     }
 }
 

@@ -11,7 +11,8 @@ use std::ops::Range;
 
 use drumline_collective::CollectiveError;
 use drumline_mesh::ShardSpec;
-use drumline_tensor::{AdamW, Backend, DType, TensorError};
+use drumline_spec::WeightRounding;
+use drumline_tensor::{AdamW, Backend, DType, Rounding, TensorError};
 
 use crate::groups::Route;
 use crate::init;
@@ -37,6 +38,14 @@ fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
     start..a.end.min(b.end).max(start)
 }
 
+/// How the copy is rounded from element `first` on.
+fn rounding(chance: Option<u64>, first: usize) -> Rounding {
+    match chance {
+        Some(seed) => Rounding::Stochastic { seed, first: first as u64 },
+        None => Rounding::Nearest,
+    }
+}
+
 /// Weights, gradients and moments of one rank.
 pub(crate) struct State<B: Backend> {
     pub(crate) parameters: B::Buffer,
@@ -53,6 +62,8 @@ pub(crate) struct State<B: Backend> {
     moments: Vec<Parameter>,
     /// Whether this rank's gradients count towards the global norm.
     speaks: bool,
+    /// The seed of the copy's rounding, where that is by chance.
+    chance: Option<u64>,
 }
 
 impl<B: Backend> State<B> {
@@ -62,6 +73,7 @@ impl<B: Backend> State<B> {
         layout: &Layout,
         split: Split,
         seed: u64,
+        rounding: WeightRounding,
     ) -> Result<Self, TensorError> {
         let shares = shares(split, layout.elements);
         let own = share(split, layout.elements);
@@ -92,6 +104,7 @@ impl<B: Backend> State<B> {
             shares,
             own,
             moments,
+            chance: (rounding == WeightRounding::Stochastic).then_some(seed),
         };
         state.copy_parameters(b);
         Ok(state)
@@ -100,7 +113,8 @@ impl<B: Backend> State<B> {
     /// Makes the copy anew.
     fn copy_parameters(&mut self, b: &B) {
         if let Some(copy) = &mut self.copy {
-            b.copy(all(b, &self.parameters), all_mut(b, copy));
+            let rounding = rounding(self.chance, 0);
+            b.copy_rounded(all(b, &self.parameters), all_mut(b, copy), rounding);
         }
     }
 
@@ -146,8 +160,9 @@ impl<B: Backend> State<B> {
                 continue;
             }
             let kept = range.start - self.own.start..range.end - self.own.start;
+            let rounding = rounding(self.chance, range.start);
             b.adamw(
-                AdamW { weight_decay, ..constants },
+                AdamW { weight_decay, rounding, ..constants },
                 b.view_mut(&mut self.parameters, range.clone()),
                 self.copy.as_mut().map(|copy| b.view_mut(copy, range.clone())),
                 b.view(&self.gradients, range),

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use drumline_collective::ReduceOp;
 use drumline_mesh::{Coords, Instruction, ShardSpec};
-use drumline_spec::{Family, Precision, TrainingJob};
-use drumline_tensor::{Backend, Cpu, CpuOptions, MatmulPrecision};
+use drumline_spec::{Family, Precision, TrainingJob, WeightRounding};
+use drumline_tensor::{Backend, Cpu, CpuOptions, DType, MatmulPrecision};
 
 use crate::activations::{Dims, Scratch, Slot, in_flight, rotary_table};
 use crate::error::EngineError;
@@ -141,7 +141,17 @@ impl<B: Backend, P: Probe> Trainer<B, P> {
             None
         };
         let positions = (0..dims.rows).map(|row| (row % sequence) as u32).collect();
-        let state = State::new(&backend, &layout, split, job.seed)?;
+        let rounding = job.optimizer.rounding;
+        if rounding == WeightRounding::Stochastic && backend.activation_dtype() == DType::F32 {
+            return Err(EngineError::Split {
+                field: "spec.optimizer.rounding",
+                message:
+                    "stochastic: this device keeps no copy of the weights in bf16 to round; a \
+                          GPU does, with precision bf16"
+                        .to_owned(),
+            });
+        }
+        let state = State::new(&backend, &layout, split, job.seed, rounding)?;
         let rows = dims
             .shares_rows()
             .then(|| drumline_collective::parts(dims.rows * dims.hidden, split.tensor, 1));

@@ -38,4 +38,6 @@ pub use queue::{DeviceClass, QueueSpec, Reclaim};
 pub use scheduling::Wishes;
 pub use schema::schema;
 pub use service::{Autoscale, KvCacheStorage, ModelService, WeightStorage};
-pub use training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
+pub use training::{
+    Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob, WeightRounding,
+};

@@ -13,7 +13,9 @@ use crate::queue::QueueSpec;
 use crate::scheduling::{self, Wishes, wishes};
 use crate::service::{Autoscale, KvCacheStorage, ModelService, WeightStorage};
 use crate::table::{API_VERSION, MANIFESTS, RANKS_MAX, manifest};
-use crate::training::{Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob};
+use crate::training::{
+    Checkpointing, DataSource, LearningRate, Optimizer, Precision, TrainingJob, WeightRounding,
+};
 use crate::walk::{Checked, Walk};
 
 /// The most mistakes that are told of one file.
@@ -285,6 +287,7 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
     let virtual_stages = virtual_stages(walk, split, model.layers);
     let (memory, deterministic) = memory::options(walk, split, sequence);
     let rate = learning_rate(walk);
+    let rounding = rounding(walk);
     let wanted = if walk.text("spec.parallelism").is_some() { 0 } else { split.data };
     let (global, micro) = (walk.u32("spec.batch.global"), walk.u32("spec.batch.micro"));
     let wishes = wishes(walk, wanted, |copies| {
@@ -301,15 +304,16 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
     if !walk.mistakes.is_empty() {
         return None;
     }
+    let precision = match walk.text("spec.precision")?.as_str() {
+        "bf16" => Precision::Bf16,
+        _ => Precision::F32,
+    };
     let work = Work::TrainingJob(TrainingJob {
         model,
         data: DataSource { path: walk.text("spec.data.path")? },
         parallelism: split,
         virtual_stages,
-        precision: match walk.text("spec.precision")?.as_str() {
-            "bf16" => Precision::Bf16,
-            _ => Precision::F32,
-        },
+        precision,
         memory,
         deterministic,
         steps: walk.u64("spec.steps")?,
@@ -323,6 +327,7 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
             epsilon: walk.f32("spec.optimizer.epsilon")?,
             weight_decay: walk.f32("spec.optimizer.weightDecay")?,
             clip_norm: walk.f32("spec.optimizer.clipNorm")?,
+            rounding,
         },
         learning_rate: rate?,
         checkpoint: Checkpointing {
@@ -335,6 +340,22 @@ fn training(walk: &mut Walk<'_>) -> Option<JobSpec> {
         eval_sequences: walk.u32("spec.eval.sequences")?,
     });
     wrap(walk, work, wishes)
+}
+
+/// Reads how weights are rounded; by chance only where there is a copy of them that is.
+fn rounding(walk: &mut Walk<'_>) -> WeightRounding {
+    const ROUNDING: &str = "spec.optimizer.rounding";
+    if walk.text(ROUNDING).as_deref() != Some("stochastic") {
+        return WeightRounding::Nearest;
+    }
+    let is = |path: &str, wanted: &str| walk.text(path).as_deref() == Some(wanted);
+    if !is("spec.precision", "bf16") || !is("spec.resources.device", "gpu") {
+        let message = "only a GPU keeps the weights in bf16 beside those in f32, and only for \
+                       products in bf16; set spec.precision: bf16 and spec.resources.device: gpu, or \
+                       leave it out";
+        walk.wrong_field(ROUNDING, message);
+    }
+    WeightRounding::Stochastic
 }
 
 /// Reads the model and checks its shape and split. A number that is wrong by itself is 0.

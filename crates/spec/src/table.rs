@@ -282,6 +282,22 @@ const TRAINING: &[Field] = &[
                 "",
                 "Greatest norm of the whole gradient, over all shards; 0 switches clipping off.",
             ),
+            default(
+                "rounding",
+                Kind::Choice(&[
+                    ("nearest", "To the nearest, ties to even."),
+                    (
+                        "stochastic",
+                        "Up or down by chance, the likelier the nearer: what products read then follows \
+                         changes of the weights that are smaller than a step of bf16. The same run \
+                         draws the same.",
+                    ),
+                ]),
+                "nearest",
+                "",
+                "How weights, which are f32, become the bf16 that products read on a GPU. `stochastic` \
+                 needs one, and `precision: bf16`.",
+            ),
         ]),
         "its defaults",
         "",

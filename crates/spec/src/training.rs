@@ -26,6 +26,20 @@ pub struct Optimizer {
     pub weight_decay: f32,
     /// Greatest global gradient norm; 0 switches clipping off.
     pub clip_norm: f32,
+    /// How the copy of the weights that products read is rounded, where a device keeps one.
+    #[serde(default)]
+    pub rounding: WeightRounding,
+}
+
+/// How weights are rounded to the bf16 that products read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightRounding {
+    /// To the nearest, ties to even.
+    #[default]
+    Nearest,
+    /// Up or down by chance, right on average.
+    Stochastic,
 }
 
 /// Linear warm-up, then a cosine down to the least rate.

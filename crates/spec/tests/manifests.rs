@@ -204,6 +204,11 @@ fn impossible_splits_name_the_numbers_and_the_nearest_that_works() {
             "job.yaml:8:3: spec.deterministic: an elastic run adds in another order with every size; leave elastic out",
         ),
         (
+            "steps:",
+            "precision: bf16\n  optimizer: {rounding: stochastic}\n  steps:",
+            "job.yaml:9:15: spec.optimizer.rounding: only a GPU keeps the weights in bf16 beside those in f32, and only for products in bf16; set spec.precision: bf16 and spec.resources.device: gpu, or leave it out",
+        ),
+        (
             "family: llama",
             "family: gpt2, kvHeads: 2, ropeTheta: 5",
             "job.yaml:5:25: spec.model.kvHeads: gpt2 has no grouped queries: kvHeads 2 must equal heads 4",
@@ -240,6 +245,22 @@ fn what_is_given_for_memory_is_read_and_absent_in_specs_from_before() {
         "memory: {shardOptimizer: true}\n  elastic: {least: 1, most: 2}\n  steps:",
     );
     assert!(parse(&text, "x").is_ok());
+}
+
+#[test]
+fn weights_rounded_by_chance_are_read_and_absent_in_specs_from_before() {
+    use drumline_spec::WeightRounding;
+    let text = TRAIN.replace(
+        "steps:",
+        "precision: bf16\n  resources: {device: gpu}\n  optimizer: {rounding: stochastic}\n  steps:",
+    );
+    let spec = parse(&text, "x").unwrap().remove(0);
+    let Work::TrainingJob(job) = &spec.work else { panic!("{spec:?}") };
+    assert_eq!(job.optimizer.rounding, WeightRounding::Stochastic);
+    let mut json = serde_json::to_value(job).unwrap();
+    json["optimizer"].as_object_mut().unwrap().remove("rounding");
+    let old: drumline_spec::TrainingJob = serde_json::from_value(json).unwrap();
+    assert_eq!(old.optimizer.rounding, WeightRounding::Nearest);
 }
 
 #[test]

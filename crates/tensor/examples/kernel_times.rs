@@ -5,7 +5,7 @@
 use drumline_tensor::reference::Random;
 use drumline_tensor::{
     AdamW, Attention, Backend, CachedAttention, CachedSegment, Cpu, DType, KV_BLOCK, Linear,
-    NormKind, Normalise, WeightLayout,
+    NormKind, Normalise, Rounding, WeightLayout,
 };
 
 const NAMES: [&str; 14] = [
@@ -56,6 +56,7 @@ fn main() {
     let (rows, gain, mut normal) = (r.values(64 * 256), r.values(256), vec![0.0; 64 * 256]);
     let mut stats = vec![0.0; 128];
     let step = AdamW {
+        rounding: Rounding::Nearest,
         learning_rate: 1e-3,
         beta1: 0.9,
         beta2: 0.95,

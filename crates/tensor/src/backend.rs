@@ -40,6 +40,23 @@ pub enum TensorError {
     },
 }
 
+/// How a number becomes one of fewer bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rounding {
+    /// To the nearest, ties to even.
+    #[default]
+    Nearest,
+    /// Up or down by chance, the likelier the nearer, so that it is right on average
+    /// ([`crate::reference::bf16_by_chance`]). The chance is a function of the number, its place and a seed:
+    /// whoever rounds the same numbers again gets the same.
+    Stochastic {
+        /// The run's seed.
+        seed: u64,
+        /// The place of the first element.
+        first: u64,
+    },
+}
+
 /// One step of AdamW over a flat range of parameters (Loshchilov and Hutter 2019).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
@@ -59,6 +76,8 @@ pub struct AdamW {
     pub correction2: f32,
     /// Factor on every gradient: the clipping.
     pub gradient_scale: f32,
+    /// How the copy of the parameters is rounded.
+    pub rounding: Rounding,
 }
 
 /// A device that holds f32 buffers and computes on them.
@@ -152,6 +171,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Copies a view to another of the same length.
     fn copy(&self, from: Self::View<'_>, to: Self::ViewMut<'_>);
+
+    /// As [`Backend::copy`], to a view of fewer bits. What keeps activations as f32 has none.
+    fn copy_rounded(&self, from: Self::View<'_>, to: Self::ViewMut<'_>, _rounding: Rounding) {
+        self.copy(from, to);
+    }
 
     /// Gives `f` the values in host memory and takes back what it left there: for collectives.
     fn on_host<R>(&self, values: Self::ViewMut<'_>, f: impl FnOnce(&mut [f32]) -> R) -> R;

@@ -16,7 +16,7 @@ pub mod reference;
 pub mod sampling;
 pub mod shape;
 
-pub use backend::{AdamW, Backend, TensorError};
+pub use backend::{AdamW, Backend, Rounding, TensorError};
 pub use cpu::{Cpu, CpuMatrix, CpuOptions};
 pub use dtype::{DType, MatmulPrecision};
 pub use sampling::Draw;

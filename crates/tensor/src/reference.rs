@@ -57,6 +57,17 @@ pub fn bf16(x: f32) -> f32 {
     if down < up || (down == up && below_is_even) { below } else { above }
 }
 
+/// Rounds a finite number to one of its two neighbours in bf16, up in magnitude as often as the part that is
+/// cut off says. The chance is 16 bits of a hash of the number, its place and a seed (splitmix64's
+/// finaliser).
+#[must_use]
+pub fn bf16_by_chance(x: f32, place: u64, seed: u64) -> f32 {
+    let key = seed ^ (place << 32 | u64::from(x.to_bits())) ^ (place >> 32);
+    let chance = Random::new(key).bits() >> 48;
+    let bits = u64::from(x.to_bits()) + chance;
+    f32::from_bits(bits as u32 & 0xFFFF_0000)
+}
+
 /// Computes `x . w (+ bias)`.
 #[must_use]
 pub fn linear(s: Linear, x: &[f32], w: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
@@ -270,4 +281,34 @@ pub fn adamw(a: AdamW, p: f64, g: f64, m: f64, v: f64) -> (f64, f64, f64) {
     let mean = m / f64::from(a.correction1);
     let root = (v / f64::from(a.correction2)).sqrt();
     (p - rate * (mean / (root + f64::from(a.epsilon)) + f64::from(a.weight_decay) * p), m, v)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_by_chance_is_right_on_average_and_takes_a_neighbour() {
+        let r = &mut Random::new(9);
+        for _ in 0..40 {
+            let x = r.value() * 3.0;
+            let below = f32::from_bits(x.to_bits() & 0xFFFF_0000);
+            let above = f32::from_bits((x.to_bits() & 0xFFFF_0000) + 0x1_0000);
+            let draws = 20_000;
+            let mut ups = 0;
+            for place in 0..draws {
+                let rounded = bf16_by_chance(x, place, 5);
+                assert!(rounded == below || rounded == above, "{x}: {rounded}");
+                ups += u64::from(rounded == above);
+            }
+            // Four standard deviations of a fair draw, at most.
+            let share = f64::from(x.to_bits() & 0xFFFF) / 65536.0;
+            assert!((ups as f64 / draws as f64 - share).abs() < 0.015, "{x}: {ups}, not {share}");
+        }
+        // What bf16 has stays as it is; other places and seeds draw otherwise.
+        assert_eq!(bf16_by_chance(-1.5, 3, 7), -1.5);
+        let drawn =
+            |seed| (0..99).map(|place| bf16_by_chance(0.3, place, seed)).collect::<Vec<_>>();
+        assert_ne!(drawn(1), drawn(2));
+    }
 }

@@ -15,7 +15,7 @@ use drumline_planner::profile::{
 };
 use drumline_tensor::{
     AdamW, Attention, Backend, Cpu, CpuOptions, Linear, MatmulPrecision, NormKind, Normalise,
-    Rotary, TensorError, WeightLayout,
+    Rotary, Rounding, TensorError, WeightLayout,
 };
 
 /// What is measured: how much work each kernel does.
@@ -219,6 +219,7 @@ impl<B: Backend> Bench<B> {
         match kernel {
             Kernel::Stream => {
                 let step = AdamW {
+                    rounding: Rounding::Nearest,
                     learning_rate: 1e-6,
                     beta1: 0.9,
                     beta2: 0.95,

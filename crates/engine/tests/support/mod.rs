@@ -8,7 +8,7 @@ use drumline_engine::{Snapshot, StepReport, Trainer};
 use drumline_mesh::{Mesh, ShardSpec};
 use drumline_spec::{
     Checkpointing, DataSource, Family, LearningRate, MemoryOptions, ModelConfig, Optimizer,
-    Parallelism, Precision, TrainingJob,
+    Parallelism, Precision, TrainingJob, WeightRounding,
 };
 use drumline_tensor::Cpu;
 
@@ -50,6 +50,7 @@ pub(crate) fn job(model: ModelConfig, parallelism: Parallelism) -> TrainingJob {
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_norm: 0.5,
+            rounding: WeightRounding::Nearest,
         },
         learning_rate: LearningRate { peak: 3e-3, floor: 3e-4, warmup_steps: 4 },
         checkpoint: Checkpointing {

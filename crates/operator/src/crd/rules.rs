@@ -158,6 +158,12 @@ fn training() -> Vec<Value> {
             "an elastic run adds in another order with every size",
         ),
         rule(
+            "self.optimizer.rounding != 'stochastic' || (self.precision == 'bf16' && \
+             self.resources.device == 'gpu')",
+            ".optimizer.rounding",
+            "stochastic needs precision bf16 and resources.device gpu: only there weights are rounded",
+        ),
+        rule(
             "self.model.family != 'gpt2' || !has(self.model.kvHeads) || self.model.kvHeads == self.model.heads",
             ".model.kvHeads",
             "gpt2 has no grouped queries: kvHeads must equal heads",

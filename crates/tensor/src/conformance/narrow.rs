@@ -8,7 +8,10 @@
 use super::rows::STEP;
 use super::slices::Placed;
 use crate::reference::{self as plain, Random};
-use crate::{Attention, Backend, DType, Linear, Loss, NormKind, Normalise, Rotary, WeightLayout};
+use crate::{
+    AdamW, Attention, Backend, DType, Linear, Loss, NormKind, Normalise, Rotary, Rounding,
+    WeightLayout,
+};
 
 /// A rounding is off by up to 2^-9 of its value; where a result is rounded twice, or a rounded one is
 /// used again, a few of these come together.
@@ -339,19 +342,43 @@ fn narrow_copies<B: Backend>(b: &B, r: &mut Random, n: usize, what: &str) {
         b.write(&values, b.view_mut(buffer, 0..n));
     }
     let mut copy = b.alloc_activation(n).expect("a small allocation");
-    b.adamw(
-        STEP,
-        b.view_mut(&mut p, 0..n),
-        Some(b.view_mut(&mut copy, 0..n)),
-        b.view(&g, 0..n),
-        b.view_mut(&mut m, 0..n),
-        b.view_mut(&mut v, 0..n),
-    );
-    let (mut whole, mut rounded) = (vec![0.0; n], vec![0.0; n]);
-    b.read(b.view(&p, 0..n), &mut whole);
-    b.read(b.view(&copy, 0..n), &mut rounded);
-    b.status().expect("the device works");
-    for (whole, rounded) in whole.iter().zip(&rounded) {
-        assert_eq!(plain::bf16(*whole), *rounded, "{what}");
+    let (seed, first) = (r.bits(), r.bits() >> 28);
+    for rounding in [Rounding::Nearest, Rounding::Stochastic { seed, first }] {
+        b.adamw(
+            AdamW { rounding, ..STEP },
+            b.view_mut(&mut p, 0..n),
+            Some(b.view_mut(&mut copy, 0..n)),
+            b.view(&g, 0..n),
+            b.view_mut(&mut m, 0..n),
+            b.view_mut(&mut v, 0..n),
+        );
+        let (mut whole, mut rounded) = (vec![0.0; n], vec![0.0; n]);
+        b.read(b.view(&p, 0..n), &mut whole);
+        b.read(b.view(&copy, 0..n), &mut rounded);
+        b.status().expect("the device works");
+        for (i, (whole, rounded)) in whole.iter().zip(&rounded).enumerate() {
+            let want = match rounding {
+                Rounding::Nearest => plain::bf16(*whole),
+                Rounding::Stochastic { seed, first } => {
+                    plain::bf16_by_chance(*whole, first + i as u64, seed)
+                }
+            };
+            assert_eq!(want, *rounded, "{what}, {rounding:?}");
+        }
+        // A copy that is made anew, as after a restart, and from its middle.
+        let mut again = b.alloc_activation(n).expect("a small allocation");
+        let at = r.below(n + 1);
+        for part in [0..at, at..n] {
+            let rounding = match rounding {
+                Rounding::Nearest => rounding,
+                Rounding::Stochastic { seed, first } => {
+                    Rounding::Stochastic { seed, first: first + part.start as u64 }
+                }
+            };
+            b.copy_rounded(b.view(&p, part.clone()), b.view_mut(&mut again, part), rounding);
+        }
+        let mut anew = vec![0.0; n];
+        b.read(b.view(&again, 0..n), &mut anew);
+        assert_eq!(anew, rounded, "{what}, {rounding:?}");
     }
 }

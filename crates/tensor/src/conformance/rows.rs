@@ -3,7 +3,7 @@
 use super::{POISON, Slices, assert_close};
 use crate::reference::{self as plain, Random};
 use crate::sampling::choose;
-use crate::{AdamW, Backend, Draw, Loss, NormKind, Normalise, Rotary};
+use crate::{AdamW, Backend, Draw, Loss, NormKind, Normalise, Rotary, Rounding};
 
 /// Checks LayerNorm and RMSNorm, with the residual and backward.
 ///
@@ -247,6 +247,7 @@ pub fn embeddings_look_up_and_add_up<B: Backend>(b: &B, r: &mut Random, what: &s
 
 /// A step of the optimizer in which every term counts.
 pub(super) const STEP: AdamW = AdamW {
+    rounding: Rounding::Nearest,
     learning_rate: 1e-2,
     beta1: 0.9,
     beta2: 0.95,

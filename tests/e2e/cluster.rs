@@ -32,6 +32,21 @@ impl Cluster {
         Self { up, folder, ready }
     }
 
+    /// As [`Self::start`], and serves other machines too.
+    pub(crate) fn start_serving_others(nodes: u32, devices: u32) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (up, ready) = Self::up(folder.path(), nodes, devices, serve_others);
+        Self { up, folder, ready }
+    }
+
+    /// Stops it as Ctrl-C does, and starts it again in the same folder, for other machines too.
+    pub(crate) fn again(mut self, nodes: u32, devices: u32) -> Self {
+        self.interrupt();
+        let (up, ready) = Self::up(self.folder(), nodes, devices, serve_others);
+        (self.up, self.ready) = (up, ready);
+        self
+    }
+
     fn up(
         folder: &Path,
         nodes: u32,
@@ -39,15 +54,13 @@ impl Cluster {
         change: impl Fn(&mut Command),
     ) -> (Child, Value) {
         let mut command = Command::new(DRUMLINE);
-        change(&mut command);
-        let mut up = command
+        command
             .args(["up", "--output", "json", "--nodes", &nodes.to_string()])
             .args(["--devices", &devices.to_string(), "--state-dir"])
-            .arg(folder)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("drumline starts");
+            .arg(folder);
+        change(&mut command);
+        let mut up =
+            command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("drumline starts");
         let mut text = String::new();
         let mut output = BufReader::new(up.stdout.take().expect("a pipe"));
         // The JSON may span lines: it is over when it parses.
@@ -165,12 +178,21 @@ impl Cluster {
 
     /// Stops the cluster as Ctrl-C does; panics when anything is left behind.
     pub(crate) fn stop(mut self) {
+        self.interrupt();
+    }
+
+    fn interrupt(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.up);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
         let status = self.up.wait().expect("it ends");
         assert!(status.success(), "`drumline up` ended with {status}");
         assert_nothing_left(self.folder.path());
     }
+}
+
+/// Serves other machines, at any free port.
+fn serve_others(up: &mut Command) {
+    up.args(["--remote", "127.0.0.1:0"]);
 }
 
 impl Drop for Cluster {

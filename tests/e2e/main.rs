@@ -6,4 +6,5 @@ mod commands;
 mod emulated;
 mod gpus;
 mod recovery;
+mod remote;
 mod story;

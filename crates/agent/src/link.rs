@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use drumline_wire::auth::{AddToken, Token};
-use drumline_wire::v1;
 use drumline_wire::v1::agent_link_client::AgentLinkClient;
+use drumline_wire::{line, v1};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
 
 use crate::service::ControlAddress;
 
@@ -32,6 +31,7 @@ pub enum LinkEvent {
 /// Keeps a stream open until `stop`.
 pub async fn run(
     address: ControlAddress,
+    ca: Option<String>,
     token: Token,
     events: mpsc::Sender<LinkEvent>,
     stop: CancellationToken,
@@ -39,7 +39,7 @@ pub async fn run(
     let mut backoff = BACKOFF_MIN;
     let mut silent = false;
     loop {
-        let attempt = connect(&address, &token, &events);
+        let attempt = connect(&address, ca.as_deref(), &token, &events);
         let outcome = tokio::select! {
             () = stop.cancelled() => return,
             outcome = attempt => outcome,
@@ -71,20 +71,19 @@ pub async fn run(
 /// Runs one stream until it ends. `Ok` when it had been open.
 async fn connect(
     address: &ControlAddress,
+    ca: Option<&str>,
     token: &Token,
     events: &mpsc::Sender<LinkEvent>,
 ) -> Result<(), String> {
     let url = address.resolve()?;
-    let channel = Endpoint::from_shared(url.clone())
+    let channel = line::endpoint(&url, ca)
         .map_err(|error| format!("control address {url:?}: {error}"))?
         .connect_timeout(Duration::from_secs(3))
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(5))
-        .keep_alive_while_idle(true)
-        .tcp_nodelay(true)
         .connect()
         .await
-        .map_err(|error| format!("{url}: {error}"))?;
+        .map_err(|error| format!("{url}: {}", line::causes(&error)))?;
     let mut client = AgentLinkClient::with_interceptor(channel, AddToken::new(token))
         .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
     let (up, outgoing) = mpsc::channel(UP_QUEUE);

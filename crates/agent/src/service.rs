@@ -40,7 +40,7 @@ use crate::supervise::Notice;
 /// Where the control plane is.
 #[derive(Debug, Clone)]
 pub enum ControlAddress {
-    /// A fixed `http://HOST:PORT`.
+    /// A fixed `http://HOST:PORT`, or `https://HOST:PORT`.
     Url(String),
     /// A JSON file with a field `control`, read again before every try, so that a control plane
     /// that comes back on another port is found.
@@ -74,7 +74,9 @@ pub struct Options {
     pub node: NodeName,
     /// The control plane.
     pub control: ControlAddress,
-    /// The cluster's token.
+    /// The one certificate, in PEM, that is trusted there, where it is reached by TLS.
+    pub control_ca: Option<String>,
+    /// The cluster's token, or the agents'.
     pub token: Token,
     /// Folder for logs, specs and work folders of this node's ranks.
     pub state_dir: PathBuf,
@@ -117,6 +119,7 @@ impl Options {
         Self {
             node,
             control,
+            control_ca: None,
             token,
             shared_dir: state_dir.clone(),
             state_dir,
@@ -186,8 +189,11 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (calls_in, calls) = mpsc::channel(256);
     let servers = CancellationToken::new();
     let _servers_end = servers.clone().drop_guard();
-    let rank_host =
-        host::serve(listen(0).await.map_err(failed)?, calls_in, servers.clone()).map_err(failed)?;
+    // Ranks call from this machine alone.
+    let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let near = |source| AgentError::Listen { ip, source };
+    let rank_host = TcpListener::bind((ip, 0)).await.map_err(near)?;
+    let rank_host = host::serve(rank_host, calls_in, servers.clone()).map_err(near)?;
     let gpus = gpus::find(&options).await?;
     let devices = Devices::discover(&options, &gpus);
     let metrics = Metrics::new(options.node.as_str(), &devices, &gpus)?;
@@ -201,6 +207,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (timers_in, timers) = mpsc::channel(256);
     tokio::spawn(link::run(
         options.control.clone(),
+        options.control_ca.clone(),
         options.token.clone(),
         link_in,
         stop.child_token(),

@@ -28,7 +28,7 @@ use crate::demo::DemoArgs;
 use crate::doctor::DoctorArgs;
 use crate::failure::Failure;
 use crate::output::Format;
-use crate::roles::Role;
+use crate::roles::{JoinArgs, Role};
 use crate::state::StateDir;
 use crate::top::TopArgs;
 use crate::up::UpArgs;
@@ -112,6 +112,10 @@ pub struct Global {
         hide_env_values = true
     )]
     pub token_file: Option<PathBuf>,
+    /// Certificate of the control plane on another machine, `tls.crt` in its state folder: the one that
+    /// an `https://` endpoint must show.
+    #[arg(long, global = true, env = "DRUMLINE_CA", value_name = "FILE", hide_env_values = true)]
+    pub ca: Option<PathBuf>,
     /// The form of data on standard output.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     pub output: Format,
@@ -127,6 +131,7 @@ impl Global {
             state: StateDir::resolve(self.state_dir.as_deref())?,
             endpoint: self.endpoint.clone(),
             token_file: self.token_file.clone(),
+            ca: self.ca.clone(),
         })
     }
 }
@@ -138,6 +143,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Run a cluster on this machine, in the foreground.
     Up(UpArgs),
+    /// Join another machine's cluster as a node, in the foreground.
+    Join(JoinArgs),
     /// Submit manifests; prints each job's id.
     Submit(SubmitArgs),
     /// List jobs, newest first.

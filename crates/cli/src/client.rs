@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use drumline_operator::front;
 use drumline_wire::MESSAGE_MAX_BYTES;
 use drumline_wire::auth::{AddToken, Token};
+use drumline_wire::line;
 use drumline_wire::v1::control_client::ControlClient;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
 use crate::failure::Failure;
@@ -26,10 +27,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Access {
     /// The state folder.
     pub state: StateDir,
-    /// `http://HOST:PORT`, instead of what the state folder says, or `kube://CONTEXT/NAMESPACE`.
+    /// `http://HOST:PORT` on loopback or `https://HOST:PORT`, instead of what the state folder says, or
+    /// `kube://CONTEXT/NAMESPACE`.
     pub endpoint: Option<String>,
     /// The token's file, instead of the state folder's.
     pub token_file: Option<PathBuf>,
+    /// File with the certificate that an `https://` endpoint must show.
+    pub ca: Option<PathBuf>,
 }
 
 /// The generated client, with the token.
@@ -60,8 +64,29 @@ impl Access {
                 }
             },
         };
-        plain_http_host(&address)?;
+        protected(&address)?;
         Ok(address)
+    }
+
+    /// Reads the certificate that the control plane must show, where it is reached by TLS.
+    ///
+    /// # Errors
+    /// The user's mistake: it is needed and not named, or cannot be read.
+    pub fn certificate(&self) -> Result<Option<String>, Failure> {
+        let Some(url) = self.endpoint.as_deref().filter(|url| url.starts_with("https://")) else {
+            return Ok(None);
+        };
+        let Some(path) = &self.ca else {
+            return Err(Failure::user(format!("--endpoint {url}: no --ca says whom to trust")).hint(
+                "copy `tls.crt` from the state folder of the machine that runs `drumline up`, and name \
+                 it with `--ca`",
+            ));
+        };
+        match std::fs::read_to_string(path) {
+            Ok(pem) if pem.contains("-----BEGIN CERTIFICATE-----") => Ok(Some(pem)),
+            Ok(_) => Err(Failure::user(format!("--ca {}: no certificate in PEM", path.display()))),
+            Err(error) => Err(Failure::user(format!("--ca {}: {error}", path.display()))),
+        }
     }
 
     /// Reads the token.
@@ -84,10 +109,24 @@ impl Access {
         if let Some(address) = self.kubernetes() {
             return to_kubernetes(&address).await;
         }
-        let address = self.address()?;
+        // Who is not there is told before a token that may be missing with it.
+        self.address()?;
         let token = self.token()?;
-        let endpoint = Endpoint::from_shared(address.clone())
-            .map_err(|error| Failure::user(format!("--endpoint {address:?}: {error}")))?
+        let (channel, address) = self.reach().await?;
+        Ok(Client::new(channel, &token, address))
+    }
+
+    /// Connects to who listens there, and shows no token yet.
+    ///
+    /// # Errors
+    /// Unreachable, with the address and the cause: a certificate that is not the one that is trusted is
+    /// one.
+    pub async fn reach(&self) -> Result<(Channel, String), Failure> {
+        let address = self.address()?;
+        let endpoint = line::endpoint(&address, self.certificate()?.as_deref())
+            .map_err(|error| {
+                Failure::user(format!("--endpoint {address:?}: {}", line::causes(&error)))
+            })?
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(Duration::from_secs(5))
             .keep_alive_timeout(Duration::from_secs(5));
@@ -105,7 +144,7 @@ impl Access {
                 return Err(Failure::from_status(&status, &address));
             }
         };
-        Ok(Client::new(channel, &token, address))
+        Ok((channel, address))
     }
 
     /// Returns the Kubernetes cluster that `--endpoint` names, if it names one.
@@ -128,20 +167,19 @@ async fn to_kubernetes(address: &front::Address) -> Result<Client, Failure> {
     Ok(Client::new(channel, &token, address.to_string()))
 }
 
-/// Checks that an address is plain HTTP on loopback: the token must not cross a network unprotected.
-fn plain_http_host(address: &str) -> Result<(), Failure> {
-    if address.starts_with("https://") {
-        return Err(Failure::user(format!("--endpoint {address}: TLS is not supported yet"))
-            .hint("forward the port over SSH, and name it as http://127.0.0.1:PORT"));
-    }
+/// Checks that an address is reached by TLS, or on loopback: the token must not cross a network
+/// unprotected.
+fn protected(address: &str) -> Result<(), Failure> {
     let uri: http::Uri = address
         .parse()
         .map_err(|error| Failure::user(format!("--endpoint {address:?}: {error}")))?;
     let host = match (uri.scheme_str(), uri.host()) {
+        (Some("https"), Some(_)) => return Ok(()),
         (Some("http"), Some(host)) => host.trim_matches(['[', ']']).to_owned(),
         _ => {
             return Err(Failure::user(format!(
-                "--endpoint {address:?} is neither http://HOST:PORT nor kube://CONTEXT/NAMESPACE"
+                "--endpoint {address:?} is neither http://HOST:PORT, https://HOST:PORT nor \
+                 kube://CONTEXT/NAMESPACE"
             )));
         }
     };
@@ -152,7 +190,7 @@ fn plain_http_host(address: &str) -> Result<(), Failure> {
         Err(Failure::user(format!(
             "--endpoint {address}: the token would cross the network unprotected"
         ))
-        .hint("forward the port over SSH, and name it as http://127.0.0.1:PORT"))
+        .hint("name the https:// address that `drumline up --remote IP:PORT` prints, and its certificate with `--ca`"))
     }
 }
 
@@ -253,11 +291,13 @@ mod tests {
 
     #[test]
     fn the_token_leaves_this_machine_only_protected() {
-        for good in ["http://127.0.0.1:7070", "http://localhost:1", "http://[::1]:1"] {
-            assert!(plain_http_host(good).is_ok(), "{good}");
+        for good in
+            ["http://127.0.0.1:7", "http://localhost:1", "http://[::1]:1", "https://10.0.0.1:7"]
+        {
+            assert!(protected(good).is_ok(), "{good}");
         }
-        for bad in ["http://10.0.0.1:7070", "https://127.0.0.1:1", "127.0.0.1:1", "nonsense", ""] {
-            assert_eq!(plain_http_host(bad).unwrap_err().code(), 2, "{bad}");
+        for bad in ["http://10.0.0.1:7070", "ftp://127.0.0.1:1", "127.0.0.1:1", "nonsense", ""] {
+            assert_eq!(protected(bad).unwrap_err().code(), 2, "{bad}");
         }
     }
 

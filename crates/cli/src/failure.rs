@@ -89,6 +89,10 @@ impl Failure {
             | Code::OutOfRange => Self::user(said),
             Code::Unimplemented => Self::failed(format!("{address} does not know this call: {said}"))
                 .hint("is the control plane older than this program? see `drumline version --cluster`"),
+            Code::Internal if said.contains("h2 protocol error") => {
+                Self::unreachable(format!("what listens at {address} is no control plane: {said}"))
+                    .hint("one that serves other machines is named https://, and its certificate with `--ca`")
+            }
             _ => Self::failed(format!("{address} answered: {said}")),
         }
     }

@@ -41,9 +41,9 @@ pub fn main() -> ExitCode {
                 Command::Role(*role)
             }
         },
-        Some(Command::Up(args)) => {
+        Some(command @ (Command::Up(_) | Command::Join(_))) => {
             log_to_stderr();
-            Command::Up(args)
+            command
         }
         Some(command) => command,
     };
@@ -72,6 +72,7 @@ async fn run(command: Command, global: &Global) -> Result<(), Failure> {
         Command::Role(role) => role.run(global).await,
         Command::Demo(args) => demo::run(&args, global).await,
         Command::Up(args) => up::run(&args, &global.access()?, format).await,
+        Command::Join(args) => roles::join(args, global).await,
         Command::Submit(args) => commands::submit::run(&args, &global.access()?, format).await,
         Command::Jobs(args) => commands::jobs::list(&args, &global.access()?, format).await,
         Command::Describe(args) => commands::describe::run(&args, &global.access()?, format).await,

@@ -8,6 +8,7 @@ mod pod_gateway;
 
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use drumline_agent::ControlAddress;
 use drumline_types::NodeName;
+use drumline_wire::auth::Token;
 use drumline_wire::line::Credential;
 use drumline_wire::v1;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,6 +24,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;
+use crate::client::Access;
 use crate::failure::Failure;
 use crate::state::{GatewayEndpoint, StateDir, write_json};
 
@@ -89,6 +92,29 @@ pub struct AgentArgs {
     /// This node's name.
     #[arg(long)]
     pub node: String,
+    /// What it offers.
+    #[command(flatten)]
+    pub node_args: NodeArgs,
+    /// How it ends.
+    #[command(flatten)]
+    pub attached: Attached,
+}
+
+/// Join another machine's cluster as a node, in the foreground. The cluster was started with `up --remote`;
+/// `--endpoint` is that address, `--ca` its `tls.crt` and `--token-file` its `agent-token`.
+#[derive(Debug, Args)]
+pub struct JoinArgs {
+    /// This node's name [default: this machine's].
+    #[arg(long)]
+    pub node: Option<String>,
+    /// What it offers.
+    #[command(flatten)]
+    pub node_args: NodeArgs,
+}
+
+/// What a node offers.
+#[derive(Debug, Args)]
+pub struct NodeArgs {
     /// CPU devices to offer.
     #[arg(long, default_value_t = 2)]
     pub devices: u32,
@@ -105,9 +131,13 @@ pub struct AgentArgs {
     /// what a device can send to another in that domain, in GB/s.
     #[arg(long, value_name = "LEVEL=NAME[@GB/S]")]
     pub topology: Vec<String>,
-    /// How it ends.
-    #[command(flatten)]
-    pub attached: Attached,
+    /// Address at which this node's ranks are reached by those of other nodes [default: the one that
+    /// this machine reaches the control plane from]. What ranks send each other is not encrypted.
+    #[arg(long, value_name = "IP")]
+    pub listen_ip: Option<IpAddr>,
+    /// Folder that all nodes share, for what ranks write together [default: in the state folder].
+    #[arg(long, value_name = "DIR")]
+    pub shared_dir: Option<PathBuf>,
 }
 
 /// Reads one step of a node's place.
@@ -160,6 +190,9 @@ pub struct ControlArgs {
     /// Where the API and the agents are served.
     #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub listen: SocketAddr,
+    /// Where both are served with TLS, for other machines.
+    #[arg(long)]
+    pub remote: Option<SocketAddr>,
     /// Where the dashboard is served.
     #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))]
     pub dashboard: SocketAddr,
@@ -256,33 +289,12 @@ impl Role {
             }
             Self::Agent(args) => {
                 let stop = stop_token(&args.attached)?;
-                let node: NodeName =
-                    args.node.parse().map_err(|error| Failure::user(format!("{error}")))?;
-                let measured = tokio::task::spawn_blocking(core_flops).await;
-                let options = drumline_agent::Options {
-                    cpu_devices: args.devices,
-                    cores: args.cores,
-                    first_core: args.first_core,
-                    core_flops: measured.unwrap_or_default(),
-                    gpus: args.gpus.policy(),
-                    topology: args
-                        .topology
-                        .iter()
-                        .map(|text| place(text))
-                        .collect::<Result<_, _>>()?,
-                    listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
-                    shared_dir: state.shared_dir(),
-                    ..drumline_agent::Options::loopback(
-                        node,
-                        control_address(global, &state),
-                        access.token()?,
-                        state.node_dir(&args.node),
-                        std::env::current_exe()?,
-                    )
+                let token = match &global.token_file {
+                    Some(_) => access.token()?,
+                    None => state.agent_token_or_new()?,
                 };
-                drumline_agent::run(options, stop)
-                    .await
-                    .map_err(|error| Failure::failed(error.to_string()))
+                let control = control_address(global, &state);
+                agent(&args.node, args.node_args, &access, control, token, stop).await
             }
             Self::Gateway(args) => {
                 let stop = stop_token(&args.attached)?;
@@ -313,6 +325,85 @@ impl Role {
             | Self::RankExec { .. } => Err(Failure::failed("this role has no runtime")),
         }
     }
+}
+
+/// Runs the agent of a node until `stop`.
+async fn agent(
+    name: &str,
+    args: NodeArgs,
+    access: &Access,
+    control: ControlAddress,
+    token: Token,
+    stop: CancellationToken,
+) -> Result<(), Failure> {
+    let node: NodeName = name.parse().map_err(|error| Failure::user(format!("--node: {error}")))?;
+    let measured = tokio::task::spawn_blocking(core_flops).await;
+    let state = &access.state;
+    let shared = args.shared_dir.unwrap_or_else(|| state.shared_dir());
+    let shared = std::path::absolute(&shared)
+        .map_err(|error| Failure::user(format!("--shared-dir {}: {error}", shared.display())))?;
+    let options = drumline_agent::Options {
+        control_ca: access.certificate()?,
+        cpu_devices: args.devices,
+        cores: args.cores,
+        first_core: args.first_core,
+        core_flops: measured.unwrap_or_default(),
+        gpus: args.gpus.policy(),
+        topology: args.topology.iter().map(|text| place(text)).collect::<Result<_, _>>()?,
+        listen_ip: args.listen_ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        shared_dir: shared,
+        ..drumline_agent::Options::loopback(
+            node,
+            control,
+            token,
+            state.node_dir(name),
+            std::env::current_exe()?,
+        )
+    };
+    drumline_agent::run(options, stop).await.map_err(|error| Failure::failed(error.to_string()))
+}
+
+/// Runs `drumline join` until Ctrl-C.
+///
+/// # Errors
+/// The user's mistake, when it is not said whom to join, or with what; failed, when it cannot start.
+pub async fn join(mut args: JoinArgs, global: &Global) -> Result<(), Failure> {
+    let access = global.access()?;
+    let Some(url) = access.endpoint.as_deref().filter(|url| url.starts_with("http")) else {
+        return Err(Failure::user("join: no --endpoint says whom to join").hint(
+            "`drumline up --remote IP:PORT` on the other machine prints its address; give it as \
+             `--endpoint https://IP:PORT`",
+        ));
+    };
+    if access.token_file.is_none() {
+        return Err(Failure::user("join: no --token-file").hint(
+            "copy `agent-token` and `tls.crt` from the other machine's state folder, and name them \
+             with `--token-file` and `--ca`",
+        ));
+    }
+    let (address, token) = (access.address()?, access.token()?);
+    // Refused now rather than again and again later: a wrong address or certificate.
+    access.reach().await?;
+    access.state.create()?;
+    args.node_args.listen_ip = args.node_args.listen_ip.or_else(|| reached_from(&address));
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = args.node.clone().unwrap_or_else(|| host.to_lowercase());
+    let control = ControlAddress::Url(address);
+    crate::output::note(&format!("node {name} joins {url}; press Ctrl-C to leave"));
+    let stop = stop_token(&Attached { attached: false })?;
+    agent(&name, args.node_args, &access, control, token, stop).await
+}
+
+/// Returns the address of this machine from which it reaches `url`. Nothing is sent.
+fn reached_from(url: &str) -> Option<IpAddr> {
+    let authority = url.split("//").nth(1)?.split('/').next()?;
+    let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+        .and_then(|socket| socket.connect(authority).map(|()| socket))
+        .or_else(|_| {
+            let socket = std::net::UdpSocket::bind((std::net::Ipv6Addr::UNSPECIFIED, 0))?;
+            socket.connect(authority).map(|()| socket)
+        });
+    socket.and_then(|socket| socket.local_addr()).ok().map(|address| address.ip())
 }
 
 /// Says why a helper process failed, if it did.

@@ -3,6 +3,8 @@
 //! ```text
 //! STATE-DIR/            mode 0700
 //!   token               the cluster's token, mode 0600
+//!   agent-token         lets agents of other machines join, and nothing else, mode 0600
+//!   tls.crt, tls.key    what the control plane shows to other machines; the key mode 0600
 //!   gateway-key         lets applications ask models, mode 0600
 //!   dashboard-key       opens the dashboard, to read and nothing more, mode 0600
 //!   lock                held by `drumline up`, with its process id
@@ -20,6 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use drumline_wire::auth::Token;
+use drumline_wire::line::CERTIFICATE_NAME;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -33,6 +36,9 @@ pub struct StateDir(PathBuf);
 pub struct Endpoint {
     /// `http://HOST:PORT` of the gRPC API.
     pub control: String,
+    /// `https://HOST:PORT` of the same for other machines; empty: they are not served.
+    #[serde(default)]
+    pub remote: String,
     /// The dashboard's address.
     #[serde(default)]
     pub dashboard: String,
@@ -173,6 +179,45 @@ impl StateDir {
         secret_or_new(&self.0.join("gateway-key"))
     }
 
+    /// Reads the agents' token, or makes one when there is none yet. It lets agents join and nothing else.
+    ///
+    /// # Errors
+    /// As [`StateDir::token_or_new`].
+    pub fn agent_token_or_new(&self) -> io::Result<Token> {
+        secret_or_new(&self.agent_token_file())
+    }
+
+    /// Returns the file of the agents' token.
+    #[must_use]
+    pub fn agent_token_file(&self) -> PathBuf {
+        self.0.join("agent-token")
+    }
+
+    /// Returns the file of the certificate that other machines trust.
+    #[must_use]
+    pub fn certificate_file(&self) -> PathBuf {
+        self.0.join("tls.crt")
+    }
+
+    /// Reads the certificate and its private key, in PEM, or makes both when one is missing. They stay
+    /// the same, so that machines that trust the certificate go on to.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written.
+    pub fn certificate_or_new(&self) -> io::Result<(String, String)> {
+        let (certificate, key) = (self.certificate_file(), self.0.join("tls.key"));
+        if !certificate.exists() || !key.exists() {
+            let made = rcgen::generate_simple_self_signed([CERTIFICATE_NAME.to_owned()])
+                .map_err(io::Error::other)?;
+            // The certificate last: it is there when the key is.
+            place(&key, &made.signing_key.serialize_pem(), 0o600)?;
+            place(&certificate, &made.cert.pem(), 0o644)?;
+        }
+        let read =
+            |path: &Path| fs::read_to_string(path).map_err(|error| named(&error, "read", path));
+        Ok((read(&certificate)?, read(&key)?))
+    }
+
     /// Returns the dashboard's address with its key, so that it opens by itself.
     #[must_use]
     pub fn dashboard_link(&self, url: &str) -> String {
@@ -211,20 +256,24 @@ fn secret_or_new(path: &Path) -> io::Result<Token> {
         fs::set_permissions(path, Permissions::from_mode(0o600))
             .map_err(|error| named(&error, "protect", path))?;
     } else {
-        // Renamed into place, so that a crash never leaves half a secret.
-        let staged = path.with_extension(std::process::id().to_string());
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&staged)
-            .map_err(|error| named(&error, "create", &staged))?;
-        file.write_all(fresh.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&staged, path).map_err(|error| named(&error, "create", path))?;
+        place(path, &fresh, 0o600)?;
     }
     read_token(path)
+}
+
+/// Writes a file that nobody has seen yet: renamed into place, so that a crash never leaves half of it.
+fn place(path: &Path, text: &str, mode: u32) -> io::Result<()> {
+    let staged = path.with_extension(std::process::id().to_string());
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&staged)
+        .map_err(|error| named(&error, "create", &staged))?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&staged, path).map_err(|error| named(&error, "create", path))
 }
 
 /// Reads a token from its file.

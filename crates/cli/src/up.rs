@@ -1,5 +1,6 @@
 //! `drumline up`: a cluster in the foreground, until Ctrl-C.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use clap::Args;
@@ -39,6 +40,13 @@ pub struct UpArgs {
     /// Port of the OpenAI-compatible gateway; 0 takes any free one.
     #[arg(long, default_value_t = 0)]
     pub gateway_port: u16,
+    /// Serve other machines too, with TLS: commands with `--endpoint`, and nodes with `drumline join`.
+    #[arg(long, value_name = "IP:PORT")]
+    pub remote: Option<SocketAddr>,
+    /// Address at which this machine's ranks are reached by those of other machines [default: that of
+    /// `--remote`]. What ranks send each other is not encrypted: name one of a network that you trust.
+    #[arg(long, value_name = "IP")]
+    pub listen_ip: Option<IpAddr>,
 }
 
 /// Longest time until every part answers.
@@ -63,6 +71,8 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     options.dashboard_port = args.dashboard_port;
     options.metrics_port = args.metrics_port;
     options.gateway_port = args.gateway_port;
+    options.remote = args.remote;
+    options.listen_ip = listen_ip(args)?;
     // Before anything is started, so that no signal finds children without an end.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -78,7 +88,7 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     let outcome = match ready {
         None => Ok(()),
         Some(Err(error)) => Err(failure(error)),
-        Some(Ok(addresses)) => match tell(&addresses, format) {
+        Some(Ok(addresses)) => match tell(&addresses, access, format) {
             Err(failure) => Err(failure),
             Ok(()) => tokio::select! {
                 _ = interrupt.recv() => Ok(()),
@@ -97,12 +107,26 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     outcome
 }
 
-fn tell(addresses: &Addresses, format: Format) -> Result<(), Failure> {
+/// Where ranks listen: where they were told to, where other machines are served, or on loopback.
+fn listen_ip(args: &UpArgs) -> Result<IpAddr, Failure> {
+    match (args.listen_ip, args.remote) {
+        (Some(ip), _) => Ok(ip),
+        (None, Some(remote)) if remote.ip().is_unspecified() => Err(Failure::user(format!(
+            "--remote {remote}: no address says where ranks are reached"
+        ))
+        .hint("name one of this machine's with `--listen-ip`")),
+        (None, Some(remote)) => Ok(remote.ip()),
+        (None, None) => Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+    }
+}
+
+fn tell(addresses: &Addresses, access: &Access, format: Format) -> Result<(), Failure> {
     let gateway = format!("{}/v1", addresses.gateway);
     let value = json!({
         "nodes": addresses.nodes,
         "devices": addresses.devices,
         "control": addresses.control,
+        "remote": addresses.remote,
         "dashboard": addresses.dashboard,
         "metrics": addresses.metrics,
         "gateway": gateway,
@@ -111,6 +135,7 @@ fn tell(addresses: &Addresses, format: Format) -> Result<(), Failure> {
         let mut text = format!("ready: {} nodes, {} devices\n", addresses.nodes, addresses.devices);
         for (name, url) in [
             ("control", &addresses.control),
+            ("remote", &addresses.remote),
             ("dashboard", &addresses.dashboard),
             ("metrics", &addresses.metrics),
             ("gateway", &gateway),
@@ -121,6 +146,15 @@ fn tell(addresses: &Addresses, format: Format) -> Result<(), Failure> {
         }
         text
     })?;
+    if !addresses.remote.is_empty() {
+        note(&format!(
+            "another machine joins with copies of {} and {}:\n  drumline join --endpoint {} --ca tls.crt \
+             --token-file agent-token --shared-dir DIR",
+            access.state.certificate_file().display(),
+            access.state.agent_token_file().display(),
+            addresses.remote
+        ));
+    }
     note("press Ctrl-C to stop");
     Ok(())
 }

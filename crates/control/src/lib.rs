@@ -38,5 +38,5 @@ pub mod service;
 mod view;
 
 pub use api::{ApiError, Handle};
-pub use options::{Error, Options};
+pub use options::{Error, Options, Remote};
 pub use service::{Running, run, start};

@@ -25,7 +25,9 @@ pub struct Options {
     pub listen: SocketAddr,
     /// The cluster's token, for the API and the agents.
     pub token: Token,
-    /// A token of their own for the agents; `None`: the cluster's.
+    /// Where both are served by TLS, for other machines; `None`: nowhere.
+    pub remote: Option<Remote>,
+    /// A token that agents may show instead of the cluster's, and that is good for nothing else.
     pub agent_token: Option<Token>,
     /// Folder for the audit log `audit.jsonl`; `None`: none is written.
     pub state_dir: Option<PathBuf>,
@@ -65,6 +67,7 @@ impl Options {
             sole_user: false,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             token,
+            remote: None,
             agent_token: None,
             state_dir: None,
             metrics_listen: None,
@@ -93,13 +96,30 @@ impl std::fmt::Debug for Options {
     }
 }
 
+/// A listener with TLS. `Debug` does not show its key.
+#[derive(Clone)]
+pub struct Remote {
+    /// The address; port 0: any free one.
+    pub listen: SocketAddr,
+    /// The certificate, in PEM, for [`drumline_wire::line::CERTIFICATE_NAME`].
+    pub certificate: String,
+    /// Its private key, in PEM.
+    pub key: String,
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Remote").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
 /// Why a control plane cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The address may not be listened on without TLS.
     #[error(
-        "refusing to listen on {}: API and agents speak without TLS in this version, so only \
-         loopback addresses are served", .0.address
+        "refusing to listen on {}: this listener speaks without TLS, so only loopback addresses \
+         are served; other machines are served with TLS by `--remote`", .0.address
     )]
     PlainText(PlainTextRefused),
     /// The address cannot be listened on.

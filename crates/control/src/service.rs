@@ -15,8 +15,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
 
 use crate::api::{Handle, Reign};
 use crate::audit_log::AuditLog;
@@ -43,17 +43,22 @@ const CALLS_MAX: usize = 128;
 /// How long open calls may go on once the control plane stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Ends when a listener does.
+type Served = JoinHandle<Result<(), tonic::transport::Error>>;
+
 /// A control plane that runs.
 #[derive(Debug)]
 pub struct Running {
     /// Where the API and the agents are served.
     pub address: SocketAddr,
+    /// Where both are served by TLS, if they are.
+    pub remote_address: Option<SocketAddr>,
     /// Where `/metrics` is served, if it is on its own.
     pub metrics_address: Option<SocketAddr>,
     /// The API in process.
     pub handle: Handle,
     stop: CancellationToken,
-    served: JoinHandle<Result<(), tonic::transport::Error>>,
+    served: Served,
     reigns: JoinHandle<()>,
 }
 
@@ -132,10 +137,29 @@ pub async fn start(options: Options, stop: CancellationToken) -> Result<Running,
             }
         });
     }
-    let served = tokio::spawn(serve(listener, options.clone(), handle.clone(), stop.clone()));
+    let (mut remote, mut remote_address) = (None, None);
+    if let Some(asked) = &options.remote {
+        let listener = bind(asked.listen).await?;
+        remote_address = Some(local(&listener, asked.listen)?);
+        let identity = Identity::from_pem(&asked.certificate, &asked.key);
+        remote = Some((listener, ServerTlsConfig::new().identity(identity)));
+    }
+    let served = {
+        let (options, handle, stop) = (options.clone(), handle.clone(), stop.clone());
+        tokio::spawn(async move {
+            let near = serve(listener, None, options.clone(), handle.clone(), stop.clone());
+            match remote {
+                Some((listener, tls)) => {
+                    let far = serve(listener, Some(tls), options, handle, stop);
+                    tokio::try_join!(near, far).map(|_| ())
+                }
+                None => near.await,
+            }
+        })
+    };
     let reigns = tokio::spawn(reigns(options, metrics, reign, stop.clone()));
     tracing::info!(%address, "control plane started");
-    Ok(Running { address, metrics_address, handle, stop, served, reigns })
+    Ok(Running { address, remote_address, metrics_address, handle, stop, served, reigns })
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
@@ -148,6 +172,7 @@ fn local(listener: &TcpListener, asked: SocketAddr) -> Result<SocketAddr, Error>
 
 async fn serve(
     listener: TcpListener,
+    tls: Option<ServerTlsConfig>,
     options: Options,
     handle: Handle,
     stop: CancellationToken,
@@ -158,8 +183,12 @@ async fn serve(
         .max_encoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
     let link = AgentLinkServer::new(Link { handle, sessions: AtomicU64::new(0) })
         .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
-    let agents = options.agent_token.unwrap_or_else(|| options.token.clone());
-    Server::builder()
+    let agents = RequireToken::new(options.token.clone()).or(options.agent_token);
+    let mut server = Server::builder();
+    if let Some(tls) = tls {
+        server = server.tls_config(tls)?;
+    }
+    server
         .timeout(CALL_DEADLINE)
         .concurrency_limit_per_connection(CALLS_MAX)
         .max_concurrent_streams(Some(CALLS_MAX as u32 * 2))
@@ -167,7 +196,7 @@ async fn serve(
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(InterceptedService::new(services, RequireToken::new(options.token.clone())))
         .add_service(InterceptedService::new(api, RequireToken::new(options.token)))
-        .add_service(InterceptedService::new(link, RequireToken::new(agents)))
+        .add_service(InterceptedService::new(link, agents))
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             stop.cancelled_owned(),

@@ -77,22 +77,37 @@ impl Interceptor for AddToken {
     }
 }
 
-/// Refuses every call of a server that does not carry the token.
+/// Refuses every call of a server that does not carry the token, or one of two.
 #[derive(Debug, Clone)]
-pub struct RequireToken(Token);
+pub struct RequireToken {
+    token: Token,
+    other: Option<Token>,
+}
 
 impl RequireToken {
     /// Requires `token`.
     #[must_use]
     pub fn new(token: Token) -> Self {
-        Self(token)
+        Self { token, other: None }
+    }
+
+    /// Lets `other` do as well, if there is one.
+    #[must_use]
+    pub fn or(self, other: Option<Token>) -> Self {
+        Self { other, ..self }
+    }
+
+    fn matches(&self, presented: &str) -> bool {
+        // Both are looked at, so that the time tells nothing of which.
+        let other = self.other.as_ref().is_some_and(|other| other.matches(presented));
+        self.token.matches(presented) | other
     }
 }
 
 impl Interceptor for RequireToken {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         match bearer(&request) {
-            Some(presented) if self.0.matches(presented) => Ok(request),
+            Some(presented) if self.matches(presented) => Ok(request),
             Some(_) => Err(Status::unauthenticated("the token is not valid for this cluster")),
             None => Err(Status::unauthenticated(
                 "no token: send `authorization: Bearer TOKEN`; it is in the state folder's file `token`",
@@ -118,8 +133,12 @@ mod tests {
         let other = Token::new("0123456789abcdeX").unwrap();
         let wrong = AddToken::new(&other).call(Request::new(())).unwrap();
         assert!(gate.call(wrong).is_err());
-        let right = AddToken::new(&token).call(Request::new(())).unwrap();
-        assert!(gate.call(right).is_ok());
+        let right = || AddToken::new(&token).call(Request::new(())).unwrap();
+        assert!(gate.call(right()).is_ok());
+        let mut gate = RequireToken::new(other.clone()).or(Some(token.clone()));
+        assert!(gate.call(right()).is_ok());
+        assert!(gate.call(AddToken::new(&other).call(Request::new(())).unwrap()).is_ok());
+        assert!(gate.call(Request::new(())).is_err());
     }
 
     #[test]

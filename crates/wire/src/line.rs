@@ -40,6 +40,22 @@ impl Interceptor for Credential {
     }
 }
 
+/// Returns an error's words and those of what caused it, each once: a transport's own say nothing.
+#[must_use]
+pub fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
+
 /// Returns how to reach `url`; with `https`, only who shows a certificate that `ca`, in PEM, vouches
 /// for is talked to.
 ///

@@ -10,6 +10,7 @@ pub mod probe;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -46,6 +47,10 @@ pub struct ClusterOptions {
     pub metrics_port: u16,
     /// Port of the gateway; 0: any free one.
     pub gateway_port: u16,
+    /// Where the control API is served to other machines.
+    pub remote: Option<SocketAddr>,
+    /// Where the nodes' ranks are reached by those of other machines.
+    pub listen_ip: IpAddr,
 }
 
 impl ClusterOptions {
@@ -65,6 +70,8 @@ impl ClusterOptions {
             dashboard_port: 0,
             metrics_port: 0,
             gateway_port: 0,
+            remote: None,
+            listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
         })
     }
 }
@@ -109,6 +116,8 @@ pub struct Addresses {
     pub control: String,
     /// The dashboard's address, with the key that opens it to read.
     pub dashboard: String,
+    /// `https://HOST:PORT` for other machines; empty: they are not served.
+    pub remote: String,
     /// The control plane's metrics.
     pub metrics: String,
     /// `http://HOST:PORT` of the gateway.
@@ -150,6 +159,8 @@ impl EmbeddedCluster {
         state.token_or_new().map_err(ClusterError::State)?;
         state.dashboard_key_or_new().map_err(ClusterError::State)?;
         state.gateway_key_or_new().map_err(ClusterError::State)?;
+        // Before two agents make it at once.
+        state.agent_token_or_new().map_err(ClusterError::State)?;
         // Left by a cluster that was killed: nobody must send the token to who has the port now.
         for stale in [state.endpoint_file(), state.gateway_file()] {
             match std::fs::remove_file(&stale) {
@@ -209,7 +220,7 @@ impl EmbeddedCluster {
     /// Returns how a client finds this cluster.
     #[must_use]
     pub fn access(&self) -> Access {
-        Access { state: self.options.state.clone(), endpoint: None, token_file: None }
+        Access { state: self.options.state.clone(), endpoint: None, token_file: None, ca: None }
     }
 
     /// Returns a child's present process id.
@@ -282,6 +293,9 @@ fn control(options: &ClusterOptions) -> ChildSpec {
         "--metrics".to_owned(),
         format!("127.0.0.1:{}", options.metrics_port),
     ]);
+    if let Some(remote) = options.remote {
+        spec.arguments.extend(["--remote".to_owned(), remote.to_string()]);
+    }
     if !options.store.is_empty() {
         spec.arguments.extend(["--store".to_owned(), options.store.clone()]);
     }
@@ -311,6 +325,7 @@ fn agent(options: &ClusterOptions, index: u32) -> ChildSpec {
         ("--cores", cores.max(1).to_string()),
         ("--first-core", first_core.to_string()),
         ("--gpus", gpus.to_owned()),
+        ("--listen-ip", options.listen_ip.to_string()),
     ] {
         spec.arguments.extend([name.to_owned(), value]);
     }

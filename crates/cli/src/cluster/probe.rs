@@ -50,6 +50,7 @@ pub(crate) async fn probe(
     let devices: usize = ready.iter().map(|node| node.devices.len()).sum();
     Ok(Addresses {
         control: endpoint.control,
+        remote: endpoint.remote,
         dashboard: state.dashboard_link(&endpoint.dashboard),
         metrics: endpoint.metrics,
         gateway: gateway.gateway,

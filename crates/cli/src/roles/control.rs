@@ -52,8 +52,21 @@ pub(super) async fn run(
     };
     let dashboard_url = format!("http://{dashboard}");
 
+    let remote = match args.remote {
+        Some(listen) => {
+            let (certificate, key) = state.certificate_or_new()?;
+            Some(drumline_control::Remote {
+                listen: again(listen, &before.remote),
+                certificate,
+                key,
+            })
+        }
+        None => None,
+    };
     let options = drumline_control::Options {
         sole_user: embedded,
+        remote,
+        agent_token: Some(state.agent_token_or_new()?),
         listen: again(args.listen, &before.control),
         state_dir: Some(state.path().to_owned()),
         metrics_listen: Some(again(args.metrics, &before.metrics)),
@@ -68,6 +81,7 @@ pub(super) async fn run(
     let _ = own.set(control.clone());
     let endpoint = Endpoint {
         control,
+        remote: running.remote_address.map_or_else(String::new, |at| format!("https://{at}")),
         dashboard: dashboard_url,
         metrics: running
             .metrics_address
@@ -87,7 +101,8 @@ fn again(asked: SocketAddr, before: &str) -> SocketAddr {
     if asked.port() != 0 {
         return asked;
     }
-    let authority = before.strip_prefix("http://").and_then(|rest| rest.split('/').next());
+    let rest = before.strip_prefix("http://").or_else(|| before.strip_prefix("https://"));
+    let authority = rest.and_then(|rest| rest.split('/').next());
     match authority.and_then(|authority| authority.parse::<SocketAddr>().ok()) {
         Some(before) if before.ip() == asked.ip() && TcpListener::bind(before).is_ok() => before,
         _ => asked,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, training};
+use crate::cluster::{Cluster, WAIT_MAX, training};
 
 /// A browser, driven over the WebDriver protocol.
 struct Browser {
@@ -113,9 +113,9 @@ impl Browser {
 
     /// Waits until a script's answer is `true`.
     fn wait(&self, what: &str, script: &str) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + WAIT_MAX;
         while self.run(script) != json!(true) {
-            assert!(Instant::now() < deadline, "{what} within 20 s: {}", self.source());
+            assert!(Instant::now() < deadline, "{what} within {WAIT_MAX:?}: {}", self.source());
             std::thread::sleep(Duration::from_millis(100));
         }
     }

@@ -4,12 +4,17 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// The program under test.
 pub(crate) const DRUMLINE: &str = env!("CARGO_BIN_EXE_drumline");
+/// A busy machine may take its time; a wait that ends here has failed.
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(180);
 
 /// A running cluster in a temporary state folder.
 pub(crate) struct Cluster {
@@ -112,7 +117,7 @@ impl Cluster {
 
     /// Waits until something holds of a job, and returns the job.
     pub(crate) fn wait_for(&self, id: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        self.wait_within(Duration::from_secs(60), id, what, holds)
+        self.wait_within(WAIT_MAX, id, what, holds)
     }
 
     /// As [`Self::wait_for`], for ranks whose first step may have to wait for a compiler.
@@ -153,7 +158,7 @@ impl Cluster {
 
     /// Waits for a job's end with `drumline wait` and returns its exit code.
     pub(crate) fn wait(&self, id: &str) -> Option<i32> {
-        self.run(&["wait", id, "--timeout", "120s"]).status.code()
+        self.run(&["wait", id, "--timeout", "300s"]).status.code()
     }
 
     /// Builds a small dataset of this project's own text, once for each cluster.
@@ -167,13 +172,25 @@ impl Cluster {
 
     /// Returns the process ids whose command line starts as given, within this cluster.
     pub(crate) fn pids(&self, role: &str) -> Vec<u32> {
-        let folder = self.folder().display().to_string();
-        processes()
-            .into_iter()
-            .filter(|process| process.mentions(&folder))
-            .filter(|process| process.arguments.get(1).is_some_and(|word| word == role))
-            .map(|process| process.pid)
-            .collect()
+        pids_in(&self.folder().display().to_string(), role)
+    }
+
+    /// Lets the ranks run a small part of the time, so that a run is not over before a test has done
+    /// to it what it is about.
+    pub(crate) fn slowly(&self) -> Slowly {
+        let (folder, over) =
+            (self.folder().display().to_string(), Arc::new(AtomicBool::new(false)));
+        let ended = over.clone();
+        let thread = std::thread::spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                let ranks = pids_in(&folder, "rank");
+                signal(&ranks, Signal::STOP);
+                std::thread::sleep(Slowly::STOPPED);
+                signal(&ranks, Signal::CONT);
+                std::thread::sleep(Slowly::RUNNING);
+            }
+        });
+        Slowly { over, thread: Some(thread) }
     }
 
     /// Stops the cluster as Ctrl-C does; panics when anything is left behind.
@@ -182,8 +199,7 @@ impl Cluster {
     }
 
     fn interrupt(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.up);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it runs");
+        kill_process(Pid::from_child(&self.up), Signal::INT).expect("it runs");
         let status = self.up.wait().expect("it ends");
         assert!(status.success(), "`drumline up` ended with {status}");
         assert_nothing_left(self.folder.path());
@@ -203,6 +219,43 @@ impl Drop for Cluster {
     }
 }
 
+/// Ranks that run slowly until this is dropped.
+pub(crate) struct Slowly {
+    over: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Slowly {
+    const STOPPED: Duration = Duration::from_millis(50);
+    const RUNNING: Duration = Duration::from_millis(10);
+}
+
+impl Drop for Slowly {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It lets the ranks go on before it ends, and panics nowhere.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Sends a signal to processes; one that has just ended is none the wiser.
+fn signal(pids: &[u32], signal: Signal) {
+    for pid in pids.iter().filter_map(|pid| Pid::from_raw(pid.cast_signed())) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+fn pids_in(folder: &str, role: &str) -> Vec<u32> {
+    processes()
+        .into_iter()
+        .filter(|process| process.arguments.get(1).is_some_and(|word| word == role))
+        .filter(|process| process.mentions(folder))
+        .map(|process| process.pid)
+        .collect()
+}
+
 /// Runs a command of the program with a state folder.
 pub(crate) fn run_in(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(DRUMLINE)
@@ -217,7 +270,7 @@ pub(crate) fn run_in(folder: &Path, arguments: &[&str]) -> Output {
 /// Panics when a process still names the folder in its command line or environment.
 pub(crate) fn assert_nothing_left(folder: &Path) {
     let name = folder.display().to_string();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + WAIT_MAX;
     loop {
         let left: Vec<String> = processes()
             .into_iter()
@@ -268,8 +321,7 @@ fn processes() -> Vec<Process> {
 
 /// Kills a process as hard as can be.
 pub(crate) fn kill(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a process id");
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    signal(&[pid], Signal::KILL);
 }
 
 /// A small training job that takes long enough to be broken.

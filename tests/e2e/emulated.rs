@@ -136,6 +136,7 @@ fn a_model_is_trained_on_gpus_survives_a_kill_and_is_served() {
     let want = losses_on_cpu(&cluster);
     assert_eq!(want.len(), 12);
 
+    let slowly = cluster.slowly();
     let id = cluster.submit(&training("tensor", (2, 1, 1), "{device: gpu}"));
     let job = cluster.wait_for_long(&id, "a checkpoint", |job| {
         job["training"]["checkpoint_step"].as_u64().unwrap_or(0) > 0
@@ -144,6 +145,7 @@ fn a_model_is_trained_on_gpus_survives_a_kill_and_is_served() {
     // The processor's devices come first.
     assert_eq!(devices, [Some(2), Some(3)], "{job:#}");
     kill(job["placement"][1]["pid"].as_u64().expect("a pid") as u32);
+    drop(slowly);
     succeed(&cluster, &id);
     let job = cluster.job(&id);
     assert!(job["restarts"].as_u64() >= Some(1), "{job:#}");

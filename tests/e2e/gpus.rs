@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use drumline_fakes::Library;
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, WAIT_MAX};
 
 /// A folder with the stand-in library and its script.
 struct Fake {
@@ -61,7 +61,7 @@ fn devices(cluster: &Cluster) -> Vec<Value> {
 fn wait(what: &str, mut holds: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !holds() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
+        assert!(begin.elapsed() < WAIT_MAX, "{what}");
         std::thread::sleep(Duration::from_millis(100));
     }
 }

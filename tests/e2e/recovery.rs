@@ -21,11 +21,13 @@ impl Dice {
 fn a_control_plane_that_is_killed_finds_its_ranks_again() {
     let cluster = Cluster::start(2, 2);
     cluster.build_data();
+    let slowly = cluster.slowly();
     let id = cluster.submit(&training("adopted", 2, 1, 1, 400));
     let before = cluster.wait_for(&id, "it trains", |job| step(job) > 20);
     kill(cluster.pids("control")[0]);
     let other = cluster.wait_for(&id, "it trains on", |job| step(job) > step(&before) + 20);
     assert_eq!(other["restarts"], 0, "the ranks were not touched");
+    drop(slowly);
     assert_eq!(cluster.wait(&id), Some(0));
     assert_eq!(losses(&cluster, &id).len(), 400);
     cluster.stop();
@@ -35,6 +37,7 @@ fn a_control_plane_that_is_killed_finds_its_ranks_again() {
 fn an_agent_that_is_killed_takes_its_ranks_along_and_its_gang_starts_elsewhere() {
     let cluster = Cluster::start(2, 2);
     cluster.build_data();
+    let slowly = cluster.slowly();
     let id = cluster.submit(&training("moved", 2, 1, 1, 400));
     let job = cluster.wait_for(&id, "a checkpoint", |job| {
         job["training"]["checkpoint_step"].as_u64().unwrap_or(0) > 0
@@ -46,6 +49,7 @@ fn an_agent_that_is_killed_takes_its_ranks_along_and_its_gang_starts_elsewhere()
         String::from_utf8_lossy(&line).contains(&node)
     });
     kill(own.expect("the node's agent"));
+    drop(slowly);
     assert_eq!(cluster.wait(&id), Some(0));
     let job = cluster.job(&id);
     assert!(job["restarts"].as_u64().is_some_and(|restarts| restarts >= 1), "{job:#}");
@@ -65,10 +69,12 @@ fn a_run_killed_at_a_random_step_has_the_losses_of_the_unbroken_one() {
     let mut dice = Dice(seed);
     for round in 0..3 {
         let at = 12 + dice.roll(90);
+        let slowly = cluster.slowly();
         let id = cluster.submit(&training(&format!("broken-{round}"), 2, 2, 1, 120));
         let job = cluster.wait_for(&id, "the step", |job| step(job) >= at);
         let rank = dice.roll(4) as usize;
         kill(job["placement"][rank]["pid"].as_u64().expect("a pid") as u32);
+        drop(slowly);
         assert_eq!(cluster.wait(&id), Some(0), "seed {seed}");
         assert_eq!(losses(&cluster, &id), expected, "seed {seed}, killed after step {at}");
     }

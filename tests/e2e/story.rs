@@ -128,7 +128,10 @@ fn replicated(cluster: &Cluster, model: &str, ask: &dyn Fn() -> String, says: &s
     let killed = cluster.job(id);
     let pid = killed["placement"][0]["pid"].as_u64().unwrap();
     crate::cluster::kill(u32::try_from(pid).unwrap());
-    cluster.wait_for(id, "its end was seen", |job| job["phase"] != "running");
+    // It may be on its way back by the time somebody looks.
+    cluster.wait_for(id, "its end was seen", |job| {
+        job["phase"] != "running" || job["restarts"] != killed["restarts"]
+    });
     assert_eq!(ask(), says);
     cluster.wait_for(id, "two serve again", |job| job["service"]["replicas_ready"] == 2);
     assert!(cluster.run(&["scale", id, "--replicas", "1"]).status.success());

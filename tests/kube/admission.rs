@@ -103,11 +103,12 @@ async fn queues_are_for_those_who_may_use_them_and_pods_of_gangs_for_the_operato
     };
     let (alice, bob) = (speaking("alice").await, speaking("bob").await);
 
-    // Policies take effect a moment after they are stored.
+    // Policies take effect a moment after they are stored; so do the rights of users, which a refusal of
+    // another kind is about.
     let mut refused = None;
-    for attempt in 0..300 {
+    for attempt in 0..1200 {
         match alice.apply(C, &format!("probe-{attempt}"), in_queue("research")).await {
-            Err(kube::Error::Api(status)) => {
+            Err(kube::Error::Api(status)) if status.message.contains("research") => {
                 refused = Some(status);
                 break;
             }
@@ -132,7 +133,7 @@ async fn queues_are_for_those_who_may_use_them_and_pods_of_gangs_for_the_operato
     let ours = json!({ "schedulerName": "drumline" });
     let label = json!({ "drumline.dev/rank": "0" });
     let mut refused = None;
-    for attempt in 0..300 {
+    for attempt in 0..1200 {
         let made = pod(&format!("probe-{attempt}"), ours.clone(), json!({}));
         match alice.pods().create(&PostParams::default(), &made).await {
             Err(kube::Error::Api(status)) => {

@@ -137,7 +137,7 @@ async fn take(admin: &Admin, name: &str, device: (&str, &str)) -> Api<ResourceCl
 
 async fn until_left(claims: &Api<ResourceClaim>, count: usize) {
     let mut left = Vec::new();
-    for _ in 0..400 {
+    for _ in 0..1200 {
         let all = claims.list(&ListParams::default()).await.unwrap();
         left = all.into_iter().filter_map(|claim| claim.metadata.name).collect();
         if left.len() == count {

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use drumline_operator::{crd, deploy, job::resource};
@@ -23,8 +23,8 @@ pub(crate) const ADMIN: &str = "admin-token";
 /// The token of the operator's user, who may do what its role says.
 pub(crate) const OPERATOR: &str = "operator-token";
 /// A busy machine may take its time; a wait that ends here has failed.
-const WAIT_DEADLINE: Duration = Duration::from_secs(45);
-const START_DEADLINE: Duration = Duration::from_secs(120);
+const WAIT_DEADLINE: Duration = Duration::from_secs(180);
+const START_DEADLINE: Duration = Duration::from_secs(300);
 
 /// A running API server.
 pub(crate) struct Cluster {
@@ -112,10 +112,20 @@ fn programs() -> Result<(PathBuf, PathBuf), String> {
     Ok((etcd.ok_or("no etcd in PATH; apt-get install etcd-server")?, server))
 }
 
-/// Returns a port that nothing listens on at this moment.
+/// Returns a port on which nobody listens now.
+///
+/// It lies below those that the system gives to whoever names none, and is returned once: nobody else
+/// has it before it is used.
 pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("an address").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Processes that run at the same time begin at other places.
+        let at = std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (at % 10_000) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Returns a program that `tests/kube/build` makes, or says that it is missing.
@@ -239,7 +249,7 @@ impl Cluster {
             let name = crd["metadata"]["name"].as_str().unwrap();
             let established = kube::runtime::wait::conditions::is_crd_established();
             let wait = kube::runtime::wait::await_condition(crds.clone(), name, established);
-            tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap().unwrap();
+            tokio::time::timeout(START_DEADLINE, wait).await.unwrap().unwrap();
         }
         self.namespace(&admin, "drumline-system").await;
         self.grant(&admin).await;

@@ -31,6 +31,18 @@ fn away() -> Duration {
     Duration::from_secs(seconds.unwrap_or(8))
 }
 
+/// Waits until so many answers were made up, and returns how many.
+async fn until_injected(proxy: &Proxy, least: u64) -> u64 {
+    for _ in 0..600 {
+        let injected = proxy.faults.injected.load(Ordering::SeqCst);
+        if injected >= least {
+            return injected;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{} of {least} answers were made up", proxy.faults.injected.load(Ordering::SeqCst));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_server_that_is_away_forgets_and_refuses_is_survived() {
     let Some(cluster) = cluster() else { return };
@@ -71,9 +83,10 @@ async fn an_api_server_that_is_away_forgets_and_refuses_is_survived() {
     proxy.cut();
     admin.apply(C, "after", gang(2)).await.unwrap();
     admin.wait(C, "after", "running", |s| phase(s) == "running").await;
-    let injected = proxy.faults.injected.load(Ordering::SeqCst);
-    assert!(injected >= 5, "{injected} watches were told that their history is gone");
+    // Those that the job did not need come back in their own time.
+    until_injected(&proxy, 5).await;
     proxy.faults.is_compacted.store(false, Ordering::SeqCst);
+    let injected = proxy.faults.injected.load(Ordering::SeqCst);
 
     // Every first update of an object is refused, of jobs, pods and the lease alike.
     proxy.faults.has_conflicts.store(true, Ordering::SeqCst);
@@ -83,20 +96,26 @@ async fn an_api_server_that_is_away_forgets_and_refuses_is_survived() {
     let (began, counted) = (Instant::now(), proxy.requests());
     admin.apply(C, "refused", gang(8)).await.unwrap();
     admin.wait(C, "refused", "running", |s| phase(s) == "running").await;
-    let refusals = proxy.faults.injected.load(Ordering::SeqCst) - injected;
+    // Three finalizers taken off, one put on, and the lease: pods are only created, bound and deleted.
+    let refusals = until_injected(&proxy, injected + 5).await - injected;
     let (seconds, calls) = (began.elapsed().as_secs_f64(), proxy.requests() - counted);
     println!("{refusals} first updates refused: {calls} requests in {seconds:.1} s");
-    // Three finalizers taken off, one put on, and the lease: pods are only created, bound and deleted.
-    assert!(refusals >= 5, "{refusals}");
     let pods = admin.pods().list(&ListParams::default()).await.unwrap().items;
     assert_eq!(pods.len(), 8, "no pod is left of what was deleted");
 
-    // At rest nothing is asked but for the lease, and watches that end by themselves.
-    let counted = proxy.requests();
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    let idle = (proxy.requests() - counted) as f64 / 5.0;
-    println!("at rest: {idle:.1} requests per second");
-    // The lease of this test is renewed every 0.6 s, with two requests each.
+    // At rest nothing is asked but for the lease, and watches that end by themselves. When the rest of
+    // what was deleted is settled, nobody says: a loop that never ends is hot in the last look too.
+    let mut idle = f64::INFINITY;
+    for _ in 0..6 {
+        let counted = proxy.requests();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        idle = (proxy.requests() - counted) as f64 / 5.0;
+        println!("at rest: {idle:.1} requests per second");
+        // The lease of this test is renewed every 0.6 s, with two requests each.
+        if idle < 8.0 {
+            break;
+        }
+    }
     assert!(idle < 8.0, "{idle} requests per second at rest");
     operator.stop().await;
 }

@@ -147,7 +147,7 @@ async fn until(
     is_good: impl Fn(&v1::JobView) -> bool,
 ) -> v1::JobView {
     let mut job = v1::JobView::default();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         job = control.get_job(named(id)).await.unwrap().into_inner();
         if is_good(&job) {
             return job;

@@ -47,7 +47,7 @@ async fn all_pods(admin: &Admin) -> Vec<Pod> {
 }
 
 async fn gone(admin: &Admin, name: &str) {
-    for _ in 0..600 {
+    for _ in 0..2400 {
         if admin.jobs(C).get_opt(name).await.unwrap().is_none() {
             return;
         }

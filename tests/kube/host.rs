@@ -5,9 +5,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::cluster::{ADMIN, Cluster, Setup, own, program};
@@ -26,7 +29,7 @@ pub(crate) struct Real {
     /// Its API server.
     pub(crate) cluster: Cluster,
     inside: String,
-    _namespaces: Namespaces,
+    namespaces: Namespaces,
 }
 
 /// Addresses that no other run on this machine uses at the same time.
@@ -214,7 +217,54 @@ fn kubelet_client(folder: &Path) {
     std::fs::write(folder.join("client.key"), client_key.serialize_pem()).unwrap();
 }
 
+/// Ranks that run slowly until this is dropped.
+pub(crate) struct Slowly {
+    over: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Slowly {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It lets the ranks go on before it ends.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Returns the ranks that run in a cgroup, as this machine knows them.
+fn ranks_in(cgroup: &str) -> Vec<Pid> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let is_rank = |folder: &Path| {
+        let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+        read("cmdline").starts_with("drumline\0rank\0") && read("cgroup").contains(cgroup)
+    };
+    let ours = entries.flatten().filter(|entry| is_rank(&entry.path()));
+    ours.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)).collect()
+}
+
 impl Real {
+    /// Lets the ranks in containers run a small part of the time, so that a run is not over before a
+    /// test has done to it what it is about.
+    pub(crate) fn slowly(&self) -> Slowly {
+        let (cgroup, over) = (self.namespaces.cgroup.clone(), Arc::new(AtomicBool::new(false)));
+        let ended = over.clone();
+        let thread = std::thread::spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                let ranks = ranks_in(&cgroup);
+                for (signal, ms) in [(Signal::STOP, 150), (Signal::CONT, 15)] {
+                    for rank in &ranks {
+                        // One that has just ended is none the wiser.
+                        let _ = kill_process(*rank, signal);
+                    }
+                    std::thread::sleep(Duration::from_millis(ms));
+                }
+            }
+        });
+        Slowly { over, thread: Some(thread) }
+    }
+
     /// Starts it, or says what is missing on this machine. `images` are archives to import.
     pub(crate) fn start(images: &[PathBuf]) -> Result<Self, String> {
         if run("id", &["-u"])?.trim() != "0" {
@@ -342,7 +392,7 @@ impl Real {
         std::fs::write(folder.join("Corefile"), corefile).unwrap();
         let args = ["-conf".to_owned(), at("Corefile")];
         namespaces.start_inside(&mut cluster, "dns", &dns, &args);
-        Ok(Self { cluster, inside: addresses.inside, _namespaces: namespaces })
+        Ok(Self { cluster, inside: addresses.inside, namespaces })
     }
 
     /// Lets this process reach the address of a service, as pods do.
@@ -413,7 +463,7 @@ snapshotter = "{snapshotter}"
     let args = ["--config".to_owned(), at("containerd.toml")];
     namespaces.start_inside(cluster, "containerd", &containerd, &args);
     let socket = folder.join("containerd.sock");
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while namespaces.inside("ctr", &format!("-a {} version", socket.display())).is_err() {
         if Instant::now() > deadline {
             return Err("containerd does not start; see containerd.log".to_owned());

@@ -24,10 +24,9 @@ const KILLS: u64 = 12;
 struct Process(Child);
 
 impl Process {
-    fn start(kubeconfig: &str, number: u64) -> Self {
-        let log = std::env::temp_dir().join("drumline-killed-operator.log");
+    fn start(kubeconfig: &str, number: u64, log: &Path) -> Self {
         let identity = format!("process-{number}");
-        Self(spawn_operator(kubeconfig, &identity, Duration::from_secs(1), None, &log))
+        Self(spawn_operator(kubeconfig, &identity, Duration::from_secs(1), None, log))
     }
 }
 
@@ -124,13 +123,14 @@ async fn an_operator_killed_at_random_points_leaves_no_partial_gang_and_no_orpha
     }
     let _kubelets = Kubelets::start(admin.client.clone());
     let kubeconfig = serde_json::to_string(&cluster.kubeconfig(OPERATOR)).unwrap();
+    let log = cluster.folder().join("killed-operator.log");
     let kills = std::env::var("DRUMLINE_KILLS").ok().and_then(|text| text.parse().ok());
     let seed = std::env::var("DRUMLINE_SEED").ok().and_then(|text| text.parse().ok());
     let seed = seed.unwrap_or(1);
     let mut draws = Draws(seed);
     let mut jobs: Vec<String> = Vec::new();
     for kill in 0..kills.unwrap_or(KILLS) {
-        let operator = Process::start(&kubeconfig, kill);
+        let operator = Process::start(&kubeconfig, kill, &log);
         // It leads after about a second; then it is in the middle of something.
         let life = Duration::from_millis(1_000 + draws.below(1_500));
         let end = Instant::now() + life;
@@ -169,8 +169,8 @@ async fn an_operator_killed_at_random_points_leaves_no_partial_gang_and_no_orpha
         drop(operator);
     }
     // The last operator is left alone, and everything settles.
-    let _operator = Process::start(&kubeconfig, u64::MAX);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let _operator = Process::start(&kubeconfig, u64::MAX, &log);
+    let deadline = Instant::now() + Duration::from_secs(180);
     loop {
         let pods = admin.pods().list(&ListParams::default()).await.unwrap().items;
         check(&pods, 4);

@@ -39,6 +39,11 @@ async fn beside_kube_scheduler_no_node_has_more_pods_than_it_has_devices() {
     };
     let witness = Witness::start(kwok.client.clone(), size.per_node);
     let run = Run { kwok, witness, size };
+    // It lists all nodes first: until then the operator would have them for itself.
+    run.kwok.create_plain("warm", 1).await;
+    run.all_bound(1).await;
+    run.kwok.delete_plain("warm", 1).await;
+    run.all_gone().await;
     let operator = match std::env::var("DRUMLINE_GUARD").as_deref() {
         Ok("off") => run.kwok.operator(),
         _ => run.kwok.guarded_operator().await,

@@ -71,7 +71,7 @@ async fn operator(cluster: &Cluster, port: u16, metrics: u16, identity: &str) ->
 /// Waits until the operator's metrics have a series whose value `holds`.
 async fn until_metric(port: u16, series: &str, holds: impl Fn(f64) -> bool) {
     let mut page = String::new();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         page = fetch(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), "GET /metrics", "").await;
         let value =
             page.lines().find_map(|line| line.strip_prefix(series)?.trim().parse::<f64>().ok());
@@ -99,7 +99,7 @@ pub(crate) async fn until_checkpoint(run: &Path) -> PathBuf {
 /// Waits until a rank's log says something: it does so a moment after it has joined.
 async fn until_told(log: &Path, words: &str) {
     let mut text = String::new();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         text = std::fs::read_to_string(log).unwrap_or_default();
         if text.contains(words) {
             return;
@@ -118,12 +118,12 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
     let folder = tempfile::tempdir().unwrap();
     dataset(folder.path());
     let containers = Containers::start(admin.client.clone(), "native", folder.path());
+    containers.slow(true);
     let (port, metrics) = (free_port(), free_port());
     let first = operator(cluster, port, metrics, "first").await;
     admin.apply(T, "demo", training(STEPS)).await.unwrap();
     admin.wait(T, "demo", "running", |s| phase(s) == "running").await;
     until_checkpoint(&folder.path().join("run")).await;
-    containers.slow(true);
     until_metric(metrics, "drumline_job_loss{job=\"native/demo\"}", |loss| loss < 6.0).await;
     until_metric(metrics, "drumline_job_tokens_per_second{job=\"native/demo\"}", |rate| rate > 0.0)
         .await;
@@ -136,9 +136,11 @@ async fn a_training_job_meets_trains_resumes_and_is_served() {
     assert_eq!(again["restarts"], 1);
     until_told(&folder.path().join("pods/demo-t2-0/log"), "continues from step").await;
 
-    // The operator is replaced in the middle of the run: the gang does not notice.
+    // The operator is replaced in the middle of the run: the gang does not notice, and tells the next
+    // one how far it is. Before that it does not end: ranks that have ended tell nobody any more.
     first.stop().await;
     let second = operator(cluster, port, metrics, "second").await;
+    until_metric(metrics, "drumline_job_loss{job=\"native/demo\"}", |loss| loss > 0.0).await;
     containers.slow(false);
     let done = admin.wait(T, "demo", "done", |s| phase(s) == "succeeded").await;
     assert_eq!((&done["attempt"], &done["reason"]), (&json!(2), &json!("Completed")), "{done}");
@@ -179,7 +181,7 @@ async fn served(admin: &Admin, port: u16, metrics: u16) {
     let bindings: Api<ClusterRoleBinding> = Api::all(admin.client.clone());
     bindings.create(&PostParams::default(), &binding).await.unwrap();
     let mut answer = Value::Null;
-    for _ in 0..600 {
+    for _ in 0..1200 {
         answer = complete(allowed).await;
         if answer["choices"].is_array() {
             break;

@@ -62,7 +62,7 @@ impl Operator {
     pub(crate) async fn stop(mut self) {
         self.stop.cancel();
         if let Some(task) = self.task.take() {
-            tokio::time::timeout(Duration::from_secs(10), task).await.unwrap().unwrap();
+            tokio::time::timeout(Duration::from_secs(60), task).await.unwrap().unwrap();
         }
     }
 }

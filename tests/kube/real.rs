@@ -158,6 +158,17 @@ impl Stage {
         jobs.get(name).await.unwrap().data["status"].clone()
     }
 
+    /// Waits until a job is in an attempt.
+    pub(crate) async fn attempt(&self, kind: JobKind, name: &str, attempt: u32) {
+        let jobs = self.jobs(kind);
+        let status = || async {
+            let job = jobs.get(name).await.map_err(|error| error.to_string())?;
+            let status = job.data.get("status").cloned().unwrap_or_default();
+            if status["attempt"] == attempt { Ok(()) } else { Err(status.to_string()) }
+        };
+        self.until(&format!("{name} in attempt {attempt}"), status).await;
+    }
+
     pub(crate) fn pods(&self) -> Api<Pod> {
         Api::namespaced(self.client.clone(), JOBS)
     }

@@ -24,7 +24,7 @@ async fn names(admin: &Admin) -> Vec<String> {
 
 async fn until_names(admin: &Admin, expected: &[&str]) {
     let mut found = Vec::new();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         found = names(admin).await;
         if found == expected {
             return;
@@ -65,7 +65,7 @@ async fn replicas_come_and_go_with_their_service() {
     let patch = Patch::Merge(json!({ "spec": { "priority": 7, "replicas": 3 } }));
     admin.jobs(S).patch("chat", &PatchParams::default(), &patch).await.unwrap();
     admin.wait(S, "chat", "one fewer", |s| s["replicas"] == 3).await;
-    for _ in 0..600 {
+    for _ in 0..2400 {
         let replica = admin.jobs(S).get("chat-1").await.unwrap();
         if replica.data["spec"]["priority"] == 7 {
             break;
@@ -77,7 +77,7 @@ async fn replicas_come_and_go_with_their_service() {
     // A replica that somebody deletes is made again.
     let before = admin.jobs(S).get("chat-1").await.unwrap().metadata.uid;
     admin.jobs(S).delete("chat-1", &DeleteParams::default()).await.unwrap();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         let now = admin.jobs(S).get_opt("chat-1").await.unwrap();
         if now.is_some_and(|now| now.metadata.uid != before) {
             break;
@@ -88,7 +88,7 @@ async fn replicas_come_and_go_with_their_service() {
 
     admin.jobs(S).delete("chat", &DeleteParams::default()).await.unwrap();
     until_names(&admin, &[]).await;
-    for _ in 0..600 {
+    for _ in 0..2400 {
         if admin.pods().list(&ListParams::default()).await.unwrap().items.is_empty() {
             break;
         }

@@ -91,7 +91,7 @@ impl Run {
         }
     }
 
-    async fn all_bound(&self, pods: u32) -> Duration {
+    pub(crate) async fn all_bound(&self, pods: u32) -> Duration {
         let is_bound = |witness: &Witness| witness.bound(None) == pods as usize;
         self.witness.until(&format!("{pods} bound"), LIMIT, is_bound).await
     }

@@ -210,7 +210,7 @@ fn the_step_loop_waits_only_for_a_free_place_and_gets_its_buffers_back() {
     let run = tempfile::tempdir().unwrap();
     // Rank 0 of two: its writer is busy until the part of rank 1 comes, which is never.
     let slow = |rank| WriterOptions {
-        parts_timeout: Duration::from_millis(600),
+        parts_timeout: Duration::from_secs(4),
         ..options(run.path(), rank, 2)
     };
     let writer = Writer::start(slow(0)).unwrap();
@@ -218,7 +218,7 @@ fn the_step_loop_waits_only_for_a_free_place_and_gets_its_buffers_back() {
     let start = Instant::now();
     writer.submit(10, snapshot(&own, 10), LIMIT).unwrap();
     writer.submit(20, snapshot(&own, 20), LIMIT).unwrap();
-    assert!(start.elapsed() < Duration::from_millis(400), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     // Now one is being written and one waits: there is no place, and the wait has an end.
     let error = writer.submit(30, snapshot(&own, 30), Duration::from_millis(50)).unwrap_err();
     assert!(matches!(error, CheckpointError::Writer { step: 30, .. }), "{error}");

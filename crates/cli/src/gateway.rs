@@ -1,6 +1,6 @@
 //! The client's side of the gateway: JSON requests and server-sent events over HTTP.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use drumline_wire::auth::Token;
@@ -18,6 +18,8 @@ use crate::failure::Failure;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest silence within a stream.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest wait until a model that is ready is known.
+const ROUTE_TIMEOUT: Duration = Duration::from_secs(20);
 /// The largest answer that is not a stream, and the longest event of one, in bytes.
 const ANSWER_MAX_BYTES: usize = 8 << 20;
 
@@ -51,6 +53,25 @@ impl Gateway {
     pub async fn get(&self, path: &str) -> Result<Value, Failure> {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         self.json(response).await
+    }
+
+    /// Waits until the gateway takes requests for a model: it hears of one that is ready a moment after
+    /// the control plane.
+    ///
+    /// # Errors
+    /// What the gateway said last.
+    pub async fn until_ready(&self, model: &str) -> Result<(), Failure> {
+        let begin = Instant::now();
+        let mut last = Failure::failed("the gateway does not know the model");
+        while begin.elapsed() < ROUTE_TIMEOUT {
+            match self.get(&format!("/v1/models/{model}")).await {
+                Ok(found) if found["ready"] == Value::Bool(true) => return Ok(()),
+                Ok(_) => {}
+                Err(failure) => last = failure,
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Err(last)
     }
 
     /// Sends a JSON document and takes one.

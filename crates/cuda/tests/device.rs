@@ -1,5 +1,5 @@
 //! The device suite: every operation of [`Cuda`] against its reference, by the bodies that the CPU
-//! backend passes too (`drumline_tensor::conformance`), on fresh random inputs.
+//! backend passes too (`drumline_tensor::conformance`), on random inputs.
 
 mod support;
 

@@ -2,9 +2,9 @@
 
 mod fakes;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use fakes::{Fixture, GATEWAY_KEY};
+use fakes::{Fixture, GATEWAY_KEY, PATIENCE};
 use serde_json::{Value, json};
 
 fn ask(prompt: &str) -> Value {
@@ -264,14 +264,15 @@ async fn one_beginning_goes_to_one_replica() {
 
 /// Waits until so many replicas answer.
 async fn wait_for_ready(gateway: &Fixture, status: u16, replicas: u64) {
-    for _ in 0..500 {
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE {
         let ready = gateway.send("GET", "/readyz", &[], String::new()).await;
         if ready.status == status && ready.json["models"][0]["replicas_ready"] == replicas {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("not {replicas} replicas within 5 s");
+    panic!("not {replicas} replicas within {PATIENCE:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

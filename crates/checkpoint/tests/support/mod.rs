@@ -103,7 +103,7 @@ pub(crate) fn options(run: &Path, rank: u32, ranks: u32) -> WriterOptions {
     }
 }
 
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Writes one checkpoint by `ranks` writers at once and returns what the first one wrote.
 pub(crate) fn write(

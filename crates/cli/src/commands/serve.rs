@@ -12,6 +12,7 @@ use crate::commands::submit::submit;
 use crate::commands::wait::{Progress, Until, deadline, outcome, until_done};
 use crate::commands::{describe, manifests};
 use crate::failure::Failure;
+use crate::gateway::Gateway;
 use crate::output::{self, Format, note};
 use crate::views;
 
@@ -85,6 +86,11 @@ pub async fn run(args: &ServeArgs, access: &Access, format: Format) -> Result<()
     let endpoint = endpoint(access, &job.id).await?;
     let name =
         ready.service.as_ref().map_or_else(String::new, |service| service.served_name.clone());
+    // Who asks it next shall find it. A gateway that cannot be reached from here may serve others.
+    let gateway = Gateway::new(endpoint.trim_end_matches("/v1"), access.token()?);
+    if let Err(failure) = gateway.until_ready(&name).await {
+        note(&format!("the gateway does not serve {name} yet: {failure}"));
+    }
     let value = json!({ "id": job.id, "model": name, "endpoint": endpoint });
     output::value(format, &value, || format!("{endpoint}\n"))?;
     note(&format!(

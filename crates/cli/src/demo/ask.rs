@@ -46,13 +46,13 @@ pub(super) async fn serve_and_ask(
     let id = jobs.first().map(|job| job.id.clone()).unwrap_or_default();
     note(&format!("serving the checkpoint as {id} with tensor 2"));
     let until = Until {
-        deadline: deadline(Duration::from_secs(60)),
+        deadline: deadline(Duration::from_secs(180)),
         reconnect: Duration::from_secs(30),
         service_ready_is_enough: true,
     };
     let ready = until_done(access, &id, &until, &mut Progress::default()).await?;
     outcome(&ready)?;
-    wait_for_route(gateway).await?;
+    gateway.until_ready(MODEL).await?;
 
     note(&format!("prompt: {prompt:?}"));
     let request = json!({
@@ -76,18 +76,4 @@ pub(super) async fn serve_and_ask(
     }
     let endpoint = format!("{}/v1", gateway.url);
     Ok(ServingReport { endpoint, model: MODEL.to_owned(), completion })
-}
-
-/// The gateway hears of a ready service a moment after the control plane.
-async fn wait_for_route(gateway: &Gateway) -> Result<(), Failure> {
-    let mut last = Failure::failed("the gateway does not know the model");
-    for _ in 0..200 {
-        match gateway.get(&format!("/v1/models/{MODEL}")).await {
-            Ok(model) if model["ready"] == json!(true) => return Ok(()),
-            Ok(_) => {}
-            Err(failure) => last = failure,
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Err(last)
 }

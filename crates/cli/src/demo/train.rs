@@ -114,7 +114,7 @@ impl Meter {
     }
 }
 
-/// Kills one rank, half-way between two checkpoints.
+/// Kills one rank in the second half of the run, between two checkpoints.
 #[derive(Debug)]
 struct Kill {
     wanted: bool,
@@ -124,10 +124,11 @@ struct Kill {
 impl Kill {
     fn consider(&mut self, job: &v1::JobView, show: &Show) {
         let Some(training) = &job.training else { return };
-        // Far enough from the last checkpoint that steps are lost, and from the next one too.
+        // Far enough from the last checkpoint that steps are lost, and from the end that there is one
+        // to kill. No narrower: what is shown may be many steps later each time.
         let since = training.step.saturating_sub(training.checkpoint_step);
-        let past_checkpoint = training.checkpoint_step > 0 && (3..=6).contains(&since);
-        let half_way = training.step * 2 >= training.steps;
+        let past_checkpoint = training.checkpoint_step > 0 && since >= 3;
+        let half_way = training.step * 2 >= training.steps && training.step + 4 <= training.steps;
         if !self.wanted || self.done.is_some() || !past_checkpoint || !half_way {
             return;
         }

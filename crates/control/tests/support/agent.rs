@@ -154,9 +154,16 @@ impl FakeAgent {
         end(&self.state, &self.ledger, &key, None, Some(signal));
     }
 
-    /// Sends a report as a rank would.
+    /// Sends a report as a rank would, once the node is connected.
     pub(crate) async fn report(&self, report: v1::RankReport) {
-        let up = self.state.lock().unwrap().up.clone().unwrap();
+        let started = std::time::Instant::now();
+        let up = loop {
+            if let Some(up) = self.state.lock().unwrap().up.clone() {
+                break up;
+            }
+            assert!(started.elapsed() < super::PATIENCE, "{} is not connected", self.node);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
         up.send(v1::AgentUp { kind: Some(Up::Report(report)) }).await.unwrap();
     }
 

@@ -8,7 +8,6 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use drumline_cuda::{Cuda, CudaOptions, DeviceOptions};
 use drumline_fakes::{BuildError, emulated};
@@ -20,6 +19,8 @@ const CHILD: &str = "DRUMLINE_TEST_DEVICE";
 const DEVICES: &str = "4";
 /// Repeats a run whose seed was printed.
 const SEED: &str = "DRUMLINE_TEST_SEED";
+/// Where the seeds of a run begin, as those of all random tests.
+const SEEDS: &str = "PROPTEST_RNG_SEED";
 
 /// Runs `body` on a GPU, or in a child process on the emulated device. Says why when neither can be.
 pub(crate) fn on_device(test: &str, body: impl FnOnce(&str)) {
@@ -87,11 +88,12 @@ pub(crate) fn device_options() -> DeviceOptions {
     DeviceOptions { ordinal: 0, kernel_cache: Some(kernels), check_each: true }
 }
 
-/// Runs `test` for `count` fresh seeds, which a failure prints.
+/// Runs `test` for `count` seeds, which a failure prints. They are the same each time unless others are
+/// asked for, so that a failing run repeats.
 pub(crate) fn for_seeds(where_: &str, count: u64, mut test: impl FnMut(&mut Random, &str)) {
-    let asked = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let first = asked.unwrap_or(since.as_nanos() as u64);
+    let number = |name| std::env::var(name).ok().and_then(|seed| seed.parse::<u64>().ok());
+    let asked = number(SEED);
+    let first = asked.or_else(|| number(SEEDS)).unwrap_or(1);
     for seed in first..first.saturating_add(if asked.is_some() { 1 } else { count }) {
         test(&mut Random::new(seed), &format!("{where_}, {SEED}={seed}"));
     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use drumline_gateway::Options;
@@ -27,6 +27,8 @@ use tonic::{Request, Response, Status};
 const CLUSTER_TOKEN: &str = "cluster-token-0123456789";
 const SECRET: &str = "attempt-secret-0123456789";
 pub(crate) const GATEWAY_KEY: &str = "Bearer gateway-key-0123456789";
+/// A busy machine may take its time; a wait that ends here has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the scripted leader does and sees.
 #[derive(Default)]
@@ -68,9 +70,11 @@ impl Inference for Leader {
         let running = Running(script.clone());
         tokio::spawn(async move {
             let _running = running;
+            // Listened for before it is looked at, so that no release falls in between.
+            let go = script.go.notified();
             if prompt == "slow" && !script.released.load(Ordering::SeqCst) {
                 tokio::select! {
-                    () = script.go.notified() => {}
+                    () = go => {}
                     () = events.closed() => return,
                 }
             }
@@ -279,7 +283,8 @@ impl Fixture {
 
     /// Waits until the model answers with this status.
     pub(crate) async fn wait_for_status(&self, status: u16) {
-        for _ in 0..500 {
+        let begin = Instant::now();
+        while begin.elapsed() < PATIENCE {
             let headers = [("authorization", GATEWAY_KEY)];
             let answer = self.send("GET", "/v1/models/demo", &headers, String::new()).await;
             let ready = status != 200 || answer.json["ready"] == Value::Bool(true);
@@ -288,18 +293,19 @@ impl Fixture {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("the model did not answer {status} within 5 s");
+        panic!("the model did not answer {status} within {PATIENCE:?}");
     }
 
     /// Waits until so many generations run on the leader.
     pub(crate) async fn wait_for_running(&self, count: usize) {
-        for _ in 0..500 {
+        let begin = Instant::now();
+        while begin.elapsed() < PATIENCE {
             if self.running().iter().sum::<usize>() == count {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("not {count} generations within 5 s");
+        panic!("not {count} generations within {PATIENCE:?}");
     }
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {

@@ -49,7 +49,7 @@ pub trait Subject: Send + Sync {
 }
 
 /// Longest that any step of a property may take; far beyond what a healthy store needs.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits for `future`, or panics naming `what` was waited for.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -82,7 +82,7 @@ async fn a_store_and_its_watchers_outlive_the_server() {
     let Some(mut server) = EtcdServer::start().await else {
         return;
     };
-    let options = EtcdOptions { deadline: Duration::from_millis(700), ..EtcdOptions::default() };
+    let options = EtcdOptions { deadline: Duration::from_secs(3), ..EtcdOptions::default() };
     let store = EtcdStore::connect(&[server.member()], &options).await.expect("connects");
     let store: Arc<dyn Store> = Arc::new(store);
     let before = store.txn(put("k", "1")).await.expect("put").revision;
@@ -94,12 +94,13 @@ async fn a_store_and_its_watchers_outlive_the_server() {
     let error = store.get("k").await.expect_err("nobody is there");
     assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
     store.txn(put("k", "lost")).await.expect_err("nobody is there");
-    assert!(started.elapsed() < options.deadline * 3, "a deadline was missed");
+    // Two calls, and as much again for a machine that does other things too.
+    assert!(started.elapsed() < options.deadline * 4, "a deadline was missed");
 
     server.restart().await;
     let after = store.txn(put("k", "2")).await.expect("reconnects").revision;
     assert!(after > before, "acknowledged revisions survive a kill");
-    let seen = tokio::time::timeout(Duration::from_secs(20), watcher.next()).await;
+    let seen = tokio::time::timeout(Duration::from_secs(60), watcher.next()).await;
     let Ok(Ok(Change::Events(events))) = seen else {
         panic!("the watcher did not go on: {seen:?}");
     };
@@ -109,7 +110,7 @@ async fn a_store_and_its_watchers_outlive_the_server() {
 
 #[tokio::test]
 async fn an_address_without_a_server_says_what_to_check() {
-    let options = EtcdOptions { deadline: Duration::from_millis(300), ..EtcdOptions::default() };
+    let options = EtcdOptions { deadline: Duration::from_secs(1), ..EtcdOptions::default() };
     let member = format!("127.0.0.1:{}", server::free_port());
     let connected = EtcdStore::connect(std::slice::from_ref(&member), &options).await;
     let error = connected.err().expect("nobody is there").to_string();

@@ -1,18 +1,17 @@
 //! A TCP proxy for gRPC that loses requests or their answers, and cuts connections.
 //!
-//! It reads HTTP/2 frame headers on the way to the server, so that it acts on a request's data and
-//! not on a ping.
+//! It reads HTTP/2 frames, so that it acts on a request's data and not on a ping, and knows when the
+//! server has answered.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::time::Duration;
 
 use drumline_ports::conformance::store::Loss;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 const NOTHING: u8 = 0;
@@ -23,9 +22,7 @@ const REQUEST: u8 = 2;
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 const DATA: u8 = 0;
-
-/// Long enough for the server to have applied what it was sent before the connection is cut.
-const APPLY: Duration = Duration::from_millis(300);
+const HEADERS: u8 = 1;
 
 struct Shared {
     server_port: u16,
@@ -111,26 +108,69 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
     let Ok(server) = TcpStream::connect(("127.0.0.1", shared.server_port)).await else {
         return;
     };
-    let (from_client, mut to_client) = client.into_split();
-    let (mut from_server, to_server) = server.into_split();
-    // Once an answer shall be lost, nothing more goes back to the client.
-    let mute = AtomicBool::new(false);
-    let back = async {
-        let mut buffer = vec![0; 64 << 10];
-        loop {
-            let n = from_server.read(&mut buffer).await?;
-            if n == 0 {
-                return io::Result::Ok(());
-            }
-            if !mute.load(Ordering::SeqCst) {
-                to_client.write_all(&buffer[..n]).await?;
-            }
-        }
-    };
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    let doomed = Doomed::default();
     tokio::select! {
         _ = cuts.changed() => {}
-        _ = back => {}
-        _ = forth(from_client, to_server, &shared, &mute) => {}
+        _ = back(from_server, to_client, &doomed) => {}
+        _ = forth(from_client, to_server, &shared, &doomed) => {}
+    }
+}
+
+/// The request whose answer shall be lost. From then on nothing goes back to the client.
+#[derive(Default)]
+struct Doomed {
+    /// Its stream; 0 while there is none.
+    stream: AtomicU32,
+    /// The server has answered it, and so has applied it.
+    answered: Notify,
+}
+
+/// A frame of HTTP/2.
+struct Frame {
+    header: [u8; FRAME_HEADER_BYTES],
+    payload: Vec<u8>,
+}
+
+impl Frame {
+    async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
+        let mut header = [0; FRAME_HEADER_BYTES];
+        from.read_exact(&mut header).await?;
+        let bytes = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        let mut payload = vec![0; bytes as usize];
+        from.read_exact(&mut payload).await?;
+        Ok(Self { header, payload })
+    }
+
+    async fn write(&self, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+        to.write_all(&self.header).await?;
+        to.write_all(&self.payload).await
+    }
+
+    fn kind(&self) -> u8 {
+        self.header[3]
+    }
+
+    fn stream(&self) -> u32 {
+        u32::from_be_bytes([self.header[5] & 0x7f, self.header[6], self.header[7], self.header[8]])
+    }
+}
+
+async fn back(
+    mut server: OwnedReadHalf,
+    mut client: OwnedWriteHalf,
+    doomed: &Doomed,
+) -> io::Result<()> {
+    loop {
+        let frame = Frame::read(&mut server).await?;
+        match doomed.stream.load(Ordering::SeqCst) {
+            0 => frame.write(&mut client).await?,
+            stream if frame.stream() == stream && matches!(frame.kind(), DATA | HEADERS) => {
+                doomed.answered.notify_one();
+            }
+            _ => {}
+        }
     }
 }
 
@@ -138,18 +178,14 @@ async fn forth(
     mut client: OwnedReadHalf,
     mut server: OwnedWriteHalf,
     shared: &Shared,
-    mute: &AtomicBool,
+    doomed: &Doomed,
 ) -> io::Result<()> {
     let mut preface = [0; PREFACE_BYTES];
     client.read_exact(&mut preface).await?;
     server.write_all(&preface).await?;
     loop {
-        let mut header = [0; FRAME_HEADER_BYTES];
-        client.read_exact(&mut header).await?;
-        let bytes = u32::from_be_bytes([0, header[0], header[1], header[2]]);
-        let mut frame = vec![0; bytes as usize];
-        client.read_exact(&mut frame).await?;
-        let carries_request = header[3] == DATA && bytes > 0;
+        let frame = Frame::read(&mut client).await?;
+        let carries_request = frame.kind() == DATA && !frame.payload.is_empty();
         let loss =
             if carries_request { shared.armed.swap(NOTHING, Ordering::SeqCst) } else { NOTHING };
         if loss != NOTHING {
@@ -159,12 +195,11 @@ async fn forth(
             return Ok(());
         }
         if loss == ACK {
-            mute.store(true, Ordering::SeqCst);
+            doomed.stream.store(frame.stream(), Ordering::SeqCst);
         }
-        server.write_all(&header).await?;
-        server.write_all(&frame).await?;
+        frame.write(&mut server).await?;
         if loss == ACK {
-            tokio::time::sleep(APPLY).await;
+            doomed.answered.notified().await;
             return Ok(());
         }
     }

@@ -3,12 +3,13 @@
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use drumline_store::etcd::{EtcdOptions, EtcdStore};
 
 /// Longest wait for a started server to answer.
-const START_MAX: Duration = Duration::from_secs(30);
+const START_MAX: Duration = Duration::from_secs(120);
 
 /// A running server.
 pub(crate) struct EtcdServer {
@@ -131,8 +132,18 @@ fn spawn(
         .expect("etcd starts")
 }
 
-/// Asks the system for a port that is free now.
+/// Returns a port on which nobody listens now.
+///
+/// It lies below those that the system gives to whoever names none, and is returned once: nobody else
+/// has it before it is used.
 pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Processes that run at the same time begin at other places.
+        let at = std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (at % 10_000) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }

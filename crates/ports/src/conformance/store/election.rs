@@ -14,10 +14,13 @@ use crate::store::{
     TxnOutcome, WatchStream,
 };
 
-const TTL: Duration = Duration::from_millis(900);
+/// The lease of an office whose renewals are waited for.
+const TTL: Duration = Duration::from_secs(3);
+/// The lease where nobody may wait for its end, nor lose the office because the machine is busy.
+const LONG: Duration = Duration::from_secs(20);
 
-fn elector(store: &Arc<dyn Store>, identity: &str) -> Elector {
-    Elector::new(Arc::clone(store), "office/leader", identity, TTL)
+fn elector(store: &Arc<dyn Store>, identity: &str, ttl: Duration) -> Elector {
+    Elector::new(Arc::clone(store), "office/leader", identity, ttl)
 }
 
 fn mark(value: &str) -> Txn {
@@ -27,13 +30,13 @@ fn mark(value: &str) -> Txn {
 /// While one leads, another is not elected; once it resigns, the next is, in a greater term.
 pub async fn one_leads_and_terms_grow(subject: &impl Subject) {
     let store = subject.direct();
-    let (a, b) = (elector(&store, "a"), elector(&store, "b"));
+    let (a, b) = (elector(&store, "a", TTL), elector(&store, "b", LONG));
     assert_eq!(within("holder", a.holder()).await.expect("holder"), None);
     let first = within("campaign", a.campaign(PATIENCE)).await.expect("elected");
     let holder = within("holder", b.holder()).await.expect("holder").expect("a leads");
     assert_eq!((holder.candidate.identity.as_str(), holder.term), ("a", first.term()));
     // Longer than the lease: it must be the renewal that keeps the office.
-    let patience = TTL * 4;
+    let patience = TTL * 2;
     let error = within("campaign", b.campaign(patience)).await.err().expect("a leads");
     assert!(matches!(error, LeaderError::NotElected { .. }), "{error}");
     assert!(first.is_valid());
@@ -44,14 +47,14 @@ pub async fn one_leads_and_terms_grow(subject: &impl Subject) {
     let (term, resigned) = (first.term(), Instant::now());
     within("resign", first.resign()).await.expect("resign");
     let second = within("campaign", waiting).await.expect("task").expect("elected");
-    assert!(resigned.elapsed() < TTL * 2, "the successor waited for a timeout");
+    assert!(resigned.elapsed() < LONG / 2, "the successor waited for a timeout");
     assert!(second.term() > term);
 }
 
 /// A leader whose lease ended cannot write any more, whatever it believes; it learns who leads.
 pub async fn an_old_leader_is_fenced(subject: &impl Subject) {
     let store = subject.direct();
-    let (a, b) = (elector(&store, "a"), elector(&store, "b"));
+    let (a, b) = (elector(&store, "a", LONG), elector(&store, "b", LONG));
     let old = within("campaign", a.campaign(PATIENCE)).await.expect("elected");
     within("write", old.fenced_txn(mark("old"))).await.expect("it leads");
     // As if its process had been stopped for longer than its lease.
@@ -85,7 +88,7 @@ pub async fn leaders_exclude_each_other(subject: &impl Subject) {
         tasks.spawn(async move {
             let mut terms = Vec::new();
             for _ in 0..REIGNS {
-                let elector = elector(&store, &format!("c{i}"));
+                let elector = elector(&store, &format!("c{i}"), LONG);
                 let reign = within("campaign", elector.campaign(PATIENCE)).await.expect("elected");
                 terms.push(reign.term());
                 for _ in 0..WRITES {
@@ -118,7 +121,7 @@ pub async fn a_lost_bid_still_wins(subject: &impl Subject) {
             inner: subject.disturbed(),
             first: Mutex::new(Some((about_to_bid, may_bid))),
         });
-        let candidate = elector(&store, "a");
+        let candidate = elector(&store, "a", LONG);
         let arm = async {
             announced.await.expect("it bids");
             subject.lose_next(loss);

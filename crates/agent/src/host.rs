@@ -1,22 +1,26 @@
 //! Where this node's ranks call their agent: plain text, on loopback.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use drumline_wire::rank_host::{RankCall, service};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tonic::transport::server::TcpIncoming;
 
-/// Starts the service on `listener` and returns where it listens.
+use crate::service::AgentError;
+
+/// Starts the service and returns where it listens: ranks call from this machine alone.
 ///
 /// # Errors
-/// When the listener's address cannot be read.
-pub fn serve(
-    listener: TcpListener,
+/// [`AgentError::Listen`].
+pub async fn serve(
     calls: mpsc::Sender<RankCall>,
     stop: tokio_util::sync::CancellationToken,
-) -> std::io::Result<SocketAddr> {
-    let address = listener.local_addr()?;
+) -> Result<SocketAddr, AgentError> {
+    let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let failed = |source| AgentError::Listen { ip, source };
+    let listener = TcpListener::bind((ip, 0)).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     tokio::spawn(async move {
         let served = tonic::transport::Server::builder()

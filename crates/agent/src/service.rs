@@ -189,11 +189,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let (calls_in, calls) = mpsc::channel(256);
     let servers = CancellationToken::new();
     let _servers_end = servers.clone().drop_guard();
-    // Ranks call from this machine alone.
-    let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let near = |source| AgentError::Listen { ip, source };
-    let rank_host = TcpListener::bind((ip, 0)).await.map_err(near)?;
-    let rank_host = host::serve(rank_host, calls_in, servers.clone()).map_err(near)?;
+    let rank_host = host::serve(calls_in, servers.clone()).await?;
     let gpus = gpus::find(&options).await?;
     let devices = Devices::discover(&options, &gpus);
     let metrics = Metrics::new(options.node.as_str(), &devices, &gpus)?;

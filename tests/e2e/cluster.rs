@@ -206,9 +206,10 @@ impl Cluster {
     }
 }
 
-/// Serves other machines, at any free port.
+/// Serves other machines, at any free port; what a shell names for commands is not the children's.
 fn serve_others(up: &mut Command) {
     up.args(["--remote", "127.0.0.1:0"]);
+    up.env("DRUMLINE_ENDPOINT", "https://192.0.2.1:1").env("DRUMLINE_CA", "/nowhere/tls.crt");
 }
 
 impl Drop for Cluster {

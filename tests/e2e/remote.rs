@@ -148,6 +148,8 @@ fn a_stranger_is_told_what_is_missing_or_wrong() {
     wrong(&remote(&cluster, "agent-token"), 2, "refused the token");
     wrong(&with(1, &all[1].replace("https", "http")), 3, "is named https://");
     wrong(&with(1, "http://192.0.2.1:7400"), 2, "the token would cross the network unprotected");
+    let (code, _, errors) = afar(here.path(), &["complete", "x"], &all);
+    assert!(code == Some(2) && errors.contains("listens there alone"), "{errors}");
     let (code, _, errors) = afar(here.path(), &["up", "--remote", "0.0.0.0:0"], &[]);
     assert!(code == Some(2) && errors.contains("no address says where ranks"), "{errors}");
     let (code, _, errors) = afar(here.path(), &["join"], &[]);

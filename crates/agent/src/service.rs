@@ -14,7 +14,6 @@ use drumline_spec::{JobSpec, Work};
 use drumline_telemetry::gpu::NvmlProblem;
 use drumline_telemetry::http as telemetry;
 use drumline_types::{JobId, NodeName, RankPhase};
-use drumline_web::Keys;
 use drumline_wire::auth::Token;
 use drumline_wire::rank_host::RankCall;
 use drumline_wire::v1::agent_down::Kind as Down;
@@ -92,7 +91,7 @@ pub struct Options {
     /// Measured f32 matmul rate of one core, FLOP/s; 0: not known. A run's share of the peak is
     /// told against it.
     pub core_flops: f64,
-    /// IP address on which this agent and its ranks listen.
+    /// IP address on which this node's ranks listen; the agent itself does on loopback.
     pub listen_ip: IpAddr,
     /// The `drumline` binary, for supervisors and native ranks.
     pub binary: PathBuf,
@@ -184,8 +183,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     for path in [&options.state_dir, &options.shared_dir] {
         make_dir(path).map_err(|source| AgentError::StateDir { path: path.clone(), source })?;
     }
-    let listen = |port| TcpListener::bind((options.listen_ip, port));
-    let failed = |source| AgentError::Listen { ip: options.listen_ip, source };
+    // Ranks alone are reached from other machines.
+    let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let failed = |source| AgentError::Listen { ip, source };
     let (calls_in, calls) = mpsc::channel(256);
     let servers = CancellationToken::new();
     let _servers_end = servers.clone().drop_guard();
@@ -193,11 +193,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let gpus = gpus::find(&options).await?;
     let devices = Devices::discover(&options, &gpus);
     let metrics = Metrics::new(options.node.as_str(), &devices, &gpus)?;
-    let listener = listen(options.metrics_port).await.map_err(failed)?;
+    let listener = TcpListener::bind((ip, options.metrics_port)).await.map_err(failed)?;
     let metrics_url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
-    let keys =
-        Some(Keys::new(vec![options.token.clone()])).filter(|_| !options.listen_ip.is_loopback());
-    tokio::spawn(telemetry::serve(listener, metrics.registry.clone(), keys, None, servers));
+    tokio::spawn(telemetry::serve(listener, metrics.registry.clone(), None, None, servers));
     let (link_in, link) = mpsc::channel(256);
     let (notices_in, notices) = mpsc::channel(256);
     let (timers_in, timers) = mpsc::channel(256);

@@ -68,12 +68,18 @@ impl Access {
         Ok(address)
     }
 
+    /// Returns whether the cluster is on another machine, reached by TLS.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.endpoint.as_deref().is_some_and(is_https)
+    }
+
     /// Reads the certificate that the control plane must show, where it is reached by TLS.
     ///
     /// # Errors
     /// The user's mistake: it is needed and not named, or cannot be read.
     pub fn certificate(&self) -> Result<Option<String>, Failure> {
-        let Some(url) = self.endpoint.as_deref().filter(|url| url.starts_with("https://")) else {
+        let Some(url) = self.endpoint.as_deref().filter(|url| is_https(url)) else {
             return Ok(None);
         };
         let Some(path) = &self.ca else {
@@ -165,6 +171,10 @@ async fn to_kubernetes(address: &front::Address) -> Result<Client, Failure> {
     let token =
         Token::new("within-one-process").map_err(|error| Failure::failed(error.to_string()))?;
     Ok(Client::new(channel, &token, address.to_string()))
+}
+
+fn is_https(url: &str) -> bool {
+    url.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("https"))
 }
 
 /// Checks that an address is reached by TLS, or on loopback: the token must not cross a network

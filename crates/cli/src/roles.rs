@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::args::Global;
 use crate::client::Access;
 use crate::failure::Failure;
-use crate::state::{GatewayEndpoint, StateDir, write_json};
+use crate::state::{GatewayEndpoint, StateDir, read_token, write_json};
 
 /// The hidden commands.
 #[derive(Debug, Subcommand)]
@@ -131,8 +131,8 @@ pub struct NodeArgs {
     /// what a device can send to another in that domain, in GB/s.
     #[arg(long, value_name = "LEVEL=NAME[@GB/S]")]
     pub topology: Vec<String>,
-    /// Address at which this node's ranks are reached by those of other nodes [default: the one that
-    /// this machine reaches the control plane from]. What ranks send each other is not encrypted.
+    /// Address at which this node's ranks are reached by those of other nodes [default of `join`: the
+    /// one that it reaches the control plane from]. What ranks send each other is not encrypted.
     #[arg(long, value_name = "IP")]
     pub listen_ip: Option<IpAddr>,
     /// Folder that all nodes share, for what ranks write together [default: in the state folder].
@@ -289,22 +289,23 @@ impl Role {
             }
             Self::Agent(args) => {
                 let stop = stop_token(&args.attached)?;
-                let token = match &global.token_file {
-                    Some(_) => access.token()?,
-                    None => state.agent_token_or_new()?,
+                let token = match (&global.token_file, &global.endpoint) {
+                    (Some(_), _) => access.token()?,
+                    (None, Some(_)) => read_token(&state.agent_token_file())?,
+                    (None, None) => state.agent_token_or_new()?,
                 };
-                let control = control_address(global, &state);
+                let control = control_address(&access)?;
                 agent(&args.node, args.node_args, &access, control, token, stop).await
             }
             Self::Gateway(args) => {
                 let stop = stop_token(&args.attached)?;
-                let control = control_address(global, &state);
+                let control = control_address(&access)?;
                 let token = access.token()?;
                 let options = drumline_gateway::Options {
                     listen: args.listen,
                     allow_hosts: args.allow_host,
                     control: Arc::new(move || control.resolve()),
-                    control_ca: None,
+                    control_ca: access.certificate()?,
                     credential: Credential::Fixed(token.clone()),
                     keys: vec![state.gateway_key_or_new()?, token],
                     in_pod: None,
@@ -385,7 +386,12 @@ pub async fn join(mut args: JoinArgs, global: &Global) -> Result<(), Failure> {
     // Refused now rather than again and again later: a wrong address or certificate.
     access.reach().await?;
     access.state.create()?;
-    args.node_args.listen_ip = args.node_args.listen_ip.or_else(|| reached_from(&address));
+    let listen_ip = args.node_args.listen_ip.or_else(|| reached_from(&address));
+    if listen_ip.is_none() {
+        return Err(Failure::user(format!("join: no address of this machine leads to {address}"))
+            .hint("name the one at which its ranks are reached with `--listen-ip`"));
+    }
+    args.node_args.listen_ip = listen_ip;
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let name = args.node.clone().unwrap_or_else(|| host.to_lowercase());
     let control = ControlAddress::Url(address);
@@ -425,11 +431,11 @@ fn core_flops() -> f64 {
 }
 
 /// Where the control plane is: fixed, or what the state folder says at each try.
-fn control_address(global: &Global, state: &StateDir) -> ControlAddress {
-    match &global.endpoint {
-        Some(url) => ControlAddress::Url(url.clone()),
-        None => ControlAddress::File(state.endpoint_file()),
-    }
+fn control_address(access: &Access) -> Result<ControlAddress, Failure> {
+    Ok(match &access.endpoint {
+        Some(_) => ControlAddress::Url(access.address()?),
+        None => ControlAddress::File(access.state.endpoint_file()),
+    })
 }
 
 /// Writes where the gateway listens, once it does.

@@ -207,12 +207,22 @@ impl StateDir {
     pub fn certificate_or_new(&self) -> io::Result<(String, String)> {
         let (certificate, key) = (self.certificate_file(), self.0.join("tls.key"));
         if !certificate.exists() || !key.exists() {
+            // A certificate without its key is none; the key comes first, so that no crash pairs a new
+            // one with an old certificate.
+            match fs::remove_file(&certificate) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(named(&error, "replace", &certificate));
+                }
+                _ => {}
+            }
             let made = rcgen::generate_simple_self_signed([CERTIFICATE_NAME.to_owned()])
                 .map_err(io::Error::other)?;
-            // The certificate last: it is there when the key is.
             place(&key, &made.signing_key.serialize_pem(), 0o600)?;
             place(&certificate, &made.cert.pem(), 0o644)?;
         }
+        // Someone may have copied the folder with a lax mask.
+        fs::set_permissions(&key, Permissions::from_mode(0o600))
+            .map_err(|error| named(&error, "protect", &key))?;
         let read =
             |path: &Path| fs::read_to_string(path).map_err(|error| named(&error, "read", path));
         Ok((read(&certificate)?, read(&key)?))
@@ -263,7 +273,9 @@ fn secret_or_new(path: &Path) -> io::Result<Token> {
 
 /// Writes a file that nobody has seen yet: renamed into place, so that a crash never leaves half of it.
 fn place(path: &Path, text: &str, mode: u32) -> io::Result<()> {
-    let staged = path.with_extension(std::process::id().to_string());
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    let staged = path.with_file_name(name);
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -271,6 +283,8 @@ fn place(path: &Path, text: &str, mode: u32) -> io::Result<()> {
         .mode(mode)
         .open(&staged)
         .map_err(|error| named(&error, "create", &staged))?;
+    // One that a crash has left keeps the mode that it had.
+    file.set_permissions(Permissions::from_mode(mode))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(&staged, path).map_err(|error| named(&error, "create", path))

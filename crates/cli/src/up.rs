@@ -72,7 +72,8 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     options.metrics_port = args.metrics_port;
     options.gateway_port = args.gateway_port;
     options.remote = args.remote;
-    options.listen_ip = listen_ip(args)?;
+    let listen_ip = listen_ip(args)?;
+    options.listen_ip = listen_ip;
     // Before anything is started, so that no signal finds children without an end.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -88,7 +89,7 @@ pub async fn run(args: &UpArgs, access: &Access, format: Format) -> Result<(), F
     let outcome = match ready {
         None => Ok(()),
         Some(Err(error)) => Err(failure(error)),
-        Some(Ok(addresses)) => match tell(&addresses, access, format) {
+        Some(Ok(addresses)) => match tell(&reachable(addresses, listen_ip), access, format) {
             Err(failure) => Err(failure),
             Ok(()) => tokio::select! {
                 _ = interrupt.recv() => Ok(()),
@@ -117,6 +118,18 @@ fn listen_ip(args: &UpArgs) -> Result<IpAddr, Failure> {
         .hint("name one of this machine's with `--listen-ip`")),
         (None, Some(remote)) => Ok(remote.ip()),
         (None, None) => Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+    }
+}
+
+/// Names the address of this machine where it listens at all of them.
+fn reachable(addresses: Addresses, ip: IpAddr) -> Addresses {
+    let authority = addresses.remote.strip_prefix("https://");
+    match authority.and_then(|authority| authority.parse::<SocketAddr>().ok()) {
+        Some(at) if at.ip().is_unspecified() => {
+            let remote = format!("https://{}", SocketAddr::new(ip, at.port()));
+            Addresses { remote, ..addresses }
+        }
+        _ => addresses,
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use drumline_ports::store::{Elector, LeaderError, Leadership, StoreError};
@@ -26,7 +25,7 @@ use crate::dispatch::Dispatcher;
 use crate::fleet::Fleet;
 use crate::grpc::Api;
 use crate::ledger::{LEADER, Ledger};
-use crate::link::Link;
+use crate::link::{Link, Sessions};
 use crate::message::INBOX_MAX;
 use crate::metrics::Metrics;
 use crate::options::{Error, Options, ReignEnded};
@@ -38,6 +37,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a unary call may take before the server gives it up.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// Longest time until a stranger has shown that it speaks TLS.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// Calls of one connection that are answered at once.
 const CALLS_MAX: usize = 128;
 /// How long open calls may go on once the control plane stops.
@@ -139,18 +140,23 @@ pub async fn start(options: Options, stop: CancellationToken) -> Result<Running,
     }
     let (mut remote, mut remote_address) = (None, None);
     if let Some(asked) = &options.remote {
+        let identity = Identity::from_pem(&asked.certificate, &asked.key);
+        let tls = ServerTlsConfig::new().identity(identity).timeout(HANDSHAKE_DEADLINE);
+        let server = Server::builder().tls_config(tls).map_err(Error::Certificate)?;
         let listener = bind(asked.listen).await?;
         remote_address = Some(local(&listener, asked.listen)?);
-        let identity = Identity::from_pem(&asked.certificate, &asked.key);
-        remote = Some((listener, ServerTlsConfig::new().identity(identity)));
+        remote = Some((listener, server));
     }
+    let sessions = Arc::new(Sessions::new(options.heartbeat));
     let served = {
-        let (options, handle, stop) = (options.clone(), handle.clone(), stop.clone());
+        let link = Link { handle: handle.clone(), sessions };
+        let (options, stop) = (options.clone(), stop.clone());
         tokio::spawn(async move {
-            let near = serve(listener, None, options.clone(), handle.clone(), stop.clone());
+            let near =
+                serve(listener, Server::builder(), options.clone(), link.clone(), stop.clone());
             match remote {
-                Some((listener, tls)) => {
-                    let far = serve(listener, Some(tls), options, handle, stop);
+                Some((listener, server)) => {
+                    let far = serve(listener, server, options, link, stop);
                     tokio::try_join!(near, far).map(|_| ())
                 }
                 None => near.await,
@@ -172,22 +178,19 @@ fn local(listener: &TcpListener, asked: SocketAddr) -> Result<SocketAddr, Error>
 
 async fn serve(
     listener: TcpListener,
-    tls: Option<ServerTlsConfig>,
+    server: Server,
     options: Options,
-    handle: Handle,
+    link: Link,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
+    let handle = link.handle.clone();
     let services = ServicesServer::new(Api { handle: handle.clone() });
-    let api = ControlServer::new(Api { handle: handle.clone() })
+    let api = ControlServer::new(Api { handle })
         .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES)
         .max_encoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
-    let link = AgentLinkServer::new(Link { handle, sessions: AtomicU64::new(0) })
-        .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
+    let link =
+        AgentLinkServer::new(link).max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
     let agents = RequireToken::new(options.token.clone()).or(options.agent_token);
-    let mut server = Server::builder();
-    if let Some(tls) = tls {
-        server = server.tls_config(tls)?;
-    }
     server
         .timeout(CALL_DEADLINE)
         .concurrency_limit_per_connection(CALLS_MAX)

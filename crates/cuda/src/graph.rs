@@ -106,11 +106,13 @@ impl Graphs {
         let Some(at) = self.kept.iter().position(is_it) else { return Ok(false) };
         let graph = self.kept.remove(at);
         let stream = graph.exec.device.stream();
-        // SAFETY: it was made of these calls, whose addresses are live: they are in use now.
+        // SAFETY: it was made of these very calls, and what they were asked to read and write is live:
+        // buffers are not dropped within `together`.
         let done = unsafe { result::graph::launch(graph.exec.raw, stream) };
         self.kept.push(graph);
+        driver("cuGraphLaunch", done)?;
         self.launched += 1;
-        driver("cuGraphLaunch", done).map(|()| true)
+        Ok(true)
     }
 
     /// Returns whether a run of calls has come not long ago; from now on it has.
@@ -129,7 +131,8 @@ impl Graphs {
 impl Cuda {
     /// Keeps the calls that `f` leads to, and makes them as one.
     pub(crate) fn keep_together<R>(&self, f: impl FnOnce() -> R) -> R {
-        if self.device.checks_each() || locked(&self.graphs).refused {
+        let is_off = self.device.checks_each() || locked(&self.graphs).refused;
+        if is_off || self.device.is_collecting() {
             return f();
         }
         locked(&self.graphs).used = 0;
@@ -209,7 +212,6 @@ impl Cuda {
         let issued = self.issue(calls);
         // SAFETY: as above. It ends the capture whatever became of it.
         let ended = driver("cuStreamEndCapture", unsafe { result::stream::end_capture(stream) });
-        issued?;
         let graph = ended?;
         // SAFETY: the graph was just made; what can be launched no longer needs it.
         let made = unsafe {
@@ -218,7 +220,8 @@ impl Cuda {
             made
         };
         let raw = driver("cuGraphInstantiate", made)?;
-        Ok(Exec { device: Arc::clone(&self.device), raw })
+        let exec = Exec { device: Arc::clone(&self.device), raw };
+        issued.map(|()| exec)
     }
 }
 

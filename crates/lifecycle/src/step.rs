@@ -197,6 +197,10 @@ impl Step<'_> {
                 }
             }
             self.see_whether_all_run();
+            if self.state.phase == JobPhase::Running {
+                // Also where all were said to run before the last has joined.
+                self.persist();
+            }
             let nodes = self.state.nodes();
             self.actions.push(Action::SendWorld { nodes });
         }

@@ -149,7 +149,8 @@ pub trait Backend: Send + Sync + 'static {
     }
 
     /// Runs `f`, whose operations are one step that comes again and again: a device may start them all at
-    /// once. What `f` reads back or writes from the host is as it would be without.
+    /// once. What `f` reads back or writes from the host is as it would be without. It drops no buffer, and
+    /// leaves the exchange of values between devices to others.
     fn together<R>(&self, f: impl FnOnce() -> R) -> R {
         f()
     }

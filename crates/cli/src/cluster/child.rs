@@ -115,7 +115,12 @@ fn start(spec: &ChildSpec) -> io::Result<Child> {
         std::fs::rename(&spec.log, spec.log.with_extension("log.1"))?;
     }
     let log = OpenOptions::new().create(true).append(true).open(&spec.log)?;
-    Command::new(&spec.binary)
+    let mut command = Command::new(&spec.binary);
+    // What a shell names for commands is another cluster's.
+    for name in ["DRUMLINE_ENDPOINT", "DRUMLINE_TOKEN_FILE", "DRUMLINE_CA"] {
+        command.env_remove(name);
+    }
+    command
         .args(&spec.arguments)
         // Held open: its end tells the child that this process is gone.
         .stdin(Stdio::piped())

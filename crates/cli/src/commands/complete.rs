@@ -102,6 +102,13 @@ async fn find(args: &CompleteArgs, access: &Access) -> Result<Gateway, Failure> 
     {
         return Ok(Gateway::new(&found.gateway, token?));
     }
+    if access.is_remote() {
+        // The control plane knows its own machine's loopback address: here somebody else may listen there.
+        return Err(Failure::user(
+            "the gateway of a cluster on another machine listens there alone",
+        )
+        .hint("forward its port over SSH, and name it with `--gateway http://127.0.0.1:PORT`"));
+    }
     let client = access.connect().await?;
     let version =
         client.call(|mut c| async move { c.version(v1::VersionRequest {}).await }).await?;

@@ -87,9 +87,13 @@ pub async fn run(args: &ServeArgs, access: &Access, format: Format) -> Result<()
     let name =
         ready.service.as_ref().map_or_else(String::new, |service| service.served_name.clone());
     // Who asks it next shall find it. A gateway that cannot be reached from here may serve others.
-    let gateway = Gateway::new(endpoint.trim_end_matches("/v1"), access.token()?);
-    if let Err(failure) = gateway.until_ready(&name).await {
-        note(&format!("the gateway does not serve {name} yet: {failure}"));
+    if access.is_remote() {
+        note("the gateway listens on the cluster's machine alone: forward its port over SSH");
+    } else {
+        let gateway = Gateway::new(endpoint.trim_end_matches("/v1"), access.token()?);
+        if let Err(failure) = gateway.until_ready(&name).await {
+            note(&format!("the gateway does not serve {name} yet: {failure}"));
+        }
     }
     let value = json!({ "id": job.id, "model": name, "endpoint": endpoint });
     output::value(format, &value, || format!("{endpoint}\n"))?;

@@ -356,9 +356,10 @@ impl<B: Backend, P: Probe> Model<B, P> {
             }
             Ok::<_, EngineError>(split.is_last() && stage.project(weights, &rows, m))
         };
-        // With peers there are exchanges in between.
+        // With peers there are exchanges in between; prompts keep the device busy by themselves.
         let is_alone = self.groups.world.size() == 1;
-        let is_there = if is_alone { b.together(|| pass(m)) } else { pass(m) }?;
+        let is_small = n <= self.limits.max_batch;
+        let is_there = if is_alone && is_small { b.together(|| pass(m)) } else { pass(m) }?;
         self.logits.clear();
         let vocab = self.config.vocab as usize;
         if split.is_last() {

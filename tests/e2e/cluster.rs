@@ -39,9 +39,7 @@ impl Cluster {
 
     /// As [`Self::start`], and serves other machines too.
     pub(crate) fn start_serving_others(nodes: u32, devices: u32) -> Self {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let (up, ready) = Self::up(folder.path(), nodes, devices, serve_others);
-        Self { up, folder, ready }
+        Self::start_with(nodes, devices, serve_others)
     }
 
     /// Stops it as Ctrl-C does, and starts it again in the same folder, for other machines too.

@@ -83,7 +83,7 @@ async fn connect(
         .keep_alive_timeout(Duration::from_secs(5))
         .connect()
         .await
-        .map_err(|error| format!("{url}: {}", line::causes(&error)))?;
+        .map_err(|error| format!("{url}: {}", line::deepest(&error)))?;
     let mut client = AgentLinkClient::with_interceptor(channel, AddToken::new(token))
         .max_decoding_message_size(drumline_wire::MESSAGE_MAX_BYTES);
     let (up, outgoing) = mpsc::channel(UP_QUEUE);

@@ -19,7 +19,6 @@ use drumline_wire::rank_host::RankCall;
 use drumline_wire::v1::agent_down::Kind as Down;
 use drumline_wire::v1::agent_up::Kind as Up;
 use drumline_wire::{now_ms, v1};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -183,9 +182,6 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     for path in [&options.state_dir, &options.shared_dir] {
         make_dir(path).map_err(|source| AgentError::StateDir { path: path.clone(), source })?;
     }
-    // Ranks alone are reached from other machines.
-    let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let failed = |source| AgentError::Listen { ip, source };
     let (calls_in, calls) = mpsc::channel(256);
     let servers = CancellationToken::new();
     let _servers_end = servers.clone().drop_guard();
@@ -193,8 +189,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), AgentE
     let gpus = gpus::find(&options).await?;
     let devices = Devices::discover(&options, &gpus);
     let metrics = Metrics::new(options.node.as_str(), &devices, &gpus)?;
-    let listener = TcpListener::bind((ip, options.metrics_port)).await.map_err(failed)?;
-    let metrics_url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
+    let (listener, address) = host::bind(options.metrics_port).await?;
+    let metrics_url = format!("http://{address}/metrics");
     tokio::spawn(telemetry::serve(listener, metrics.registry.clone(), None, None, servers));
     let (link_in, link) = mpsc::channel(256);
     let (notices_in, notices) = mpsc::channel(256);

@@ -81,6 +81,11 @@ Then, on a cluster of your own:
 `drumline --help` lists every command, `drumline COMMAND --help` explains one.
 ";
 
+/// Variables that name a cluster for commands.
+pub(crate) const ENDPOINT_VARIABLE: &str = "DRUMLINE_ENDPOINT";
+pub(crate) const TOKEN_FILE_VARIABLE: &str = "DRUMLINE_TOKEN_FILE";
+pub(crate) const CA_VARIABLE: &str = "DRUMLINE_CA";
+
 /// Flags that every command takes.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Global {
@@ -98,7 +103,7 @@ pub struct Global {
     #[arg(
         long,
         global = true,
-        env = "DRUMLINE_ENDPOINT",
+        env = ENDPOINT_VARIABLE,
         value_name = "URL",
         hide_env_values = true
     )]
@@ -107,14 +112,14 @@ pub struct Global {
     #[arg(
         long,
         global = true,
-        env = "DRUMLINE_TOKEN_FILE",
+        env = TOKEN_FILE_VARIABLE,
         value_name = "FILE",
         hide_env_values = true
     )]
     pub token_file: Option<PathBuf>,
     /// Certificate of the control plane on another machine, `tls.crt` in its state folder: the one that
     /// an `https://` endpoint must show.
-    #[arg(long, global = true, env = "DRUMLINE_CA", value_name = "FILE", hide_env_values = true)]
+    #[arg(long, global = true, env = CA_VARIABLE, value_name = "FILE", hide_env_values = true)]
     pub ca: Option<PathBuf>,
     /// The form of data on standard output.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]

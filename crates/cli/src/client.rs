@@ -116,22 +116,21 @@ impl Access {
             return to_kubernetes(&address).await;
         }
         // Who is not there is told before a token that may be missing with it.
-        self.address()?;
+        let address = self.address()?;
         let token = self.token()?;
-        let (channel, address) = self.reach().await?;
+        let channel = self.reach(&address).await?;
         Ok(Client::new(channel, &token, address))
     }
 
-    /// Connects to who listens there, and shows no token yet.
+    /// Connects to who listens at the control plane's `address`, and shows no token yet.
     ///
     /// # Errors
     /// Unreachable, with the address and the cause: a certificate that is not the one that is trusted is
     /// one.
-    pub async fn reach(&self) -> Result<(Channel, String), Failure> {
-        let address = self.address()?;
-        let endpoint = line::endpoint(&address, self.certificate()?.as_deref())
+    pub async fn reach(&self, address: &str) -> Result<Channel, Failure> {
+        let endpoint = line::endpoint(address, self.certificate()?.as_deref())
             .map_err(|error| {
-                Failure::user(format!("--endpoint {address:?}: {}", line::causes(&error)))
+                Failure::user(format!("--endpoint {address:?}: {}", line::deepest(&error)))
             })?
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(Duration::from_secs(5))
@@ -142,15 +141,15 @@ impl Access {
             Ok(Err(error)) => {
                 let mut status = Status::unavailable(error.to_string());
                 status.set_source(std::sync::Arc::new(error));
-                return Err(Failure::from_status(&status, &address));
+                return Err(Failure::from_status(&status, address));
             }
             Err(_) => {
                 let status =
                     Status::unavailable(format!("no connection within {CONNECT_TIMEOUT:?}"));
-                return Err(Failure::from_status(&status, &address));
+                return Err(Failure::from_status(&status, address));
             }
         };
-        Ok((channel, address))
+        Ok(channel)
     }
 
     /// Returns the Kubernetes cluster that `--endpoint` names, if it names one.

@@ -78,7 +78,7 @@ impl Failure {
             }
             Code::Unimplemented if is_kubernetes => Self::user(said),
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
-                Self::unreachable(format!("cannot reach the cluster at {address}: {}", deepest(status)))
+                Self::unreachable(format!("cannot reach the cluster at {address}: {}", cause(status)))
                     .hint("is it running? `drumline up` starts one on this machine, `--endpoint` names another")
             }
             Code::Unauthenticated | Code::PermissionDenied => {
@@ -124,14 +124,9 @@ impl Failure {
 
 /// Returns the innermost cause that a transport error carries: "connection refused", not
 /// "transport error".
-fn deepest(status: &Status) -> String {
-    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(status);
-    let mut text = status.message().to_owned();
-    while let Some(error) = cause {
-        text = error.to_string();
-        cause = error.source();
-    }
-    text
+fn cause(status: &Status) -> String {
+    let cause = std::error::Error::source(status);
+    cause.map_or_else(|| status.message().to_owned(), drumline_wire::line::deepest)
 }
 
 impl fmt::Display for Failure {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use drumline_wire::auth::Token;
+use drumline_wire::line::deepest;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -149,14 +150,6 @@ impl Gateway {
         Failure::unreachable(format!("cannot reach the gateway at {}: {cause}", self.url))
             .hint("is it running? `drumline up` starts one on this machine")
     }
-}
-
-fn deepest(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut error = error;
-    while let Some(cause) = error.source() {
-        error = cause;
-    }
-    error.to_string()
 }
 
 /// The events of a stream, in order.

@@ -384,7 +384,7 @@ pub async fn join(mut args: JoinArgs, global: &Global) -> Result<(), Failure> {
     }
     let (address, token) = (access.address()?, access.token()?);
     // Refused now rather than again and again later: a wrong address or certificate.
-    access.reach().await?;
+    access.reach(&address).await?;
     access.state.create()?;
     let listen_ip = args.node_args.listen_ip.or_else(|| reached_from(&address));
     if listen_ip.is_none() {

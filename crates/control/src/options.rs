@@ -131,7 +131,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// What is shown to other machines is no certificate with its key.
-    #[error("the certificate for other machines and its key cannot be used: {}", drumline_wire::line::causes(.0))]
+    #[error("the certificate for other machines and its key cannot be used: {}", drumline_wire::line::deepest(.0))]
     Certificate(#[source] tonic::transport::Error),
     /// The audit log cannot be written.
     #[error("audit log {path}: {source}")]

@@ -17,14 +17,15 @@ __device__ inline u32 order_of(float x) {
 // exp(x) for x up to 0 in units of 2^-32; 0 for what is no number.
 __device__ inline u64 weight_of(float x) { return x > -23.0f ? (u64)(expf(x) * 4294967296.0f) : 0; }
 
-// The sums over a block of DIGITS numbers of each thread, in scratch[0], [blockDim], [2 blockDim] ..
-__device__ inline void block_sums(const u64 (&own)[DIGITS], u64* scratch) {
+// The sums over a block of N numbers of each thread, in scratch[0], [blockDim], [2 blockDim] ..
+template <int N>
+__device__ inline void block_sums(const u64 (&own)[N], u64* scratch) {
     __syncthreads();
-    for (int d = 0; d < DIGITS; d++) scratch[d * blockDim.x + threadIdx.x] = own[d];
+    for (int d = 0; d < N; d++) scratch[d * blockDim.x + threadIdx.x] = own[d];
     __syncthreads();
     for (u32 half = blockDim.x / 2; half > 0; half /= 2) {
         if (threadIdx.x < half)
-            for (int d = 0; d < DIGITS; d++)
+            for (int d = 0; d < N; d++)
                 scratch[d * blockDim.x + threadIdx.x] += scratch[d * blockDim.x + threadIdx.x + half];
         __syncthreads();
     }
@@ -36,7 +37,7 @@ template <class Key, class Amount>
 __device__ u64 border(u32 n, int bits, u64 wanted, u64* scratch, Key key, Amount amount) {
     u64 found = 0;
     for (int shift = (bits - 1) / 3 * 3; shift >= 0; shift -= 3) {
-        u64 sums[DIGITS] = {0, 0, 0, 0, 0, 0, 0};
+        u64 sums[DIGITS] = {};
         for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
             u64 k = key(i);
             if (k < (found | (u64)1 << shift)) continue;
@@ -57,7 +58,7 @@ __device__ u64 border(u32 n, int bits, u64 wanted, u64* scratch, Key key, Amount
 // The sum over i of amount(i), the same in every thread.
 template <class Amount>
 __device__ u64 block_total(u32 n, u64* scratch, Amount amount) {
-    u64 sums[DIGITS] = {0, 0, 0, 0, 0, 0, 0};
+    u64 sums[1] = {};
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) sums[0] += amount(i);
     block_sums(sums, scratch);
     return scratch[0];

@@ -211,8 +211,7 @@ impl Cuda {
         driver("cuStreamBeginCapture", unsafe { result::stream::begin_capture(stream, mode) })?;
         let issued = self.issue(calls);
         // SAFETY: as above. It ends the capture whatever became of it.
-        let ended = driver("cuStreamEndCapture", unsafe { result::stream::end_capture(stream) });
-        let graph = ended?;
+        let graph = driver("cuStreamEndCapture", unsafe { result::stream::end_capture(stream) })?;
         // SAFETY: the graph was just made; what can be launched no longer needs it.
         let made = unsafe {
             let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));

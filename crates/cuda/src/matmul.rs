@@ -161,38 +161,53 @@ impl Matmul {
     /// library has none with the activation that is asked for.
     pub(crate) fn multiply(&mut self, p: &Product) -> Result<bool, CudaError> {
         let key = Key::of(p);
-        if self.refused.contains(&key) {
+        if !self.is_planned(key)? {
             return Ok(false);
         }
-        if !self.plans.contains_key(&key) {
-            if self.plans.len() >= PLANS_MAX {
-                self.plans.clear();
-            }
-            match self.plan(&key) {
-                Ok(plan) => self.plans.insert(key, plan),
-                Err(CudaError::CublasLt { call: HEURISTIC, .. }) if key.activation.is_some() => {
-                    self.refused.insert(key);
-                    return Ok(false);
-                }
-                Err(error) => return Err(error),
-            };
+        if !self.device.keeps(|| Call::Product(*p)) {
+            self.queue(&key, p)?;
         }
-        if self.device.keeps(|| Call::Product(*p)) {
-            return Ok(true);
-        }
-        self.issue(p)?;
         Ok(true)
     }
 
-    /// Queues a product whose plan is made, or makes it.
+    /// Queues a product that was kept. Many others may have come since it was planned.
     pub(crate) fn issue(&mut self, p: &Product) -> Result<(), CudaError> {
         let key = Key::of(p);
-        if !self.plans.contains_key(&key) {
-            // Many others came since it was planned.
-            let plan = self.plan(&key)?;
-            self.plans.insert(key, plan);
+        if self.is_planned(key)? {
+            return self.queue(&key, p);
         }
-        let plan = &self.plans[&key];
+        let status = "there was an algorithm, and there is none any more".to_owned();
+        Err(CudaError::CublasLt { call: HEURISTIC, status })
+    }
+
+    /// Makes a product's plan, unless it is made. Returns false where the library has none with the
+    /// activation that is asked for.
+    fn is_planned(&mut self, key: Key) -> Result<bool, CudaError> {
+        if self.refused.contains(&key) {
+            return Ok(false);
+        }
+        if self.plans.contains_key(&key) {
+            return Ok(true);
+        }
+        if self.plans.len() >= PLANS_MAX {
+            self.plans.clear();
+        }
+        match self.plan(&key) {
+            Ok(plan) => {
+                self.plans.insert(key, plan);
+                Ok(true)
+            }
+            Err(CudaError::CublasLt { call: HEURISTIC, .. }) if key.activation.is_some() => {
+                self.refused.insert(key);
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Queues a product by its plan, which is made.
+    fn queue(&self, key: &Key, p: &Product) -> Result<(), CudaError> {
+        let plan = &self.plans[key];
         if let Some(bias) = p.bias {
             let which = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             set_description(plan.description, which, &bias)?;

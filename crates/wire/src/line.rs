@@ -40,17 +40,13 @@ impl Interceptor for Credential {
     }
 }
 
-/// Returns an error's words and those of what caused it, each once: a transport's own say nothing.
+/// Returns the words of the innermost cause: "connection refused", not "error trying to connect".
 #[must_use]
-pub fn causes(error: &dyn std::error::Error) -> String {
+pub fn deepest(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
+        text = cause.to_string();
         source = cause.source();
     }
     text

@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::args::{CA_VARIABLE, ENDPOINT_VARIABLE, TOKEN_FILE_VARIABLE};
 use crate::cluster::{ClusterError, Pids};
 use crate::told;
 
@@ -117,7 +118,7 @@ fn start(spec: &ChildSpec) -> io::Result<Child> {
     let log = OpenOptions::new().create(true).append(true).open(&spec.log)?;
     let mut command = Command::new(&spec.binary);
     // What a shell names for commands is another cluster's.
-    for name in ["DRUMLINE_ENDPOINT", "DRUMLINE_TOKEN_FILE", "DRUMLINE_CA"] {
+    for name in [ENDPOINT_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE] {
         command.env_remove(name);
     }
     command

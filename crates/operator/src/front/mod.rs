@@ -186,17 +186,6 @@ pub(crate) fn refused(error: &kube::Error) -> Status {
                 _ => Status::internal(told),
             }
         }
-        error => Status::unavailable(deepest(error)),
+        error => Status::unavailable(drumline_wire::line::deepest(error)),
     }
-}
-
-/// The innermost cause: "connection refused", not "error trying to connect".
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = inner.to_string();
-        cause = inner.source();
-    }
-    text
 }
